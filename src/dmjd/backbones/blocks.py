@@ -1,0 +1,55 @@
+"""Transformer parts that encoders and decoder share: timm's block, fixed positions, MAE's initialisation."""
+
+import torch
+from jaxtyping import Float
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORM_EPS = 1e-6  # of every LayerNorm in timm's and MAE's transformers
+
+
+def transformer_blocks(dim: int, depth: int, num_heads: int, mlp_ratio: float) -> nn.ModuleList:
+    """Stack pre-norm transformer blocks with qkv bias (timm's `Block`)."""
+    return nn.ModuleList(Block(dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True) for _ in range(depth))
+
+
+def last_tokens(block: Block, tokens: Float[Tensor, "N S D"], count: int) -> Float[Tensor, "N M D"]:
+    """Run a block for its last `count` tokens only; they attend to all S tokens.
+
+    Equal to `block(tokens)[:, -count:]` for a block of `transformer_blocks`, without the queries, the projection and
+    the MLP of the other tokens.
+    """
+    attn, normed, width = block.attn, block.norm1(tokens), tokens.shape[-1]
+    heads = {"num_heads": attn.num_heads, "head_dim": attn.head_dim}
+    query = F.linear(normed[:, -count:], attn.qkv.weight[:width], attn.qkv.bias[:width])
+    key, value = F.linear(normed, attn.qkv.weight[width:], attn.qkv.bias[width:]).chunk(2, dim=-1)
+    query, key, value = (
+        x.unflatten(-1, (heads["num_heads"], heads["head_dim"])).transpose(1, 2) for x in (query, key, value)
+    )
+    attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    tokens = tokens[:, -count:] + attn.proj(attended)
+    return tokens + block.mlp(block.norm2(tokens))
+
+
+def sincos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "1 L D"]:
+    """Compute fixed 2-D sine-cosine positions (MAE): the first half of the width encodes columns, the second rows.
+
+    Raises:
+        ValueError: If `dim` is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"a width of {dim} cannot hold 2-D sine-cosine positions; choose a multiple of 4")
+    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, column = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
+    angles = [axis.flatten()[:, None] * frequency for axis in (column, row)]
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)[None].float()
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise linear layers and patch convolutions by Xavier's uniform rule and biases by zero (MAE, appendix A)."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        with torch.no_grad():
+            nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

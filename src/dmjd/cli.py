@@ -1,0 +1,147 @@
+"""`dmjd VERB [--preset NAME] [--config FILE] [--section.key VALUE ...]`: defaults < preset < file < flags."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.config import Yaml
+
+from dmjd import config, errors
+
+Flat = Parameter(name="*")  # a settings class's own fields become the flags of the verb
+
+
+def pretrain(*, settings: Annotated[config.Pretrain, Flat] = config.Pretrain()) -> None:
+    """Pre-train a backbone on unlabelled images."""
+    from dmjd.tasks.pretrain import pretrain
+
+    pretrain(settings)
+
+
+def knn(*, settings: Annotated[config.Knn, Flat]) -> None:
+    """Classify the held-out images of a labelled set by their nearest neighbours in feature space."""
+    from dmjd.tasks.knn import knn
+
+    knn(settings)
+
+
+def embed(*, settings: Annotated[config.Embed, Flat]) -> None:
+    """Write the features of images to a file."""
+    from dmjd.tasks.embed import embed
+
+    embed(settings)
+
+
+def report(run: Path, /, *, debug: bool = False) -> None:
+    """Write RUN/report.html anew from what the run has recorded.
+
+    Args:
+        run: Directory of a pre-training run.
+        debug: Show the traceback of an error.
+    """
+    from dmjd.tasks.report import write_report
+
+    print(write_report(run))
+
+
+VERBS: tuple[Callable[..., None], ...] = (pretrain, knn, embed, report)
+
+
+def application(layers: Sequence[Path] = ()) -> App:
+    """Make the command line; `layers` are YAML files, the first one has the last word after the flags."""
+    app = App(
+        name="dmjd",
+        help="Masked image modelling: a folder of images in, a timm backbone out.",
+        default_parameter=Parameter(name_transform=lambda name: name),
+        config=[Yaml(path, use_commands_as_keys=False) for path in layers],
+    )
+    for verb in VERBS:
+        app.command(verb, name=verb.__name__)
+    return app
+
+
+def layers_of(arguments: Sequence[str]) -> list[Path]:
+    """Find the YAML files below the flags: a run to resume, else --config, else --preset (or the default preset)."""
+    if not arguments or arguments[0] != pretrain.__name__ or "--help" in arguments:
+        return []
+    given = {name: flag_value(arguments, name) for name in ("--preset", "--config", "--out")}
+    saved = Path(given["--out"] or config.Pretrain.out) / "config.yaml"
+    if "--resume" in arguments and saved.is_file():
+        return [saved]
+    file = [Path(given["--config"])] if given["--config"] else []
+    for path in file:
+        if not path.is_file():
+            raise errors.ConfigError(f"no configuration file; {path}; check --config")
+    preset = given["--preset"] or next((yaml_value(path, "preset") for path in file), None) or config.Pretrain.preset
+    names = sorted(path.stem for path in config.PRESETS.glob("*.yaml"))
+    if preset not in names:
+        nearest = get_close_matches(preset, names, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(names)}"
+        raise errors.ConfigError(f"no preset of this name; --preset {preset}; {hint}")
+    return [*file, config.PRESETS / f"{preset}.yaml"]
+
+
+def flag_value(arguments: Sequence[str], name: str) -> str | None:
+    """Find the value of `--flag VALUE` or `--flag=VALUE`."""
+    for flag, value in zip(arguments, [*arguments[1:], None], strict=True):
+        if flag == name:
+            return value
+        if flag.startswith(f"{name}="):
+            return flag.removeprefix(f"{name}=")
+    return None
+
+
+def yaml_value(path: Path, key: str) -> Any:
+    """Read one top-level value of a YAML file."""
+    content = yaml.safe_load(path.read_text())
+    return content.get(key) if isinstance(content, dict) else None
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Parse the arguments and do what they say; errors are raised."""
+    application(layers_of(arguments))(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; a user's mistake becomes one line on stderr and the documented exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # OpenMP's threads spin while they wait. On a machine that does anything else, that made a step four times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        run(arguments)
+    except (errors.UserError, CycloptsError, yaml.YAMLError, OSError) as error:
+        if "--debug" in arguments:
+            raise
+        code, message = explain(error)
+        print(f"error: {message}", file=sys.stderr)
+        return code
+    except SystemExit as stop:  # --help, --version, a signal
+        return stop.code if isinstance(stop.code, int) else 0
+    return 0
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """Turn a user's mistake into an exit code and one line."""
+    message = " ".join(str(error).split())
+    if isinstance(error, errors.UserError):
+        return error.exit_code, message
+    if isinstance(error, FileNotFoundError):
+        return errors.DataError.exit_code, message
+    if isinstance(error, OSError):
+        reason = os.strerror(error.errno) if error.errno else message
+        todo = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check disk and permissions"
+        return errors.StorageError.exit_code, f"{reason}; {error.filename or 'while writing'}; {todo}"
+    return (
+        errors.ConfigError.exit_code,
+        f"{message.rstrip('.')}; `dmjd --help` lists verbs, `dmjd VERB --help` settings",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""Every setting of every verb: its type, its default, its help text and the rules between settings.
+
+Nothing here imports torch, so that `--help` is instant. A setting travels YAML -> dataclass -> task -> keyword argument.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from dmjd.errors import ConfigError
+
+PRESETS = Path(__file__).parent / "presets"
+
+BackboneSize = Literal["tiny", "small", "base", "large"]
+TargetName = Literal["hog", "pixels", "normalized_pixels"]
+LossName = Literal["l2", "smooth_l1"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The backbone."""
+
+    size: BackboneSize = "base"
+    """Width and depth as in timm: 192 x 12, 384 x 12, 768 x 12, 1024 x 24."""
+    image_size: str = "224"
+    """Side of the square crop in pixels, or HEIGHTxWIDTH."""
+    patch_size: int = 16
+    """Side of a token in pixels."""
+    in_chans: int = 3
+    """Channels of an image: 3 (RGB) or 1 (grey)."""
+    class_token: bool = False
+    """Give the encoder a class token."""
+    reg_tokens: int = 0
+    """Register tokens."""
+    mask_token: bool = False
+    """Pass hidden tokens through the encoder as mask tokens (SimMIM, MaskFeat); needs decoder.depth 0."""
+    embed_dim: int | None = None
+    """Width, where it shall differ from the size's."""
+    depth: int | None = None
+    """Blocks, where they shall differ from the size's."""
+    num_heads: int | None = None
+    """Heads, where they shall differ from the size's."""
+
+    def __post_init__(self) -> None:
+        height, width = self.image_hw
+        if height % self.patch_size or width % self.patch_size:
+            raise ConfigError(
+                f"model.image_size {self.image_size} is not a multiple of model.patch_size {self.patch_size}"
+            )
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Height and width of the crop in pixels."""
+        sides = str(self.image_size).split("x")
+        if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+            raise ConfigError(f"model.image_size {self.image_size!r} is neither a number nor HEIGHTxWIDTH")
+        return int(sides[0]), int(sides[-1])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        height, width = self.image_hw
+        return height // self.patch_size, width // self.patch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masking:
+    """Disjoint masks."""
+
+    num_views: int = 2
+    """Masked views of each image."""
+    mask_ratio: float = 0.6
+    """Corruption rate: share of tokens hidden in one view."""
+    predict_ratio: float = 1.0
+    """Prediction rate: share of tokens hidden in at least one view."""
+    block: int = 2
+    """Side of the squares that are hidden together, in tokens; 1 hides token by token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masked:
+    """The masked branch: predicts hidden tokens."""
+
+    target: TargetName = "hog"
+    """What is predicted, on both branches."""
+    loss: LossName = "l2"
+    """Loss on hidden tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visible:
+    """The visible branch: predicts visible tokens."""
+
+    weight: float = 1.0
+    """Weight theta of its loss; 0 leaves the branch out."""
+    loss: LossName = "smooth_l1"
+    """Loss on visible tokens."""
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ConfigError(f"visible.weight {self.weight} is negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hog:
+    """Histograms of oriented gradients."""
+
+    cell_size: int | None = None
+    """Side of a cell in pixels. Default: 8, or half a patch where patches are smaller than 16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """The decoder of the masked branch; its width is also the projector's."""
+
+    embed_dim: int = 512
+    """Width."""
+    depth: int = 8
+    """Blocks; 0 is a linear head (with model.mask_token)."""
+    num_heads: int = 16
+    """Heads."""
+    mlp_ratio: float = 4.0
+    """Width of an MLP over the width of the decoder."""
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % self.num_heads or self.embed_dim % 4:
+            raise ConfigError(
+                f"decoder.embed_dim {self.embed_dim} is not a multiple of 4 and of its {self.num_heads} heads"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    """What of an image a step sees: a random resized crop and a flip."""
+
+    scale: tuple[float, float] = (0.5, 1.0)
+    """Smallest and largest share of the image's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest width over height."""
+    flip: bool = True
+    """Mirror every other image."""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
+            raise ConfigError(
+                f"crop.scale {self.scale} and crop.ratio {self.ratio}: low before high, scale within 0 and 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """The optimizer and its learning rate."""
+
+    name: str = "adamw"
+    """Any optimizer of timm that takes betas: adamw, lamb, lion, adan ..."""
+    blr: float = 6e-4
+    """Base learning rate, for 256 images a step and predict_ratio = mask_ratio."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the moments."""
+    weight_decay: float = 0.05
+    """Weight decay of matrices; vectors have none."""
+    warmup_epochs: float = 20
+    """Linear warm-up; a cosine to zero follows."""
+    clip_grad: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+    accumulation: int = 1
+    """Parts of a step's batch that are computed one after the other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Monitor:
+    """What is written down on the way."""
+
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    evals: int = 5
+    """Evaluations of the features during a run, beside those before and after it."""
+    saves: int = 20
+    """Checkpoints during a run; two are kept."""
+    max_images: int = 2000
+    """Images per part (training, held out) that an evaluation looks at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where a verb reads and computes."""
+
+    data: str = "shapes"
+    """Folder of images, or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""
+    seed: int = 0
+    """Seed of everything random."""
+    workers: int | None = None
+    """Processes that load images. Default: none for sets in memory, else one per core but one."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes the best."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the matrix products; auto is bf16 where the GPU has it."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(Run):
+    """Settings of `dmjd pretrain`."""
+
+    out: Path = Path("runs/pretrain")
+    """Directory of the run."""
+    preset: str = "quick"
+    """Recipe to start from: quick, mae, maskfeat, dm, dmjd."""
+    config: Path | None = None
+    """YAML file that overrides the preset."""
+    epochs: float = 400
+    """Passes over the images; an epoch shows each image num_views times to the encoder."""
+    steps: int | None = None
+    """Optimizer steps, instead of epochs."""
+    batch_size: int = 512
+    """Images in one optimizer step."""
+    resume: bool = False
+    """Go on with the run in --out."""
+    model: Model = field(default_factory=Model)
+    masking: Masking = field(default_factory=Masking)
+    masked: Masked = field(default_factory=Masked)
+    visible: Visible = field(default_factory=Visible)
+    hog: Hog = field(default_factory=Hog)
+    decoder: Decoder = field(default_factory=Decoder)
+    crop: Crop = field(default_factory=Crop)
+    optim: Optim = field(default_factory=Optim)
+    monitor: Monitor = field(default_factory=Monitor)
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.optim.accumulation or self.batch_size < 1:
+            raise ConfigError(
+                f"batch_size {self.batch_size} is not a positive multiple of optim.accumulation {self.optim.accumulation}"
+            )
+        if self.model.mask_token != (self.decoder.depth == 0):
+            raise ConfigError("model.mask_token and decoder.depth 0 (a linear head) belong together: set both or none")
+
+    @property
+    def cell_size(self) -> int:
+        """Side of a HOG cell in pixels."""
+        patch_size = self.model.patch_size
+        return self.hog.cell_size or (8 if patch_size >= 16 and patch_size % 8 == 0 else max(patch_size // 2, 1))
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate: blr * images per step * (m_pred / m_corr) / 256 (section 4 of the paper)."""
+        return self.optim.blr * self.batch_size * self.masking.predict_ratio / self.masking.mask_ratio / 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knn(Run):
+    """Settings of `dmjd knn`."""
+
+    backbone: str
+    """A backbone.safetensors, or timm:NAME for a model of timm with its weights."""
+    k: int = 20
+    """Neighbours that vote."""
+    temperature: float = 0.07
+    """A neighbour's vote weighs exp(cosine similarity / temperature)."""
+    batch_size: int = 256
+    """Images at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed(Run):
+    """Settings of `dmjd embed`."""
+
+    backbone: str
+    """A backbone.safetensors, or timm:NAME for a model of timm with its weights."""
+    out: Path
+    """Features go to this .npy file, the images' paths and labels to the .csv beside it."""
+    batch_size: int = 256
+    """Images at a time."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turn settings into plain YAML values; those left at None are left out."""
+    plain: dict[str, Any] = {}
+    for setting in fields(config):
+        value = getattr(config, setting.name)
+        if is_dataclass(value):
+            plain[setting.name] = to_dict(value)
+        elif value is not None:
+            plain[setting.name] = (
+                list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+            )
+    return plain
+
+
+def to_yaml(config: Any) -> str:
+    """Write settings as YAML."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)

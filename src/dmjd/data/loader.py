@@ -1,0 +1,143 @@
+"""Batches as a pure function of (seed, step): any number of workers or ranks, from any step on, sees the same.
+
+The images of a run are one endless stream: position p is image order(epoch)[p mod n] of epoch p // n. Step s takes the
+positions s*B ... s*B + B-1, so every batch is full, whatever the size of the set. Everything random about a sample is
+drawn from a generator of (seed, epoch, index).
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, cast
+
+import torch
+from jaxtyping import Bool, Int, UInt8
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dmjd.data.images import BadImage
+from dmjd.data.seeds import mix
+from dmjd.data.sources import Images
+from dmjd.errors import DataError
+
+Sample = tuple[Tensor, Tensor, int, dict[str, str]]
+
+
+class Batch(NamedTuple):
+    """One micro-batch."""
+
+    images: UInt8[Tensor, "B C H W"]
+    masked: Bool[Tensor, "B V L"]
+    indices: Int[Tensor, " B"]
+    skipped: dict[str, str]  # files that did not decode, with the reason; others stand in for them
+
+
+@lru_cache(maxsize=2)
+def order(seed: int, epoch: int, count: int) -> Tensor:
+    """Shuffle the images of an epoch."""
+    return torch.randperm(count, generator=Generator().manual_seed(mix(seed, epoch)))
+
+
+def read_or_substitute(images: Images, index: int) -> tuple[Tensor, int, dict[str, str]]:
+    """Read an image, or the next one that decodes, and say which files did not.
+
+    Raises:
+        DataError: If a hundred in a row do not decode.
+    """
+    skipped: dict[str, str] = {}
+    for offset in range(min(len(images), 100)):
+        candidate = (index + offset) % len(images)
+        try:
+            return images.read(candidate), candidate, skipped
+        except BadImage as bad:
+            skipped[images.names[candidate]] = str(bad)
+    path, reason = next(iter(skipped.items()))
+    raise DataError(f"{len(skipped)} images in a row do not decode; {path}: {reason}; check --data")
+
+
+@dataclass(frozen=True)
+class Samples(Dataset[Sample]):
+    """Training samples by (epoch, index): a crop and the masks of its views."""
+
+    images: Images
+    crop: Callable[..., UInt8[Tensor, "C h w"]]  # of (image, generator=)
+    draw: Callable[..., Bool[Tensor, "1 V L"]]  # of (generator=)
+    seed: int
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """Make one sample."""
+        epoch, index = key
+        generator = Generator().manual_seed(mix(self.seed, epoch, index))
+        image, read, skipped = read_or_substitute(self.images, index)
+        return self.crop(image, generator=generator), self.draw(generator=generator)[0], read, skipped
+
+
+@dataclass(frozen=True)
+class Positions(Sampler[list[tuple[int, int]]]):
+    """The (epoch, index) of every micro-batch of one rank, from a step to the end of the run.
+
+    A step's batch is cut into accumulation * world_size micro-batches; rank r takes number r, r + world_size, ...
+    """
+
+    count: int
+    batch_size: int
+    start: int
+    steps: int
+    seed: int
+    accumulation: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    def __len__(self) -> int:
+        return (self.steps - self.start) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        micro = self.batch_size // (self.accumulation * self.world_size)
+        for step in range(self.start, self.steps):
+            for part in range(self.accumulation):
+                first = step * self.batch_size + (part * self.world_size + self.rank) * micro
+                places = [divmod(position, self.count) for position in range(first, first + micro)]
+                yield [(epoch, int(order(self.seed, epoch, self.count)[place])) for epoch, place in places]
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack samples."""
+    images, masked, indices, skipped = zip(*samples, strict=True)
+    return Batch(
+        torch.stack(images),
+        torch.stack(masked),
+        torch.tensor(indices),
+        {k: v for each in skipped for k, v in each.items()},
+    )
+
+
+def train_batches(
+    samples: Samples, positions: Positions, *, workers: int | None, pin_memory: bool
+) -> DataLoader[Batch]:
+    """Load the micro-batches of a run, in order.
+
+    Args:
+        samples: What to load.
+        positions: Which, when.
+        workers: Processes; None takes none for images in memory and else one per core but one.
+        pin_memory: Make copies to a GPU asynchronous.
+    """
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = 0 if samples.images.held is not None else max(min(cores - 1, 16), 1)
+    return DataLoader(
+        cast("Dataset[Batch]", samples),  # batches are what `collate` makes of the samples
+        batch_sampler=positions,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        # fork deadlocks beside threads (CPython gh-112275); spawned workers also go when their parent is killed.
+        multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=one_thread if workers else None,
+    )
+
+
+def one_thread(worker: int) -> None:
+    """Keep workers from competing for the cores of each other."""
+    torch.set_num_threads(1)

@@ -1,0 +1,30 @@
+"""Where to compute, and in which precision."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
+
+from dmjd.errors import ConfigError
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn `auto` into the best device there is, or check the one that is named.
+
+    Raises:
+        ConfigError: If the device is unknown or absent.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"no such device ({reason}); --device {name}; choose cpu or leave it at auto") from None
+
+
+def choose_precision(name: str, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """Make the context of a forward pass: float32 as it is, or bf16 matrix products (`auto`: on GPUs that have them)."""
+    bf16 = name == "bf16" or (name == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)

@@ -1,0 +1,157 @@
+"""The directory of a run: what is written there while it trains, and how a run is taken up again."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dmjd.data.seeds import mix
+from dmjd.data.sources import Images
+from dmjd.engine import checkpoint
+from dmjd.engine.loop import Step
+from dmjd.errors import CheckpointError, DataError, NonFiniteError
+
+MAX_BAD = 0.01  # share of a set's files that may fail to decode before the run stops
+
+
+class Record:
+    """Writes config.yaml, metrics.jsonl, skipped.tsv and checkpoints of one run.
+
+    Attributes:
+        summary: What the run has found out beside its metrics; kept in the checkpoints.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any], images: Images, *, batch_size: int):
+        self.out, self.settings, self.batch_size = out, settings, batch_size
+        self.root, self.count = images.root, len(images)
+        names = "\n".join(images.names).encode()
+        self.fingerprint = mix(self.count, *(int.from_bytes(names[i : i + 8]) for i in range(0, len(names), 8)))
+        self.skipped: dict[str, str] = {}
+        self.summary: dict[str, Any] = {}
+        self.earlier, self.began = 0.0, time.perf_counter()
+        self.logged: tuple[int, float] | None = None  # step and time of the last line
+        out.mkdir(parents=True, exist_ok=True)
+        self.board = tensorboard(out)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.out / "checkpoints"
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the run, evaluations included, over all processes that worked on it."""
+        return self.earlier + time.perf_counter() - self.began
+
+    def begin(self, config: str) -> None:
+        """Start a run: settings, and metrics without a line."""
+        checkpoint.write_atomically(self.out / "config.yaml", config)
+        checkpoint.write_atomically(self.out / "metrics.jsonl", "")
+
+    def resume(self, path: Path, *, model: nn.Module, optimizer: Optimizer, may_change: set[str]) -> int:
+        """Take the run up where a checkpoint left it and return the steps done; later lines will be written again.
+
+        Raises:
+            CheckpointError: If it is a run of other settings or other images.
+        """
+        state = checkpoint.read_state(path)
+        saved, now = state["settings"], self.settings
+        changed = sorted(key for key in {*saved, *now} - may_change if saved.get(key) != now.get(key))
+        if changed:
+            raise CheckpointError(f"the run has other {', '.join(changed)}; {self.out}; resume it without these flags")
+        if state["fingerprint"] != self.fingerprint:
+            raise CheckpointError(
+                f"the images of --data have changed since; {self.out}; start another run in another --out"
+            )
+        checkpoint.load(path, model=model, optimizer=optimizer)
+        self.earlier, self.skipped, self.summary = state["seconds"], state["skipped"], state["summary"]
+        lines = (self.out / "metrics.jsonl").read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
+        checkpoint.write_atomically(self.out / "metrics.jsonl", "".join(kept))
+        return int(state["step"])
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl, and its numbers to TensorBoard."""
+        with (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.board:
+            for key in line.keys() - {"step"}:
+                self.board.add_scalar(key, line[key], line["step"])
+
+    def log(self, step: Step) -> dict[str, Any]:
+        """Write a step down; here the loop waits for the device.
+
+        Raises:
+            NonFiniteError: If loss or gradient are no numbers.
+        """
+        images = step.number * self.batch_size
+        line = {
+            "step": step.number,
+            "epoch": images / self.count,
+            "images": images,
+            "seconds": round(self.seconds, 3),
+            "loss": float(step.loss),
+            "loss_masked": float(step.loss_masked),
+            "loss_visible": float(step.loss_visible),
+            "lr": step.lr,
+            "grad_norm": float(step.grad_norm),
+        }
+        now, since = time.perf_counter(), self.logged or (step.start, step.began)
+        line["images_per_second"] = round((step.number - since[0]) * self.batch_size / (now - since[1]), 2)
+        self.logged = (step.number, now)
+        self.write(line)
+        if not (step.loss.isfinite() and step.grad_norm.isfinite()):
+            raise NonFiniteError(
+                f"the loss is {line['loss']} and the gradient's norm {line['grad_norm']} at step {step.number}; "
+                f"{self.out}; the last checkpoint is finite: start another run with a lower --optim.blr"
+            )
+        return line
+
+    def skip(self, skipped: dict[str, str]) -> None:
+        """Record files that did not decode.
+
+        Raises:
+            DataError: If they are more than 1 % of the set.
+        """
+        if skipped.keys() <= self.skipped.keys():
+            return
+        self.skipped |= skipped
+        rows = "".join(f"{path}\t{reason}\n" for path, reason in sorted(self.skipped.items()))
+        checkpoint.write_atomically(self.out / "skipped.tsv", rows)
+        if len(self.skipped) > MAX_BAD * self.count:
+            raise DataError(
+                f"{len(self.skipped)} of {self.count} images do not decode, more than {MAX_BAD:.0%}; {self.root}; "
+                f"see {self.out / 'skipped.tsv'}"
+            )
+
+    def save(self, step: Step, *, model: nn.Module, optimizer: Optimizer) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            NonFiniteError: If a weight is no number; then none is written.
+        """
+        if not checkpoint.is_finite(model):
+            raise NonFiniteError(f"weights are no numbers at step {step.number}; {self.out}; lower --optim.blr")
+        state = {
+            "settings": self.settings,
+            "fingerprint": self.fingerprint,
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "summary": self.summary,
+        }
+        checkpoint.save(self.checkpoints, step=step.number, model=model, optimizer=optimizer, state=state)
+        if not sys.stderr.isatty():
+            print(f"step {step.number}: loss {float(step.loss):.4f}, saved", file=sys.stderr, flush=True)
+
+
+def tensorboard(out: Path) -> Any:
+    """Open a TensorBoard log, if TensorBoard is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out / "tensorboard"))

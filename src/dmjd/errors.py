@@ -1,0 +1,40 @@
+"""What can go wrong through no fault of this program, and the exit code that says so.
+
+Every message is one line: what happened; where; what to do. The command line prints it and exits with `exit_code`.
+"""
+
+
+class UserError(Exception):
+    """Something outside the program has to change before it can go on."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError, ValueError):
+    """Usage or configuration."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Images or labels."""
+
+    exit_code = 3
+
+
+class CheckpointError(UserError):
+    """A checkpoint or a backbone file."""
+
+    exit_code = 4
+
+
+class NonFiniteError(UserError):
+    """A loss or a gradient that is no number."""
+
+    exit_code = 5
+
+
+class StorageError(UserError):
+    """Disk full, or no permission."""
+
+    exit_code = 6

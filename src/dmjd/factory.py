@@ -1,0 +1,118 @@
+"""From settings to a model."""
+
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import yaml
+
+from dmjd import config
+from dmjd.backbones.vit import create_vit
+from dmjd.heads import Decoder, LinearHead, Projector
+from dmjd.masking import mask_counts
+from dmjd.method import DMJD
+from dmjd.targets import HOG, Pixels, Target
+
+# Mean and standard deviation of the channels, for values in 0..1: ImageNet's for colour, round numbers for grey.
+STATISTICS = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.5,), (0.25,))}
+
+
+def build(preset: str, size: str = "base", *, image_size: int | tuple[int, int] = 224, **overrides: Any) -> DMJD:
+    """Build the model of a preset, untrained.
+
+    Args:
+        preset: Name of a file in `dmjd/presets`.
+        size: `tiny`, `small`, `base` or `large`.
+        image_size: Side, or height and width, in pixels.
+        **overrides: Settings by name, such as `patch_size=8` or `num_views=4`; with the section in front where a name
+            stands in several, such as `decoder_depth=2`. A bare name means the first section that has it.
+
+    Raises:
+        ValueError: If there is no such preset or setting, or the settings do not go together.
+    """
+    path = config.PRESETS / f"{preset}.yaml"
+    if not path.is_file():
+        names = sorted(file.stem for file in config.PRESETS.glob("*.yaml"))
+        raise ValueError(f"there is no preset {preset!r}; choose one of {', '.join(names)}")
+    sections: dict[str, Any] = {
+        setting.name: type(value)
+        for setting in fields(config.Pretrain)
+        if is_dataclass(value := getattr(config.Pretrain(), setting.name))
+    }
+    places: dict[str, tuple[str, str]] = {}
+    for section, kind in sections.items():
+        for setting in fields(kind):
+            places[f"{section}_{setting.name}"] = (section, setting.name)
+            places.setdefault(setting.name, (section, setting.name))
+    recipe = yaml.safe_load(path.read_text())
+    values = {section: dict(recipe.get(section, {})) for section in sections}
+    side = image_size if isinstance(image_size, int) else "x".join(map(str, image_size))
+    for name, value in {"size": size, "image_size": str(side), **overrides}.items():
+        if name not in places:
+            nearest = get_close_matches(name, places, n=1)
+            raise ValueError(f"there is no setting {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
+        section, key = places[name]
+        values[section][key] = value
+    return from_settings(config.Pretrain(**{section: kind(**values[section]) for section, kind in sections.items()}))
+
+
+def from_settings(settings: config.Pretrain) -> DMJD:
+    """Build the model that settings describe, untrained.
+
+    Raises:
+        ValueError: If the settings do not go together.
+    """
+    model, masking, decoder = settings.model, settings.masking, settings.decoder
+    if model.in_chans not in STATISTICS:
+        raise ValueError(f"model.in_chans {model.in_chans} is neither 3 (RGB) nor 1 (grey)")
+    mask_counts(
+        model.grid,
+        block=masking.block,
+        num_views=masking.num_views,
+        mask_ratio=masking.mask_ratio,
+        predict_ratio=masking.predict_ratio,
+    )  # raises where no such masks exist
+    shape = {"embed_dim": model.embed_dim, "depth": model.depth, "num_heads": model.num_heads}
+    encoder = create_vit(
+        model.size,
+        image_size=model.image_hw,
+        patch_size=model.patch_size,
+        in_chans=model.in_chans,
+        class_token=model.class_token,
+        reg_tokens=model.reg_tokens,
+        mask_token=model.mask_token,
+        **{name: value for name, value in shape.items() if value is not None},
+    )
+    mean, std = STATISTICS[model.in_chans]
+    target: Target
+    if settings.masked.target == "hog":
+        target = HOG(model.patch_size, in_chans=model.in_chans, cell_size=settings.cell_size)
+    else:
+        standardize = settings.masked.target == "normalized_pixels"
+        target = Pixels(model.patch_size, mean=mean, std=std, standardize=standardize)
+    head = (
+        LinearHead(encoder.embed_dim, target.dim)
+        if decoder.depth == 0
+        else Decoder(
+            encoder.embed_dim,
+            target.dim,
+            encoder.grid,
+            embed_dim=decoder.embed_dim,
+            depth=decoder.depth,
+            num_heads=decoder.num_heads,
+            mlp_ratio=decoder.mlp_ratio,
+        )
+    )
+    return DMJD(
+        encoder,
+        target,
+        decoder=head,
+        projector=Projector(encoder.embed_dim, target.dim, embed_dim=decoder.embed_dim)
+        if settings.visible.weight
+        else None,
+        visible_weight=settings.visible.weight,
+        masked_loss=settings.masked.loss,
+        visible_loss=settings.visible.loss,
+        mean=mean,
+        std=std,
+    )

@@ -1,0 +1,99 @@
+"""The heads of joint distillation: a decoder for hidden tokens, a projector for visible ones."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dmjd.backbones import Latents
+from dmjd.backbones.blocks import NORM_EPS, init_weights, last_tokens, sincos_positions, transformer_blocks
+from dmjd.masking import Split, take
+
+
+class Decoder(nn.Module):
+    """The masked branch: transformer blocks on latents and mask tokens predict the hidden tokens (MAE).
+
+    Args:
+        in_dim: Width of the encoder.
+        out_dim: T, width of the target.
+        grid: Rows and columns of tokens.
+        embed_dim: Width of the decoder.
+        depth: Number of blocks.
+        num_heads: Heads of a block.
+        mlp_ratio: Width of a block's MLP over the width of the decoder.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        grid: tuple[int, int],
+        *,
+        embed_dim: int = 512,
+        depth: int = 8,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+    ):
+        super().__init__()
+        self.embed = nn.Linear(in_dim, embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sincos_positions(grid, embed_dim), requires_grad=False)
+        self.blocks = transformer_blocks(embed_dim, depth, num_heads, mlp_ratio)
+        self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.pred = nn.Linear(embed_dim, out_dim)
+        self.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, latents: Latents, tokens: Split) -> Float[Tensor, "N M T"]:
+        """Predict the hidden tokens, in the order of `tokens.hidden`."""
+        num_rows, num_hidden = tokens.hidden.shape
+        # Blocks do not care for the order of tokens: with the mask tokens last, nothing has to be unshuffled.
+        prefix_NPE, visible_NKE = self.embed(latents.prefix), self.embed(latents.visible)
+        position_NLE = self.pos_embed.expand(num_rows, -1, -1)
+        visible_NKE = visible_NKE + take(position_NLE, tokens.visible)
+        hidden_NME = self.mask_token + take(position_NLE, tokens.hidden)
+        x = torch.cat([prefix_NPE, visible_NKE, hidden_NME.to(visible_NKE.dtype)], dim=1)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.pred(self.norm(last_tokens(self.blocks[-1], x, num_hidden)))
+
+
+class LinearHead(nn.Module):
+    """The masked branch of MaskFeat and SimMIM: one linear layer on the encoder's own mask tokens."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.pred = nn.Linear(in_dim, out_dim)
+        self.apply(init_weights)
+
+    def forward(self, latents: Latents, tokens: Split) -> Float[Tensor, "N M T"]:
+        """Predict the hidden tokens, in the order of `tokens.hidden`."""
+        return self.pred(latents.hidden)
+
+
+class Projector(nn.Module):
+    """The visible branch: a three-layer MLP on visible tokens and a linear predictor.
+
+    Args:
+        in_dim: Width of the encoder.
+        out_dim: T, width of the target.
+        embed_dim: Hidden width; in the official recipe that of the decoder.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, *, embed_dim: int = 512):
+        super().__init__()
+        self.project = nn.Sequential(
+            nn.Linear(in_dim, embed_dim),
+            nn.LayerNorm(embed_dim),
+            nn.GELU(),
+            nn.Linear(embed_dim, embed_dim),
+            nn.LayerNorm(embed_dim),
+            nn.GELU(),
+            nn.Linear(embed_dim, embed_dim),
+            nn.LayerNorm(embed_dim, elementwise_affine=False),
+        )
+        self.predict = nn.Linear(embed_dim, out_dim)
+        self.apply(init_weights)
+
+    def forward(self, latents: Latents) -> Float[Tensor, "N K T"]:
+        """Predict the visible tokens, in the order of `Split.visible`."""
+        return self.predict(self.project(latents.visible))

@@ -1,0 +1,29 @@
+"""The regression losses of the two branches."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+LossName = Literal["l2", "smooth_l1"]
+
+# Means over everything. Every row holds equally many tokens, so the mean over a token's width and then over all
+# tokens of the batch, as the paper has it, is this one mean.
+LOSSES: dict[LossName, Callable[..., Tensor]] = {"l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
+
+
+def regression_loss(
+    predicted: Float[Tensor, "N S T"], target: Float[Tensor, "N S T"], name: LossName, *, beta: float = 2.0
+) -> Float[Tensor, ""]:
+    """Compare predictions and targets token by token, in float32 whatever the precision of the model.
+
+    Args:
+        predicted: Predictions of S tokens a row.
+        target: Their targets.
+        name: `l2` (squared error) or `smooth_l1`.
+        beta: Where smooth-L1 turns from quadratic to linear, in units of the target (official DMJD: 2).
+    """
+    options = {"beta": beta} if name == "smooth_l1" else {}
+    return LOSSES[name](predicted.float(), target.float(), **options)

@@ -1,0 +1,141 @@
+"""Disjoint masks: which tokens each view of an image hides (DM).
+
+All views of an image are drawn at once. Its tokens are shuffled, the first P of them are bent into a circle, and view v
+hides the v-th arc of M tokens. So every view hides M tokens, together they hide P, and no token of the circle is hidden
+twice before all are hidden once.
+
+A mask is bool, True = hidden from the encoder. Letters: B images, V views, N = B*V rows (image-major), L tokens of which
+a view hides M and shows K = L - M, P tokens that at least one view hides.
+"""
+
+import math
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor
+
+
+class Split(NamedTuple):
+    """The tokens of every row by number, in raster order."""
+
+    visible: Int[Tensor, "N K"]
+    hidden: Int[Tensor, "N M"]
+
+
+def disjoint_masks(
+    batch_size: int,
+    num_tokens: int,
+    *,
+    num_views: int,
+    mask_ratio: float,
+    predict_ratio: float = 1.0,
+    generator: Generator | None = None,
+) -> Bool[Tensor, "B V L"]:
+    """Draw the masks of V views for each image, token by token.
+
+    One view is MAE's masking; four at a mask ratio of 0.75 show every token exactly once. Arguments and errors are those
+    of `block_masks`.
+    """
+    ratios = {"num_views": num_views, "mask_ratio": mask_ratio, "predict_ratio": predict_ratio}
+    return block_masks(batch_size, (1, num_tokens), block=1, generator=generator, **ratios)
+
+
+def block_masks(
+    batch_size: int,
+    grid: tuple[int, int],
+    *,
+    block: int = 2,
+    num_views: int,
+    mask_ratio: float,
+    predict_ratio: float = 1.0,
+    generator: Generator | None = None,
+) -> Bool[Tensor, "B V L"]:
+    """Draw the masks of V views for each image in squares of `block` x `block` tokens (SimMIM's unit).
+
+    Where squares do not tile the grid, those at its lower and right border are cut short and a few are split between
+    views, so that the counts stay exact and every token equally likely.
+
+    Args:
+        batch_size: B; images are independent of each other.
+        grid: Rows and columns of tokens, L = rows * columns.
+        block: Side of a square, in tokens.
+        num_views: V.
+        mask_ratio: Corruption rate m_corr in (0, 1): a view keeps K = block^2 * floor(L / block^2 * (1 - m_corr)).
+        predict_ratio: Prediction rate m_pred: P = round(m_pred * L), in whole squares where these tile the grid.
+        generator: Source of randomness; its device is the masks' device.
+
+    Raises:
+        ValueError: If there are no such masks; the message names the range that works.
+    """
+    rows, columns = grid
+    num_tokens = rows * columns
+    ratios = {"num_views": num_views, "mask_ratio": mask_ratio, "predict_ratio": predict_ratio}
+    num_hidden, num_predicted = mask_counts(grid, block=block, **ratios)
+    device = generator.device if generator is not None else torch.device("cpu")
+    row_h, column_w = (torch.arange(side, device=device) // block for side in grid)
+    square_L = (row_h[:, None] * math.ceil(columns / block) + column_w).flatten()
+    num_squares = math.ceil(rows / block) * math.ceil(columns / block)
+    # Squares in random order, tokens of one square side by side. In float32, two squares would tie once in a while.
+    noise_BS = torch.rand(batch_size, num_squares, dtype=torch.float64, generator=generator, device=device)
+    place_BL = noise_BS[:, square_L].argsort(dim=1, stable=True).argsort(dim=1)
+    if rows % block or columns % block:
+        # Squares of unequal size do not come first equally often: turning the circle makes their tokens do so.
+        turn_B1 = torch.randint(num_tokens, (batch_size, 1), generator=generator, device=device)
+        place_BL = (place_BL + turn_B1) % num_tokens
+    place_B1L = place_BL[:, None, :]
+    arc_V1 = num_hidden * torch.arange(num_views, device=device)[:, None]
+    return (place_B1L < num_predicted) & ((place_B1L - arc_V1) % num_predicted < num_hidden)
+
+
+def mask_counts(
+    grid: tuple[int, int], *, block: int, num_views: int, mask_ratio: float, predict_ratio: float
+) -> tuple[int, int]:
+    """Count the tokens that each view hides, M, and that at least one view hides, P.
+
+    Ratios are the decimals they are written as: a fifth of 100 tokens is 20, whatever 1 - 0.8 is in binary.
+
+    Raises:
+        ValueError: If no V masks of M tokens cover exactly P tokens.
+    """
+    num_tokens, area = grid[0] * grid[1], block * block
+    corrupt, predict = Fraction(str(mask_ratio)), Fraction(str(predict_ratio))
+    if num_views < 1:
+        raise ValueError(f"num_views is {num_views}; an image needs at least 1 view")
+    num_visible = area * math.floor(num_tokens * (1 - corrupt) / area)
+    if not (0 < corrupt < 1 and num_visible > 0):
+        highest = f"at most {float(1 - Fraction(area, num_tokens)):.4g}" if num_tokens > area else "a larger image"
+        raise ValueError(f"mask_ratio {mask_ratio} leaves no view of {num_tokens} tokens: choose above 0, {highest}")
+    reach = min(Fraction(1), num_views * corrupt)
+    if not corrupt <= predict <= reach:
+        raise ValueError(
+            f"predict_ratio {predict_ratio} is out of reach: {num_views} view(s) at mask_ratio {mask_ratio} predict "
+            f"between {mask_ratio} and {float(reach):g} of the tokens"
+        )
+    num_hidden = num_tokens - num_visible
+    unit = 1 if grid[0] % block or grid[1] % block else area
+    return num_hidden, max(num_hidden, unit * round(num_tokens * predict / unit))
+
+
+def split(masked: Bool[Tensor, "B V L"], device: torch.device | None = None) -> Split:
+    """List the visible and the hidden tokens of every row, on `device`.
+
+    Leave `masked` on the CPU: how many tokens it hides shapes what follows, and reading that from a GPU would stall it.
+
+    Raises:
+        ValueError: If the rows hide different numbers of tokens.
+    """
+    masked_NL = masked.flatten(0, 1)
+    counts_N = masked_NL.sum(dim=1)
+    if (counts_N != counts_N[0]).any():
+        raise ValueError("masked: every view must hide the same number of tokens")
+    order_NL = masked_NL.byte().argsort(dim=1, stable=True).to(device, non_blocking=True)
+    return Split(*order_NL.tensor_split([masked_NL.shape[1] - int(counts_N[0])], dim=1))
+
+
+def take(tokens: Float[Tensor, "B L D"], ids: Int[Tensor, "N S"]) -> Float[Tensor, "N S D"]:
+    """Pick S tokens for each of the V = N / B views of an image, without copying all L tokens V times first."""
+    batch_size, _, width = tokens.shape
+    ids_BVSD = ids.view(batch_size, -1, ids.shape[1], 1).expand(-1, -1, -1, width)
+    return tokens[:, None].expand(-1, ids_BVSD.shape[1], -1, -1).gather(2, ids_BVSD).flatten(0, 1)

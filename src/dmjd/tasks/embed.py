@@ -1,0 +1,43 @@
+"""`dmjd embed`: features of images as a matrix."""
+
+import csv
+import json
+import time
+
+import numpy as np
+
+from dmjd.config import Embed
+from dmjd.data import sources
+from dmjd.tasks.backbone import Extractor
+
+
+def embed(settings: Embed) -> None:
+    """Write features (N, D), float32, to `settings.out` and `path,label` row by row to the .csv beside it.
+
+    All images of a folder are embedded, whatever its parts; the label is there for class folders. Files that do not
+    decode are left out of both and named in the closing line's count.
+
+    Raises:
+        CheckpointError: If the backbone does not load.
+        DataError: If there are no images, or none decodes.
+    """
+    began = time.perf_counter()
+    extractor = Extractor(settings)
+    matrices, rows = [], []
+    skipped = 0
+    for images in sources.load_all(settings.data, in_chans=extractor.in_chans, image_hw=extractor.image_hw):
+        found, seen = extractor.features(images)
+        matrices.append(found.numpy())
+        skipped += len(images) - len(seen)
+        for index in seen:
+            label = [images.classes[images.labels[index]]] if images.labels is not None else []
+            rows.append([images.names[index], *label])
+    out = settings.out.with_suffix(".npy")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    np.save(out, np.concatenate(matrices))
+    with out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label"] if any(len(row) > 1 for row in rows) else ["path"])
+        writer.writerows(rows)
+    seconds = round(time.perf_counter() - began, 1)
+    print(json.dumps({"images": len(rows), "skipped": skipped, "out": str(out), "seconds": seconds}))

@@ -1,0 +1,110 @@
+"""What a run shows of itself: how good its features are, and what its two branches see and say."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from dmjd.config import Pretrain
+from dmjd.data.images import BadImage
+from dmjd.data.loader import Samples
+from dmjd.data.seeds import mix
+from dmjd.data.sources import Images, Parts
+from dmjd.data.transforms import center_crop
+from dmjd.engine.metrics import features, knn_top1, linear_top1, rankme
+from dmjd.masking import split
+from dmjd.method import DMJD
+
+NUM_PICTURES = 8  # held-out images in the report
+NUM_COUNTED = 1000  # training images whose masks are counted there
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Choose at most `most` of `count` numbers, evenly spread, so that sorted classes all appear."""
+    return np.linspace(0, count - 1, min(count, most), dtype=int).tolist() if count else []
+
+
+def labelled(images: Images, indices: Sequence[int]) -> Tensor:
+    """Look up the labels of some images."""
+    assert images.labels is not None
+    return torch.tensor([images.labels[index] for index in indices])
+
+
+def measure(
+    model: DMJD, parts: Parts, image_hw: tuple[int, int], *, max_images: int, device: torch.device, probe: bool = False
+) -> dict[str, float]:
+    """Measure the mean-pooled features of the backbone as it is.
+
+    With labels: k-NN accuracy on held-out images (and that of a linear probe), by at most `max_images` training and as
+    many held-out images. Without: RankMe of the held-out ones.
+    """
+    training = model.training
+    model.eval()
+    compute = partial(
+        features,
+        lambda images: model.encoder.backbone(model.normalize(images)),
+        transform=partial(center_crop, size=image_hw),
+        device=device,
+    )
+    held_out, shown = compute(parts.held_out, spread(len(parts.held_out), max_images))
+    if parts.train.labels is None or parts.held_out.labels is None:
+        measured = {"rankme": rankme(held_out)}
+    else:
+        bank, seen = compute(parts.train, spread(len(parts.train), max_images))
+        pairs = (bank, labelled(parts.train, seen), held_out, labelled(parts.held_out, shown))
+        measured = {"knn_top1": knn_top1(*pairs)} | ({"linear_top1": linear_top1(*pairs)} if probe else {})
+    model.train(training)
+    return measured
+
+
+@torch.inference_mode()
+def write_samples(
+    path: Path,
+    settings: Pretrain,
+    model: DMJD,
+    samples: Samples,
+    held_out: Images,
+    *,
+    last_epoch: int,
+    device: torch.device,
+) -> None:
+    """Write what the report draws: held-out images, masks, targets and predictions, and how often tokens were hidden.
+
+    The counts are those of the masks that training images had in epoch `last_epoch`, drawn again.
+    """
+    pictures, masks = [], []
+    for index in spread(len(held_out), NUM_PICTURES):
+        try:
+            pictures.append(center_crop(held_out.read(index), settings.model.image_hw))
+        except BadImage:
+            continue
+        masks.append(samples.draw(generator=torch.Generator().manual_seed(mix(settings.seed, 0, index))))
+    if not pictures:
+        return
+    images, masked = torch.stack(pictures).to(device), torch.cat(masks)
+    model.eval()
+    said = model.predict(images, masked).masked.float().cpu()
+    hidden = split(masked).hidden[..., None].expand(-1, -1, said.shape[-1])
+    predicted = torch.zeros(len(said), math.prod(settings.model.grid), said.shape[-1]).scatter(1, hidden, said)
+    counted = [samples[last_epoch, index][1].sum(dim=0) for index in spread(len(samples.images), NUM_COUNTED)]
+    tensors = {
+        "images": images.cpu(),
+        "masked": masked.byte(),
+        "target": model.target(images).float().cpu(),
+        "predicted": predicted.unflatten(0, (len(images), -1)),
+        "times_hidden": torch.stack(counted),
+    }
+    metadata = {
+        "grid": "{} {}".format(*settings.model.grid),
+        "patch_size": str(settings.model.patch_size),
+        "target": settings.masked.target,
+        "cell_size": str(settings.cell_size),
+        "mean": " ".join(map(str, model.mean.flatten().tolist())),
+        "std": " ".join(map(str, model.std.flatten().tolist())),
+    }
+    save_file({name: np.ascontiguousarray(value.numpy()) for name, value in tensors.items()}, path, metadata)

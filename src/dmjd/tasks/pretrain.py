@@ -1,0 +1,186 @@
+"""`dmjd pretrain`: a folder of images in; a backbone, its metrics and a report out."""
+
+import json
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dmjd.backbones.files import save_backbone
+from dmjd.config import Pretrain, to_dict, to_yaml
+from dmjd.data import sources
+from dmjd.data.loader import Positions, Samples, train_batches
+from dmjd.data.sources import Images, Parts
+from dmjd.data.transforms import random_crop
+from dmjd.engine import checkpoint
+from dmjd.engine.devices import choose_device, choose_precision
+from dmjd.engine.loop import train
+from dmjd.engine.optim import create_optimizer, warmup_cosine
+from dmjd.engine.record import Record
+from dmjd.errors import ConfigError
+from dmjd.factory import from_settings
+from dmjd.masking import block_masks
+from dmjd.tasks.monitor import measure, write_samples
+from dmjd.tasks.report import write_report
+
+# What may differ between a run and its resumption: none of it changes a loss on the same kind of device.
+MAY_CHANGE = {"out", "resume", "preset", "config", "data", "workers", "device", "debug", "monitor"}
+
+
+def pretrain(settings: Pretrain) -> None:
+    """Pre-train as `settings` say and write the run directory `settings.out`.
+
+    Raises:
+        ConfigError: If settings do not go together, or `out` holds a run and shall not be resumed.
+        DataError: If there are no images or too many do not decode.
+        CheckpointError: If the run to resume is another one.
+        NonFiniteError: If a loss is no number; the last checkpoint is from before.
+        SystemExit: With code 143 after SIGTERM or SIGINT, when a checkpoint is written.
+    """
+    out, optim, monitor = settings.out, settings.optim, settings.monitor
+    if (out / "config.yaml").exists() and not settings.resume:
+        raise ConfigError(f"there is a run already; {out}; add --resume to go on with it or choose another --out")
+    device = choose_device(settings.device)
+    torch.manual_seed(settings.seed)
+    try:
+        model = from_settings(settings).to(device)
+        optimizer = create_optimizer(
+            model, name=optim.name, lr=settings.lr, weight_decay=optim.weight_decay, betas=optim.betas
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    parts = Parts(*map(sources.in_memory, load(settings)))
+    count = len(parts.train)
+    steps = settings.steps or max(round(settings.epochs * count / settings.batch_size), 1)
+
+    record = Record(out, to_dict(settings), parts.train, batch_size=settings.batch_size)
+    newest = checkpoint.latest(record.checkpoints) if settings.resume else None
+    if newest:
+        start = record.resume(newest, model=model, optimizer=optimizer, may_change=MAY_CHANGE)
+    else:
+        start = 0
+        record.begin(to_yaml(settings))
+    if parts.train.held:
+        record.skip({parts.train.names[index]: reason for index, reason in parts.train.held.bad.items()})
+    evaluate = partial(measure, model, parts, settings.model.image_hw, max_images=monitor.max_images, device=device)
+    if start == 0:
+        record.summary["untrained"] = evaluate(probe=True)
+        record.write({"step": 0, "epoch": 0.0} | record.summary["untrained"])
+
+    samples = training_samples(settings, parts.train)
+    positions = Positions(count, settings.batch_size, start, steps, settings.seed, optim.accumulation)
+    batches = train_batches(samples, positions, workers=settings.workers, pin_memory=device.type == "cuda")
+    evaluate_at, save_at = spaced(steps, monitor.evals + 1) - {steps}, spaced(steps, monitor.saves) | {steps}
+    model.train()
+    bar = tqdm(total=steps, initial=start, desc="pretrain", unit="step", disable=None, dynamic_ncols=True)
+    with bar, stop_signals() as stop:
+        for step in train(
+            model,
+            iter(batches),
+            optimizer,
+            start=start,
+            steps=steps,
+            accumulation=optim.accumulation,
+            lr=warmup_cosine(settings.lr, warmup=optim.warmup_epochs * count / settings.batch_size, steps=steps),
+            clip_grad=optim.clip_grad,
+            device=device,
+            autocast=choose_precision(settings.precision, device),
+        ):
+            record.skip(step.skipped)
+            if step.number % monitor.log_every == 0 or step.number == steps:
+                line = record.log(step)
+                losses = {key.removeprefix("loss_"): f"{line[key]:.4f}" for key in line if key.startswith("loss")}
+                bar.set_postfix({**losses, "images/s": f"{line['images_per_second']:.0f}"}, refresh=False)
+            if step.number in evaluate_at:
+                record.write({"step": step.number, "epoch": step.number * settings.batch_size / count} | evaluate())
+            if step.number in save_at or stop:
+                record.save(step, model=model, optimizer=optimizer)
+            bar.update()
+            if stop and step.number < steps:
+                print(f"stopped at step {step.number}; {out}; go on with --resume", file=sys.stderr)
+                raise SystemExit(143)
+
+    record.summary["trained"] = evaluate(probe=True)
+    record.write({"step": steps, "epoch": steps * settings.batch_size / count} | record.summary["trained"])
+    write_samples(
+        out / "samples.safetensors",
+        settings,
+        model,
+        samples,
+        parts.held_out if len(parts.held_out) else parts.train,
+        last_epoch=(steps * settings.batch_size - 1) // count,
+        device=device,
+    )
+    backbone = model.encoder.backbone
+    mean, std = (statistic.flatten().tolist() for statistic in (model.mean, model.std))
+    assert model.encoder.architecture is not None
+    save_backbone(out / "backbone.safetensors", backbone, model.encoder.architecture, mean, std)
+    summary = record.summary | {
+        "seconds": round(record.seconds, 1),
+        "images": steps * settings.batch_size,
+        "steps": steps,
+        "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
+        "data": settings.data,
+        "num_images": count,
+        "skipped": len(record.skipped),
+        "command": shlex.join(["dmjd", "pretrain", "--config", str(out / "config.yaml"), "--out", "NEW"]),
+    }
+    checkpoint.write_atomically(out / "summary.json", json.dumps(summary, indent=1))
+    report = write_report(out)
+    print(f"done in {record.seconds:.0f} s; look at {report}; then: dmjd knn --backbone {out}/backbone.safetensors")
+
+
+def load(settings: Pretrain) -> Parts:
+    """Find the images."""
+    model = settings.model
+    return sources.load(settings.data, in_chans=model.in_chans, image_hw=model.image_hw, seed=settings.seed)
+
+
+def training_samples(settings: Pretrain, images: Images) -> Samples:
+    """Make the training samples that settings describe."""
+    crop, masking = settings.crop, settings.masking
+    return Samples(
+        images,
+        partial(random_crop, size=settings.model.image_hw, scale=crop.scale, ratio=crop.ratio, flip=crop.flip),
+        partial(
+            block_masks,
+            1,
+            settings.model.grid,
+            block=masking.block,
+            num_views=masking.num_views,
+            mask_ratio=masking.mask_ratio,
+            predict_ratio=masking.predict_ratio,
+        ),
+        settings.seed,
+    )
+
+
+def spaced(steps: int, parts: int) -> set[int]:
+    """Cut a run into equal parts and return the steps where they end."""
+    return {round(steps * part / parts) for part in range(1, parts + 1)} - {0}
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT in a list, to be looked at between two steps; a second one acts at once."""
+    received: list[int] = []
+
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
+        restore()
+
+    def restore() -> None:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        restore()
