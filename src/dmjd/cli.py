@@ -14,10 +14,11 @@ from cyclopts.config import Yaml
 
 from dmjd import config, errors
 
+DEFAULTS = config.Pretrain()
 Flat = Parameter(name="*")  # a settings class's own fields become the flags of the verb
 
 
-def pretrain(*, settings: Annotated[config.Pretrain, Flat] = config.Pretrain()) -> None:
+def pretrain(*, settings: Annotated[config.Pretrain, Flat] = DEFAULTS) -> None:
     """Pre-train a backbone on unlabelled images."""
     from dmjd.tasks.pretrain import pretrain
 

@@ -1,6 +1,6 @@
 """Every setting of every verb: its type, its default, its help text and the rules between settings.
 
-Nothing here imports torch, so that `--help` is instant. A setting travels YAML -> dataclass -> task -> keyword argument.
+Nothing here imports torch, so that `--help` is instant. A setting travels YAML -> dataclass -> task -> argument.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -232,7 +232,7 @@ class Pretrain(Run):
     def __post_init__(self) -> None:
         if self.batch_size % self.optim.accumulation or self.batch_size < 1:
             raise ConfigError(
-                f"batch_size {self.batch_size} is not a positive multiple of optim.accumulation {self.optim.accumulation}"
+                f"batch_size {self.batch_size} is no positive multiple of optim.accumulation {self.optim.accumulation}"
             )
         if self.model.mask_token != (self.decoder.depth == 0):
             raise ConfigError("model.mask_token and decoder.depth 0 (a linear head) belong together: set both or none")

@@ -4,13 +4,13 @@ All views of an image are drawn at once. Its tokens are shuffled, the first P of
 hides the v-th arc of M tokens. So every view hides M tokens, together they hide P, and no token of the circle is hidden
 twice before all are hidden once.
 
-A mask is bool, True = hidden from the encoder. Letters: B images, V views, N = B*V rows (image-major), L tokens of which
-a view hides M and shows K = L - M, P tokens that at least one view hides.
+A mask is bool, True = hidden from the encoder. Letters: B images, V views, N = B*V rows (image-major), L tokens of
+which a view hides M and shows K = L - M, P tokens that at least one view hides.
 """
 
 import math
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,10 +35,10 @@ def disjoint_masks(
 ) -> Bool[Tensor, "B V L"]:
     """Draw the masks of V views for each image, token by token.
 
-    One view is MAE's masking; four at a mask ratio of 0.75 show every token exactly once. Arguments and errors are those
-    of `block_masks`.
+    One view is MAE's masking; four at a mask ratio of 0.75 show every token exactly once. Arguments and errors are
+    those of `block_masks`.
     """
-    ratios = {"num_views": num_views, "mask_ratio": mask_ratio, "predict_ratio": predict_ratio}
+    ratios: Any = {"num_views": num_views, "mask_ratio": mask_ratio, "predict_ratio": predict_ratio}
     return block_masks(batch_size, (1, num_tokens), block=1, generator=generator, **ratios)
 
 
@@ -71,7 +71,7 @@ def block_masks(
     """
     rows, columns = grid
     num_tokens = rows * columns
-    ratios = {"num_views": num_views, "mask_ratio": mask_ratio, "predict_ratio": predict_ratio}
+    ratios: Any = {"num_views": num_views, "mask_ratio": mask_ratio, "predict_ratio": predict_ratio}
     num_hidden, num_predicted = mask_counts(grid, block=block, **ratios)
     device = generator.device if generator is not None else torch.device("cpu")
     row_h, column_w = (torch.arange(side, device=device) // block for side in grid)

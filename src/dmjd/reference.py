@@ -41,8 +41,8 @@ def load_reference(
 ) -> DMJD:
     """Make the model that a pre-training checkpoint of the official MAE program describes, with its weights.
 
-    Everything but the heads is read from the shapes: widths, depths, MLP ratios, patch and image size (taken as square),
-    channels, class token, and a visible branch where there is a projector.
+    Everything but the heads is read from the shapes: widths, depths, MLP ratios, channels, patch size, image size
+    (taken as square), class token, and a visible branch where there is a projector.
 
     Args:
         state_dict: Official names and tensors.
@@ -100,7 +100,7 @@ def load_reference(
     weights["decoder.pos_embed"] = positions[:, class_token:]  # the official row of the class token is zero
     ours = model.state_dict()
     wrong = sorted(
-        {name for name in ours.keys() ^ weights.keys()}
+        (ours.keys() ^ weights.keys())
         | {name for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape}
     )
     if wrong:

@@ -26,8 +26,8 @@ def save_backbone(path: Path, model: nn.Module, architecture: tuple[str, dict[st
 def load_backbone(path: str | Path) -> nn.Module:
     """Load a trained backbone as a timm model, in evaluation mode.
 
-    Its `pretrained_cfg` holds the mean and the standard deviation that images must be normalised by, and its input size.
-    The same in plain timm: `timm.create_model(architecture, **model_args, checkpoint_path=path)`, both from the metadata.
+    Its `pretrained_cfg` holds the input size and the mean and standard deviation to normalise images by. The same in
+    plain timm: `timm.create_model(architecture, **model_args, checkpoint_path=path)`, both from the metadata.
 
     Args:
         path: A `backbone.safetensors`.

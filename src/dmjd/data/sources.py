@@ -1,8 +1,8 @@
 """Where images come from: a folder of any shape, or a set by name.
 
 A source is a numbered set of images with, perhaps, labels. A folder with a `train` part and a `val`, `validation` or
-`test` part brings its own held-out images; from any other set a twentieth, drawn by seed, is held out. A part has labels
-if every image lies in a folder of its class: PART/CLASS/IMAGE.
+`test` part brings its own held-out images; from any other set a twentieth, drawn by seed, is held out. A part has
+labels if every image lies in a folder of its class: PART/CLASS/IMAGE.
 """
 
 import gzip

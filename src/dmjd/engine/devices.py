@@ -25,6 +25,6 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """Make the context of a forward pass: float32 as it is, or bf16 matrix products (`auto`: on GPUs that have them)."""
+    """Make the context of a forward pass: float32, or bf16 matrix products (`auto`: on GPUs that have them)."""
     bf16 = name == "bf16" or (name == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
     return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)
