@@ -1,6 +1,6 @@
 """From settings to a model."""
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -13,6 +13,8 @@ from dmjd.masking import mask_counts
 from dmjd.method import DMJD
 from dmjd.targets import HOG, Pixels, Target
 
+# Sections of the settings that a model is made of.
+SECTIONS = ("model", "masking", "masked", "visible", "hog", "decoder")
 # Mean and standard deviation of the channels, for values in 0..1: ImageNet's for colour, round numbers for grey.
 STATISTICS = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.5,), (0.25,))}
 
@@ -34,11 +36,7 @@ def build(preset: str, size: str = "base", *, image_size: int | tuple[int, int] 
     if not path.is_file():
         names = sorted(file.stem for file in config.PRESETS.glob("*.yaml"))
         raise ValueError(f"there is no preset {preset!r}; choose one of {', '.join(names)}")
-    sections: dict[str, Any] = {
-        setting.name: type(value)
-        for setting in fields(config.Pretrain)
-        if is_dataclass(value := getattr(config.Pretrain(), setting.name))
-    }
+    sections: dict[str, Any] = {name: type(getattr(config.Pretrain(), name)) for name in SECTIONS}
     places: dict[str, tuple[str, str]] = {}
     for section, kind in sections.items():
         for setting in fields(kind):

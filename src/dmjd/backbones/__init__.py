@@ -4,7 +4,7 @@ The contract is small: attributes that size the heads and the masks, and one cal
 image. An encoder may keep hidden tokens out (`hidden` is None) or carry them along as mask tokens.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ class Latents(NamedTuple):
     hidden: Float[Tensor, "N M D"] | None
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """What the method asks of a backbone."""
 

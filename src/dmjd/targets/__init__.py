@@ -4,7 +4,7 @@ A target is a module with `dim` (the width T) and `forward(images) -> (B, L, T)`
 one file here.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from dmjd.targets.pixels import Pixels
 __all__ = ["HOG", "Pixels", "Target", "hog"]
 
 
+@runtime_checkable
 class Target(Protocol):
     """What the method asks of a target."""
 

@@ -1,0 +1,216 @@
+"""The method on one page does what the page says."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import dmjd
+from dmjd.config import PRESETS
+from dmjd.losses import regression_loss
+
+SOURCE = Path(dmjd.__file__).parent
+SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "image_size": 32}
+HEAD = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+
+
+def small(preset="dmjd", **overrides):
+    torch.manual_seed(0)
+    head = {"decoder_embed_dim": 32, "decoder_num_heads": 2} | ({} if preset == "maskfeat" else {"decoder_depth": 1})
+    return dmjd.build(preset, "tiny", **(SMALL | head | overrides))
+
+
+def batch(model, views=2, ratio=0.5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = model.encoder.grid
+    side = model.encoder.patch_size
+    images = torch.randint(0, 256, (3, 3, rows * side, columns * side), dtype=torch.uint8, generator=generator)
+    masked = dmjd.disjoint_masks(3, rows * columns, num_views=views, mask_ratio=ratio, generator=generator)
+    return images, masked
+
+
+def test_dmjd__losses_are_those_of_hidden_and_of_visible_tokens():
+    model = small().eval()
+    images, masked = batch(model)
+    target = model.target(images).repeat_interleave(2, dim=0)
+    said = model.predict(images, masked)
+    flat = masked.flatten(0, 1)
+    torch.testing.assert_close(said.masked_target.flatten(0, 1), target[flat])
+    torch.testing.assert_close(said.visible_target.flatten(0, 1), target[~flat])
+    losses = model(images, masked)
+    torch.testing.assert_close(losses.masked, (said.masked.flatten(0, 1) - target[flat]).square().mean())
+    error = (said.visible.flatten(0, 1) - target[~flat]).abs()
+    huber = torch.where(error < 2, error.square() / 4, error - 1).mean()
+    torch.testing.assert_close(losses.visible, huber)
+    torch.testing.assert_close(losses.total, losses.masked + losses.visible)
+
+
+def test_dmjd__visible_weight_scales_the_visible_branch():
+    images, masked = batch(small())
+    one, three = small(), small(visible_weight=3.0)
+    assert torch.allclose(three(images, masked).total - one(images, masked).total, 2 * one(images, masked).visible)
+
+
+def test_dmjd__without_a_projector_the_visible_loss_is_zero():
+    model = small("dm")
+    losses = model(*batch(model))
+    assert losses.visible == 0
+    assert losses.total == losses.masked
+
+
+@pytest.mark.parametrize("preset", ["mae", "dm", "dmjd", "maskfeat"])
+def test_dmjd__every_trainable_weight_gets_a_gradient(preset):
+    model = small(preset)
+    model(*batch(model)).total.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+
+
+def test_dmjd__an_image_is_scored_alone():
+    model = small().eval()
+    images, masked = batch(model)
+    said = model.predict(images, masked)
+    alone = model.predict(images[1:2], masked[1:2])
+    torch.testing.assert_close(said.masked[2:4], alone.masked)
+    torch.testing.assert_close(said.visible[2:4], alone.visible)
+
+
+def test_dmjd__views_of_an_image_are_scored_alone():
+    model = small().eval()
+    images, masked = batch(model)
+    said = model.predict(images, masked)
+    second = model.predict(images, masked[:, 1:])
+    torch.testing.assert_close(said.masked[1::2], second.masked)
+
+
+def test_dmjd__masks_may_be_on_the_device_and_images_float():
+    model = small().eval()
+    images, masked = batch(model)
+    assert torch.allclose(model(images, masked).total, model(images.float(), masked).total)
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+def test_build__every_preset_at_every_size(preset, size):
+    with torch.device("meta"):
+        model = dmjd.build(preset, size, image_size=64, patch_size=16)
+    widths = {"tiny": 192, "small": 384, "base": 768, "large": 1024}
+    assert preset == "quick" or model.encoder.embed_dim == widths[size]
+
+
+def test_build__unknown_names_are_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="choose one of"):
+        dmjd.build("dmj")
+    with pytest.raises(ValueError, match="did you mean 'patch_size'"):
+        dmjd.build("dmjd", patch_siz=8)
+    with pytest.raises(ValueError, match="not a multiple"):
+        dmjd.build("dmjd", "tiny", image_size=100)
+    with pytest.raises(ValueError, match="out of reach"):
+        dmjd.build("dmjd", "tiny", mask_ratio=0.3)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"patch_size": 4},
+        {"class_token": True},
+        {"reg_tokens": 2},
+        {"mask_token": True, "decoder_depth": 0},
+        {"embed_dim": 64},
+        {"depth": 1},
+        {"num_heads": 4},
+        {"target": "pixels"},
+        {"target": "normalized_pixels"},
+        {"masked_loss": "smooth_l1"},
+        {"visible_loss": "l2"},
+        {"weight": 0.0},
+        {"cell_size": 8},
+        {"decoder_embed_dim": 48},
+        {"decoder_depth": 2},
+        {"decoder_num_heads": 4},
+        {"decoder_mlp_ratio": 2.0},
+    ],
+    ids=str,
+)
+def test_build__every_model_setting_changes_the_loss(overrides):
+    model, other = small(), small(**overrides)
+    loss = model(*batch(model)).total
+    assert loss != other(*batch(other)).total
+
+
+def test_regression_loss__is_computed_in_float32():
+    predicted = torch.full((1, 4, 8), 1.0, dtype=torch.bfloat16)
+    loss = regression_loss(predicted, torch.zeros(1, 4, 8), "l2")
+    assert loss.dtype == torch.float32
+    assert loss == 1
+
+
+def test_dmjd__learns_to_predict_one_batch():
+    model = small()
+    images, masked = batch(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    first = model(images, masked)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(images, masked).total.backward()
+        optimizer.step()
+    last = model(images, masked)
+    assert last.masked < 0.7 * first.masked
+    assert last.visible < 0.7 * first.visible
+
+
+def code_lines(path):
+    """Lines that are neither blank nor comment nor docstring."""
+    source = path.read_text()
+    lines = {n for n, line in enumerate(source.splitlines(), 1) if line.strip() and not line.strip().startswith("#")}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines -= set(range(node.lineno, node.end_lineno + 1))
+    return len(lines)
+
+
+def test_method__reads_in_under_400_lines_of_code():
+    files = [SOURCE / f"{name}.py" for name in ("masking", "losses", "heads", "method")]
+    files += sorted((SOURCE / "targets").glob("*.py"))
+    assert sum(map(code_lines, files)) < 400
+
+
+LAYERS = [
+    {"cli"},
+    {"tasks"},
+    {"reference"},
+    {"factory"},
+    {"engine"},
+    {"config", "data"},
+    {"method"},
+    {"heads"},
+    {"backbones"},
+    {"targets", "losses", "masking"},
+    {"errors"},
+]
+
+
+def test_imports__run_one_way():
+    level = {name: number for number, names in enumerate(LAYERS) for name in names}
+    for path in SOURCE.rglob("*.py"):
+        package = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        if package == "__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = (
+                [f"{node.module}.{alias.name}" if node.module == "dmjd" else node.module for alias in node.names]
+                if isinstance(node, ast.ImportFrom) and node.module
+                else [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else []
+            )
+            for module in modules:
+                if module.startswith("dmjd."):
+                    imported = module.split(".")[1]
+                    assert imported == package or level[imported] > level[package], f"{path.name} imports {module}"
+                if module.split(".")[0] == "timm":
+                    allowed = ("backbones/", "targets/teacher.py", "engine/optim.py", "tasks/")
+                    assert str(path.relative_to(SOURCE)).startswith(allowed), f"{path.name} imports timm"
