@@ -11,8 +11,7 @@ from dmjd.config import PRESETS
 from dmjd.losses import regression_loss
 
 SOURCE = Path(dmjd.__file__).parent
-SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "image_size": 32}
-HEAD = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+SMALL = {"backbone": "vit", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "image_size": 32}
 
 
 def small(preset="dmjd", **overrides):
@@ -59,9 +58,12 @@ def test_dmjd__without_a_projector_the_visible_loss_is_zero():
     assert losses.total == losses.masked
 
 
+@pytest.mark.parametrize("backbone", ["vit", "convvit"])
 @pytest.mark.parametrize("preset", ["mae", "dm", "dmjd", "maskfeat"])
-def test_dmjd__every_trainable_weight_gets_a_gradient(preset):
-    model = small(preset)
+def test_dmjd__every_trainable_weight_gets_a_gradient(preset, backbone):
+    if preset in ("mae", "maskfeat") and backbone == "convvit":
+        pytest.skip("class and mask tokens belong to the ViT")
+    model = small(preset, backbone=backbone)
     model(*batch(model)).total.backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -115,6 +117,8 @@ def test_build__unknown_names_are_refused_with_the_nearest():
 @pytest.mark.parametrize(
     "overrides",
     [
+        {"backbone": "convvit"},
+        {"backbone": "convvit", "conv_mlp_ratio": 4.0},
         {"patch_size": 4},
         {"class_token": True},
         {"reg_tokens": 2},

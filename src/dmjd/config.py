@@ -3,6 +3,7 @@
 Nothing here imports torch, so that `--help` is instant. A setting travels YAML -> dataclass -> task -> argument.
 """
 
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,16 +19,33 @@ TargetName = Literal["hog", "pixels", "normalized_pixels"]
 LossName = Literal["l2", "smooth_l1"]
 
 
+def at_least(lowest: int | float, settings: Any, *names: str) -> None:
+    """Refuse numbers below `lowest` and those that are not finite; None passes.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    section = "" if isinstance(settings, Run) else f"{type(settings).__name__.lower()}."
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not lowest <= value < math.inf:
+            raise ConfigError(f"{section}{name} {value} is out of range; choose {lowest} or more")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """The backbone."""
 
+    backbone: Literal["vit", "convvit"] = "vit"
+    """vit, or convvit: ConvMAE's hybrid of convolutions and transformer."""
     size: BackboneSize = "base"
-    """Width and depth as in timm: 192 x 12, 384 x 12, 768 x 12, 1024 x 24."""
+    """Width and depth: of a ViT as in timm (192 x 12, 384 x 12, 768 x 12, 1024 x 24), of a ConvViT as published."""
     image_size: str = "224"
     """Side of the square crop in pixels, or HEIGHTxWIDTH."""
     patch_size: int = 16
-    """Side of a token in pixels."""
+    """Side of a token in pixels; a ConvViT has tokens of 16, 8 or 4."""
+    conv_mlp_ratio: float = 8.0
+    """ConvViT: width of an MLP over the width in the convolution stages; DMJD has 8, ConvMAE 4."""
     in_chans: int = 3
     """Channels of an image: 3 (RGB) or 1 (grey)."""
     class_token: bool = False
@@ -37,18 +55,25 @@ class Model:
     mask_token: bool = False
     """Pass hidden tokens through the encoder as mask tokens (SimMIM, MaskFeat); needs decoder.depth 0."""
     embed_dim: int | None = None
-    """Width, where it shall differ from the size's."""
+    """Width, where it shall differ from the size's; a ConvViT's first stages have a quarter and a half of it."""
     depth: int | None = None
-    """Blocks, where they shall differ from the size's."""
+    """Transformer blocks, where they shall differ from the size's."""
     num_heads: int | None = None
     """Heads, where they shall differ from the size's."""
 
     def __post_init__(self) -> None:
+        at_least(1, self, "patch_size", "embed_dim", "depth", "num_heads")
+        at_least(0, self, "reg_tokens")
         height, width = self.image_hw
         if height % self.patch_size or width % self.patch_size:
             raise ConfigError(
                 f"model.image_size {self.image_size} is not a multiple of model.patch_size {self.patch_size}"
             )
+        if self.backbone == "convvit":
+            if self.class_token or self.reg_tokens or self.mask_token:
+                raise ConfigError("model.class_token, reg_tokens and mask_token belong to model.backbone vit")
+            if self.patch_size not in (4, 8, 16):
+                raise ConfigError(f"model.patch_size {self.patch_size}: tokens of a convvit have 16, 8 or 4 px")
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -78,6 +103,9 @@ class Masking:
     block: int = 2
     """Side of the squares that are hidden together, in tokens; 1 hides token by token."""
 
+    def __post_init__(self) -> None:
+        at_least(1, self, "num_views", "block")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Masked:
@@ -99,8 +127,7 @@ class Visible:
     """Loss on visible tokens."""
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ConfigError(f"visible.weight {self.weight} is negative")
+        at_least(0, self, "weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +136,9 @@ class Hog:
 
     cell_size: int | None = None
     """Side of a cell in pixels. Default: 8, or half a patch where patches are smaller than 16."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "cell_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +155,8 @@ class Decoder:
     """Width of an MLP over the width of the decoder."""
 
     def __post_init__(self) -> None:
+        at_least(1, self, "embed_dim", "num_heads")
+        at_least(0, self, "depth", "mlp_ratio")
         if self.embed_dim % self.num_heads or self.embed_dim % 4:
             raise ConfigError(
                 f"decoder.embed_dim {self.embed_dim} is not a multiple of 4 and of its {self.num_heads} heads"
@@ -168,6 +200,10 @@ class Optim:
     accumulation: int = 1
     """Parts of a step's batch that are computed one after the other."""
 
+    def __post_init__(self) -> None:
+        at_least(0, self, "blr", "weight_decay", "warmup_epochs", "clip_grad")
+        at_least(1, self, "accumulation")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Monitor:
@@ -181,6 +217,10 @@ class Monitor:
     """Checkpoints during a run; two are kept."""
     max_images: int = 2000
     """Images per part (training, held out) that an evaluation looks at."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "log_every", "max_images")
+        at_least(0, self, "evals", "saves")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +239,9 @@ class Run:
     """Precision of the matrix products; auto is bf16 where the GPU has it."""
     debug: bool = False
     """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "seed", "workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,9 +273,12 @@ class Pretrain(Run):
     monitor: Monitor = field(default_factory=Monitor)
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.optim.accumulation or self.batch_size < 1:
+        super().__post_init__()
+        at_least(1, self, "steps", "batch_size")
+        at_least(0, self, "epochs")
+        if self.batch_size % self.optim.accumulation:
             raise ConfigError(
-                f"batch_size {self.batch_size} is no positive multiple of optim.accumulation {self.optim.accumulation}"
+                f"batch_size {self.batch_size} is no multiple of optim.accumulation {self.optim.accumulation}"
             )
         if self.model.mask_token != (self.decoder.depth == 0):
             raise ConfigError("model.mask_token and decoder.depth 0 (a linear head) belong together: set both or none")
@@ -262,6 +308,11 @@ class Knn(Run):
     batch_size: int = 256
     """Images at a time."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, self, "k", "batch_size")
+        at_least(0.02, self, "temperature")  # exp(1 / 0.01) is beyond float32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Embed(Run):
@@ -273,6 +324,10 @@ class Embed(Run):
     """Features go to this .npy file, the images' paths and labels to the .csv beside it."""
     batch_size: int = 256
     """Images at a time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, self, "batch_size")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

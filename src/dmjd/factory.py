@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from dmjd import config
-from dmjd.backbones.vit import create_vit
+from dmjd.backbones.convvit import ConvViTEncoder, create_convvit
+from dmjd.backbones.vit import ViT, create_vit
 from dmjd.heads import Decoder, LinearHead, Projector
 from dmjd.masking import mask_counts
 from dmjd.method import DMJD
@@ -70,17 +71,7 @@ def from_settings(settings: config.Pretrain) -> DMJD:
         mask_ratio=masking.mask_ratio,
         predict_ratio=masking.predict_ratio,
     )  # raises where no such masks exist
-    shape = {"embed_dim": model.embed_dim, "depth": model.depth, "num_heads": model.num_heads}
-    encoder = create_vit(
-        model.size,
-        image_size=model.image_hw,
-        patch_size=model.patch_size,
-        in_chans=model.in_chans,
-        class_token=model.class_token,
-        reg_tokens=model.reg_tokens,
-        mask_token=model.mask_token,
-        **{name: value for name, value in shape.items() if value is not None},
-    )
+    encoder = create_encoder(model)
     mean, std = STATISTICS[model.in_chans]
     target: Target
     if settings.masked.target == "hog":
@@ -114,3 +105,18 @@ def from_settings(settings: config.Pretrain) -> DMJD:
         mean=mean,
         std=std,
     )
+
+
+def create_encoder(model: config.Model) -> ViT | ConvViTEncoder:
+    """Create the untrained backbone that settings describe."""
+    shape: dict[str, Any] = {"embed_dim": model.embed_dim, "depth": model.depth, "num_heads": model.num_heads}
+    shape = {name: value for name, value in shape.items() if value is not None}
+    image: dict[str, Any] = {"image_size": model.image_hw, "patch_size": model.patch_size, "in_chans": model.in_chans}
+    if model.backbone == "convvit":
+        return create_convvit(model.size, conv_mlp_ratio=model.conv_mlp_ratio, **image, **shape)
+    tokens: dict[str, Any] = {
+        "class_token": model.class_token,
+        "reg_tokens": model.reg_tokens,
+        "mask_token": model.mask_token,
+    }
+    return create_vit(model.size, **image, **tokens, **shape)

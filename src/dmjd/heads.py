@@ -83,13 +83,13 @@ class Projector(nn.Module):
         super().__init__()
         self.project = nn.Sequential(
             nn.Linear(in_dim, embed_dim),
-            nn.LayerNorm(embed_dim),
+            nn.LayerNorm(embed_dim, eps=NORM_EPS),
             nn.GELU(),
             nn.Linear(embed_dim, embed_dim),
-            nn.LayerNorm(embed_dim),
+            nn.LayerNorm(embed_dim, eps=NORM_EPS),
             nn.GELU(),
             nn.Linear(embed_dim, embed_dim),
-            nn.LayerNorm(embed_dim, elementwise_affine=False),
+            nn.LayerNorm(embed_dim, eps=NORM_EPS, elementwise_affine=False),
         )
         self.predict = nn.Linear(embed_dim, out_dim)
         self.apply(init_weights)

@@ -28,8 +28,12 @@ class Encoder(Protocol):
     num_prefix_tokens: int
     grid: tuple[int, int]  # rows and columns of tokens
     patch_size: int  # side of a token, in pixels
-    backbone: nn.Module  # what is left after pre-training: a timm model
     architecture: tuple[str, dict[str, Any]] | None  # name and arguments that make it by `timm.create_model`
+
+    @property
+    def backbone(self) -> nn.Module:
+        """What is left after pre-training: a timm model."""
+        ...
 
     def __call__(self, images: Tensor, tokens: Split, /) -> Latents:
         """Encode V views of images (B, C, H, W), already normalised; nothing of a hidden pixel reaches the latents."""

@@ -1,0 +1,76 @@
+"""The hybrid in its plain dense form: full maps, masks where they matter, visible tokens picked at the end.
+
+Written from the paper's description as the reference to test and to race against. It reads the weights of a
+`ConvViTEncoder` or a `ConvViT`, so that both forms are the same function.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from dmjd.backbones.convvit import ConvBlock, ConvViT, ConvViTEncoder, PatchEmbed
+
+
+def norm(layer, x: Tensor) -> Tensor:
+    """LayerNorm over the channels of a map."""
+    return F.layer_norm(x.permute(0, 2, 3, 1), layer.normalized_shape, layer.weight, layer.bias, layer.eps).permute(
+        0, 3, 1, 2
+    )
+
+
+def conv(layer, x: Tensor) -> Tensor:
+    """A layer's weights as the convolution they are."""
+    return F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, groups=layer.groups)
+
+
+def embed(layer: PatchEmbed, x: Tensor) -> Tensor:
+    """Patch embedding of a map."""
+    return F.gelu(norm(layer.norm, conv(layer.proj, x)))
+
+
+def dense_block(block: ConvBlock, x: Tensor, shown: Tensor | None) -> Tensor:
+    """A convolution block on a map; `shown` is 0 at hidden positions."""
+    inner = conv(block.conv1, norm(block.norm1, x))
+    inner = inner if shown is None else inner * shown
+    x = x + conv(block.conv2, conv(block.attn, inner))
+    return x + conv(block.mlp.fc2, F.gelu(conv(block.mlp.fc1, norm(block.norm2, x))))
+
+
+def dense_stages(model: ConvViT, images: Tensor, masked_NL: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps of stages 1 and 2 and all tokens at the entrance of stage 3."""
+    shown = {}
+    if masked_NL is not None:
+        token_map = (~masked_NL).to(images.dtype).unflatten(1, model.grid)[:, None]
+        shown = {side: token_map.repeat_interleave(side, 2).repeat_interleave(side, 3) for side in (2, 4)}
+    x1 = embed(model.patch_embed1, images)
+    for block in model.blocks1:
+        x1 = dense_block(block, x1, shown.get(4))
+    x2 = embed(model.patch_embed2, x1)
+    for block in model.blocks2:
+        x2 = dense_block(block, x2, shown.get(2))
+    x3 = model.patch_embed4(embed(model.patch_embed3, x2).flatten(2).transpose(1, 2)) + model.pos_embed
+    return x1, x2, x3
+
+
+def dense_latents(encoder: ConvViTEncoder, images: Tensor, masked: Tensor) -> Tensor:
+    """Latents (N, K, D) of the visible tokens of every view, computed on whole maps."""
+    model, masked_NL = encoder.backbone, masked.flatten(0, 1)
+    images = images.repeat_interleave(masked.shape[1], dim=0)
+    x1, x2, x3 = dense_stages(model, images, masked_NL)
+
+    def pick(tokens: Tensor) -> Tensor:
+        return tokens[~masked_NL].view(len(masked_NL), -1, tokens.shape[-1])
+
+    x = pick(x3)
+    for block in model.blocks3:
+        x = block(x)
+    for decode, stage in ((encoder.stage1_output_decode, x1), (encoder.stage2_output_decode, x2)):
+        x = x + pick(conv(decode, stage).flatten(2).transpose(1, 2))
+    return encoder.norm(x)
+
+
+def dense_classifier(model: ConvViT, images: Tensor) -> Tensor:
+    """Logits of whole images."""
+    _, _, x = dense_stages(model, images, None)
+    for block in model.blocks3:
+        x = block(x)
+    return model.head(model.fc_norm(x.mean(dim=1)))

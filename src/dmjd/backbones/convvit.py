@@ -1,0 +1,419 @@
+"""The ConvMAE hybrid: two stages of convolutions, then a transformer, and no work on hidden tokens.
+
+A token holds 4 x 4 positions of stage 1 and 2 x 2 of stage 2. Every patch embedding is aligned with the tokens, so all
+that a position does alone (norms, 1x1 convolutions, MLPs, embeddings) is done for visible tokens only, as rows of a
+matrix. Only the depthwise convolution looks around: it sees a map with zeros at hidden positions.
+
+Rows are nested: token by token, in it the 2 x 2 positions of stage 2, in each of those its 2 x 2 positions of stage 1.
+A patch embedding then joins neighbouring rows, which costs nothing. S counts the rows of a stage.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Float, Int
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dmjd.backbones import Latents
+from dmjd.backbones.blocks import NORM_EPS, init_weights, sincos_positions, transformer_blocks
+from dmjd.masking import Split, take
+
+CONV_NORM_EPS = 1e-5  # of the LayerNorms of stages 1 and 2
+
+# widths and depths of the three stages, heads of the third
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"embed_dims": (48, 96, 192), "depths": (1, 1, 6), "num_heads": 3},
+    "small": {"embed_dims": (96, 192, 384), "depths": (2, 2, 11), "num_heads": 6},
+    "base": {"embed_dims": (256, 384, 768), "depths": (2, 2, 11), "num_heads": 12},
+    "large": {"embed_dims": (384, 768, 1024), "depths": (2, 2, 23), "num_heads": 16},
+}
+
+
+def nested_positions(grid: tuple[int, int], side: int) -> Int[Tensor, "L s"]:
+    """Number the side x side positions of every token, nested, by their place in the raster of the whole map."""
+    rows, columns = grid
+    numbers = torch.arange(rows * columns * side * side).view(rows, side, columns, side).transpose(1, 2)
+    if side == 4:  # rows and columns of a token in halves: (2, 2, 2, 2) -> (half row, half column, row, column)
+        numbers = numbers.reshape(rows, columns, 2, 2, 2, 2).transpose(3, 4)
+    return numbers.reshape(rows * columns, side * side)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows of a stage lie in the maps of N views; map positions without a row are zero."""
+
+    places: Int[Tensor, " S"]
+    num_maps: int
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, tokens: Int[Tensor, "N K"], grid: tuple[int, int], side: int) -> "Layout":
+        """Lay out the positions of the given tokens of every map."""
+        height, width = grid[0] * side, grid[1] * side
+        positions_NKs = nested_positions(grid, side).to(tokens.device)[tokens]
+        maps_N = height * width * torch.arange(len(tokens), device=tokens.device)
+        return cls((positions_NKs + maps_N[:, None, None]).flatten(), len(tokens), height, width)
+
+    def to_map(self, rows: Float[Tensor, "S D"]) -> Float[Tensor, "N D H W"]:
+        """Scatter rows over maps of zeros (channels last in memory)."""
+        empty = rows.new_zeros(self.num_maps * self.height * self.width, rows.shape[1])
+        full = empty.index_copy(0, self.places, rows)
+        return full.view(self.num_maps, self.height, self.width, -1).permute(0, 3, 1, 2)
+
+    def to_rows(self, maps: Float[Tensor, "N D H W"]) -> Float[Tensor, "S D"]:
+        """Gather the rows again."""
+        return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1]).index_select(0, self.places)
+
+
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution (its official shape) on rows."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__(in_dim, out_dim, 1)
+
+    def forward(self, rows: Float[Tensor, "S D"]) -> Float[Tensor, "S E"]:
+        """Multiply."""
+        return F.linear(rows, self.weight.flatten(1), self.bias)
+
+
+class Joining(nn.Conv2d):
+    """A side x side convolution of stride side (its official shape) on nested rows: joins side^2 of them into one."""
+
+    def __init__(self, in_dim: int, out_dim: int, side: int):
+        super().__init__(in_dim, out_dim, side, stride=side)
+
+    def forward(self, rows: Float[Tensor, "S D"]) -> Float[Tensor, "R E"]:
+        """Multiply."""
+        weight = self.weight.permute(0, 2, 3, 1)  # E, row, column, D
+        if self.kernel_size[0] == 4:
+            weight = weight.unflatten(2, (2, 2)).unflatten(1, (2, 2)).transpose(2, 3)
+        return F.linear(rows.reshape(-1, weight[0].numel()), weight.flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """A convolution without overlap, LayerNorm, GELU."""
+
+    def __init__(self, proj: nn.Conv2d):
+        super().__init__()
+        self.proj = proj
+        self.norm = nn.LayerNorm(proj.out_channels, eps=CONV_NORM_EPS)
+
+    def forward(self, x: Tensor) -> Float[Tensor, "S D"]:
+        """Embed nested rows, or images (B, C, H, W) into raster rows."""
+        x = self.proj(x)
+        return F.gelu(self.norm(x.permute(0, 2, 3, 1).flatten(0, 2) if x.ndim == 4 else x))
+
+
+class ConvMlp(nn.Module):
+    """Two 1x1 convolutions with a GELU between them."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1, self.fc2 = Pointwise(dim, hidden_dim), Pointwise(hidden_dim, dim)
+
+    def forward(self, rows: Float[Tensor, "S D"]) -> Float[Tensor, "S D"]:
+        """Apply."""
+        return self.fc2(F.gelu(self.fc1(rows)))
+
+
+class ConvBlock(nn.Module):
+    """x + conv2(depthwise 5x5(conv1(norm1(x)))), then x + mlp(norm2(x)); `attn` is the official name of the middle."""
+
+    def __init__(self, dim: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=CONV_NORM_EPS)
+        self.conv1 = Pointwise(dim, dim)
+        self.attn = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+        self.conv2 = Pointwise(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=CONV_NORM_EPS)
+        self.mlp = ConvMlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, rows: Float[Tensor, "S D"], layout: Layout) -> Float[Tensor, "S D"]:
+        """Apply; what lies outside the rows counts as zero."""
+        rows = rows + self.conv2(layout.to_rows(self.attn(layout.to_map(self.conv1(self.norm1(rows))))))
+        return rows + self.mlp(self.norm2(rows))
+
+
+class ConvViT(nn.Module):
+    """The hybrid as an image classifier or feature extractor, by timm's conventions.
+
+    Args:
+        img_size: Side, or height and width, in pixels; other sizes interpolate the positions.
+        patch_size: Token stride in pixels: 16 (official), 8 or 4; the first convolution has a quarter of it.
+        in_chans: Channels of an image.
+        num_classes: Classes; 0 leaves out `fc_norm` and `head`, and features are the mean over tokens.
+        embed_dims: Widths of the three stages.
+        depths: Blocks of the three stages.
+        num_heads: Heads of stage 3.
+        mlp_ratios: MLP width over width, by stage: DMJD's 8, 8, 4 or ConvMAE's 4, 4, 4.
+        global_pool: `avg` only.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dims: Sequence[int] = (256, 384, 768),
+        depths: Sequence[int] = (2, 2, 11),
+        num_heads: int = 12,
+        mlp_ratios: Sequence[float] = (8.0, 8.0, 4.0),
+        global_pool: str = "avg",
+    ):
+        super().__init__()
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if patch_size not in (4, 8, 16) or height % patch_size or width % patch_size:
+            size = f"an image of {height} x {width} px"
+            raise ValueError(f"{size} does not consist of tokens of {patch_size} px (16, 8, 4)")
+        if global_pool != "avg":
+            raise ValueError(f"global_pool {global_pool!r}: a ConvViT has no other pooling than 'avg'")
+        first, second, third = embed_dims
+        mlp1, mlp2, mlp3 = map(float, mlp_ratios)
+        self.patch_size, self.global_pool = patch_size, global_pool
+        self.grid = (height // patch_size, width // patch_size)
+        self.num_features = self.head_hidden_size = self.embed_dim = third
+        self.patch_embed1 = PatchEmbed(nn.Conv2d(in_chans, first, patch_size // 4, stride=patch_size // 4))
+        self.patch_embed2 = PatchEmbed(Joining(first, second, 2))
+        self.patch_embed3 = PatchEmbed(Joining(second, third, 2))
+        self.patch_embed4 = nn.Linear(third, third)
+        self.pos_embed = nn.Parameter(sincos_positions(self.grid, third), requires_grad=False)
+        self.blocks1 = nn.ModuleList(ConvBlock(first, mlp1) for _ in range(depths[0]))
+        self.blocks2 = nn.ModuleList(ConvBlock(second, mlp2) for _ in range(depths[1]))
+        self.blocks3 = transformer_blocks(third, depths[2], num_heads, mlp3)
+        self.feature_info = [
+            {"num_chs": dim, "reduction": patch_size // 4 * 2**level, "module": module}
+            for level, (dim, module) in enumerate(
+                [(first, "blocks1"), (second, "blocks2"), (third, "blocks3"), (third, "pool")]
+            )
+        ]
+        self.reset_classifier(num_classes)
+        self.apply(init_weights)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put on a new head; 0 classes take it off."""
+        assert global_pool in (None, "avg")
+        self.num_classes = num_classes
+        self.fc_norm = nn.LayerNorm(self.embed_dim, eps=NORM_EPS) if num_classes else nn.Identity()
+        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+
+    def get_classifier(self) -> nn.Module:
+        """Return the head."""
+        return self.head
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Name the weights without weight decay."""
+        return {"pos_embed"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Give timm the layers for layer decay: all before the transformer is 0, block i is i + 1, the rest is last."""
+        return {
+            "stem": r"^pos_embed|patch_embed|blocks1|blocks2",
+            "blocks": r"^blocks3\.(\d+)",
+        }
+
+    def stages(
+        self, images: Float[Tensor, "B C H W"], tokens: Int[Tensor, "N K"]
+    ) -> tuple[Float[Tensor, "R D1"], Float[Tensor, "S D2"], Float[Tensor, "N K D"]]:
+        """Run all three stages on some tokens of V = N / B views of every image; none sees what is not among them.
+
+        Returns:
+            The nested rows of stage 1 and of stage 2, and the tokens of stage 3 in the order of `tokens`.
+        """
+        grid = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
+        num_tokens = grid[0] * grid[1]
+        (num_rows, _), batch_size = tokens.shape, len(images)
+        layout1, layout2 = Layout.of(tokens, grid, 4), Layout.of(tokens, grid, 2)
+        embedded = self.patch_embed1(images)  # once per image, in raster order
+        size1 = layout1.height * layout1.width
+        view_N = torch.arange(num_rows, device=tokens.device)
+        shift_N = (view_N // (num_rows // batch_size) - view_N) * size1  # from a place in N maps to one in B maps
+        places = (layout1.places.view(num_rows, -1) + shift_N[:, None]).flatten()
+        rows1 = embedded.index_select(0, places)
+        for block in self.blocks1:
+            rows1 = block(rows1, layout1)
+        rows2 = self.patch_embed2(rows1)
+        for block in self.blocks2:
+            rows2 = block(rows2, layout2)
+        position = self.pos_embed
+        if grid != self.grid:
+            position = resample_abs_pos_embed(position, list(grid), list(self.grid), num_prefix_tokens=0)
+        x = self.patch_embed4(self.patch_embed3(rows2)).view(num_rows, -1, self.embed_dim)
+        x = x + take(position.expand(num_rows, num_tokens, -1), tokens)
+        for block in self.blocks3:
+            x = block(x)
+        return rows1, rows2, x
+
+    def _all_tokens(self, images: Float[Tensor, "B C H W"]) -> Int[Tensor, "B L"]:
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"an image of {height} x {width} px does not consist of tokens of {self.patch_size} px")
+        num_tokens = (height // self.patch_size) * (width // self.patch_size)
+        return torch.arange(num_tokens, device=images.device).expand(len(images), -1)
+
+    def forward_features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
+        """Compute the map of stage 3."""
+        (features,) = self.forward_intermediates(images, indices=[2], intermediates_only=True)
+        return features
+
+    def forward_intermediates(
+        self,
+        x: Float[Tensor, "B C H W"],
+        indices: int | list[int] | tuple[int, ...] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Compute maps of strides 4, 8, 16 and 32 (for tokens of 16 px), the last by pooling; arguments as in timm."""
+        assert output_fmt == "NCHW"
+        wanted, _ = feature_take_indices(4, indices)
+        tokens = self._all_tokens(x)
+        grid = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
+        rows1, rows2, latent = self.stages(x, tokens)
+        last = latent.transpose(1, 2).unflatten(2, grid)
+        maps = [
+            Layout.of(tokens, grid, 4).to_map(rows1),
+            Layout.of(tokens, grid, 2).to_map(rows2),
+            last,
+            F.max_pool2d(last, 1, stride=2) if 3 in wanted else last,
+        ]
+        found = [maps[index] for index in wanted]
+        return found if intermediates_only else (last, found)
+
+    def forward_head(self, x: Float[Tensor, "B D h w"], pre_logits: bool = False) -> Tensor:
+        """Pool a map over its tokens and, unless `pre_logits`, classify."""
+        pooled = self.fc_norm(x.mean(dim=(2, 3)))
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Tensor:
+        """Classify, or compute pooled features where there is no head."""
+        return self.forward_head(self.forward_features(images))
+
+
+class ConvViTEncoder(nn.Module):
+    """The hybrid in pre-training: stages 1 and 2 are added to the transformer's output before the last norm."""
+
+    num_prefix_tokens = 0
+
+    def __init__(self, backbone: ConvViT, architecture: tuple[str, dict[str, Any]] | None = None):
+        super().__init__()
+        self.backbone, self.architecture = backbone, architecture
+        self.embed_dim, self.grid, self.patch_size = backbone.embed_dim, backbone.grid, backbone.patch_size
+        first, second = (info["num_chs"] for info in backbone.feature_info[:2])
+        self.stage1_output_decode = Joining(first, self.embed_dim, 4)
+        self.stage2_output_decode = Joining(second, self.embed_dim, 2)
+        self.norm = nn.LayerNorm(self.embed_dim, eps=NORM_EPS)
+        for stage in (self.stage1_output_decode, self.stage2_output_decode):
+            stage.apply(init_weights)
+
+    def forward(self, images: Float[Tensor, "B C H W"], tokens: Split) -> Latents:
+        """Encode the visible tokens of every view."""
+        rows1, rows2, x = self.backbone.stages(images, tokens.visible)
+        stages = self.stage1_output_decode(rows1) + self.stage2_output_decode(rows2)
+        visible_NKD = self.norm(x + stages.view_as(x))
+        return Latents(visible_NKD[:, :0], visible_NKD, None)
+
+
+def create_convvit(
+    size: str = "base",
+    *,
+    image_size: int | tuple[int, int] = 224,
+    patch_size: int = 16,
+    in_chans: int = 3,
+    conv_mlp_ratio: float = 8.0,
+    embed_dim: int | None = None,
+    depth: int | None = None,
+    num_heads: int | None = None,
+) -> ConvViTEncoder:
+    """Create an untrained hybrid with fixed sine-cosine positions and MAE's initialisation.
+
+    Args:
+        size: One of `SIZES`.
+        image_size: Side, or height and width, in pixels; multiples of `patch_size`.
+        patch_size: Token stride in pixels: 16, 8 or 4.
+        in_chans: Channels of an image.
+        conv_mlp_ratio: MLP width over width in stages 1 and 2: DMJD's 8 or ConvMAE's 4.
+        embed_dim: Width of stage 3 instead of the size's; stages 1 and 2 have a quarter and a half of it.
+        depth: Blocks of stage 3 instead of the size's.
+        num_heads: Heads of stage 3 instead of the size's.
+
+    Raises:
+        ValueError: If the image does not consist of whole tokens or the size is unknown.
+    """
+    if size not in SIZES:
+        raise ValueError(f"there is no ConvViT of size {size!r}; choose one of {', '.join(SIZES)}")
+    shape = SIZES[size]
+    arguments: dict[str, Any] = {
+        "img_size": (image_size, image_size) if isinstance(image_size, int) else image_size,
+        "patch_size": patch_size,
+        "in_chans": in_chans,
+        "num_classes": 0,
+        "embed_dims": (embed_dim // 4, embed_dim // 2, embed_dim) if embed_dim else shape["embed_dims"],
+        "depths": (*shape["depths"][:2], depth or shape["depths"][2]),
+        "num_heads": num_heads or shape["num_heads"],
+        "mlp_ratios": (conv_mlp_ratio, conv_mlp_ratio, 4.0),
+    }
+    name = f"convvit_{size}"
+    return ConvViTEncoder(timm.create_model(name, **arguments), (name, arguments))
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"convvit_{size}": {
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "pool_size": None,
+            "crop_pct": 0.9,
+            "interpolation": "bicubic",
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "first_conv": "patch_embed1.proj",
+            "classifier": "head",
+        }
+        for size in SIZES
+    }
+)
+
+
+def _create(size: str, pretrained: bool, **arguments: Any) -> nn.Module:
+    return build_model_with_cfg(
+        ConvViT,
+        f"convvit_{size}",
+        pretrained,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **{**SIZES[size], **arguments},
+    )
+
+
+@register_model
+def convvit_tiny(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """Hybrid of widths 48, 96, 192: for 2 cores."""
+    return _create("tiny", pretrained, **arguments)
+
+
+@register_model
+def convvit_small(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """Hybrid of widths 96, 192, 384: for one small GPU."""
+    return _create("small", pretrained, **arguments)
+
+
+@register_model
+def convvit_base(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """Official base hybrid."""
+    return _create("base", pretrained, **arguments)
+
+
+@register_model
+def convvit_large(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """Official large hybrid."""
+    return _create("large", pretrained, **arguments)

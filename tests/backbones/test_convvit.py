@@ -1,0 +1,179 @@
+"""The hybrid equals its dense formulation and does no work on hidden tokens."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dmjd
+from dmjd.backbones.convvit import SIZES, ConvViT, create_convvit, nested_positions
+from dmjd.backbones.files import save_backbone
+from dmjd.masking import split
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from dense_convvit import dense_classifier, dense_latents
+
+
+def encoder_of(grid, *, in_chans=3, patch_size=16, depth=1, seed=0):
+    torch.manual_seed(seed)
+    size = (grid[0] * patch_size, grid[1] * patch_size)
+    encoder = create_convvit(
+        "tiny", image_size=size, patch_size=patch_size, in_chans=in_chans, embed_dim=16, depth=depth, num_heads=2
+    )
+    for parameter in encoder.parameters():  # zeros and ones would hide a mistake
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return encoder
+
+
+def masks_of(grid, views, mask_ratio, batch_size=2):
+    predict_ratio = min(1.0, round(views * mask_ratio, 4))
+    return dmjd.disjoint_masks(
+        batch_size, grid[0] * grid[1], num_views=views, mask_ratio=mask_ratio, predict_ratio=predict_ratio
+    )
+
+
+@given(
+    grid=st.tuples(st.integers(1, 4), st.integers(2, 4)),
+    in_chans=st.integers(1, 4),
+    patch_size=st.sampled_from([4, 8, 16]),
+    views=st.integers(1, 3),
+    mask_ratio=st.sampled_from([0.25, 0.5, 0.75]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_convvit__visible_rows_equal_the_dense_formulation(grid, in_chans, patch_size, views, mask_ratio, seed):
+    if grid[0] * grid[1] * (1 - mask_ratio) < 1:
+        mask_ratio = 0.5
+    encoder = encoder_of(grid, in_chans=in_chans, patch_size=patch_size, seed=seed).double()
+    images = torch.randn(2, in_chans, grid[0] * patch_size, grid[1] * patch_size, dtype=torch.float64)
+    masked = masks_of(grid, views, mask_ratio)
+    results = []
+    for forward in (lambda: encoder(images, split(masked)).visible, lambda: dense_latents(encoder, images, masked)):
+        encoder.zero_grad()
+        latents = forward()
+        latents.square().mul(torch.linspace(1, 2, latents.shape[-1])).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+        results.append((latents.detach(), gradients))
+    (ours, our_gradients), (dense, dense_gradients) = results
+    torch.testing.assert_close(ours, dense, atol=1e-10, rtol=1e-10)
+    assert our_gradients.keys() == dense_gradients.keys()
+    for name, gradient in our_gradients.items():
+        torch.testing.assert_close(gradient, dense_gradients[name], atol=1e-9, rtol=1e-10)
+
+
+def test_convvit__hidden_pixels_have_exactly_zero_gradient():
+    grid, views = (3, 4), 2
+    encoder = encoder_of(grid)
+    images = torch.randn(2, 3, 48, 64, requires_grad=True)
+    masked = masks_of(grid, views, 0.5)
+    latents = encoder(images, split(masked)).visible
+    assert latents.shape == (4, 6, 16)
+    for row in range(4):
+        (gradient,) = torch.autograd.grad(latents[row].square().sum(), images, retain_graph=True)
+        image, view = divmod(row, views)
+        per_token = gradient[image].unflatten(1, (3, 16)).unflatten(3, (4, 16)).abs().amax(dim=(0, 2, 4)).flatten()
+        assert (per_token[masked[image, view]] == 0).all()
+        assert (per_token[~masked[image, view]] > 0).all()
+        assert (gradient[1 - image] == 0).all()
+
+
+def test_convvit__a_visible_token_sees_its_visible_neighbours():
+    encoder = encoder_of((1, 3), depth=1)
+    encoder.backbone.blocks3 = torch.nn.ModuleList()  # convolutions only
+    masked = torch.tensor([[[False, False, True]]])
+    images = torch.randn(1, 3, 16, 48, requires_grad=True)
+    first = encoder(images, split(masked)).visible[0, 0]
+    (gradient,) = torch.autograd.grad(first.sum(), images)
+    assert gradient[..., 16:32].abs().max() > 0
+
+
+@pytest.mark.parametrize("side", [2, 4])
+def test_nested_positions__four_neighbours_of_a_stage_make_one_of_the_next(side):
+    grid = (2, 3)
+    numbers = nested_positions(grid, side)
+    assert sorted(numbers.flatten().tolist()) == list(range(6 * side * side))
+    width = grid[1] * side
+    for quad in numbers.view(-1, 4).tolist():
+        row, column = divmod(quad[0], width)
+        assert row % 2 == 0
+        assert column % 2 == 0
+        assert quad == [quad[0], quad[0] + 1, quad[0] + width, quad[0] + width + 1]
+
+
+@pytest.mark.parametrize("size", [(48, 64), (32, 32)])
+def test_convvit__full_image_equals_the_dense_formulation(size):
+    model = ConvViT(size, num_classes=7, embed_dims=(8, 8, 16), depths=(1, 2, 1), num_heads=2).double().eval()
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    torch.testing.assert_close(model(images), dense_classifier(model, images), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 160), (128, 48)])
+def test_convvit__features_only_has_the_strides_it_claims(size):
+    model = timm.create_model("convvit_tiny", features_only=True, img_size=64)
+    assert model.feature_info.reduction() == [4, 8, 16, 32]
+    maps = model(torch.randn(1, 3, *size))
+    for found, stride, channels in zip(maps, (4, 8, 16, 32), model.feature_info.channels(), strict=True):
+        assert found.shape == (1, channels, -(-size[0] // stride), -(-size[1] // stride))
+
+
+def test_convvit__small_images_have_as_many_tokens():
+    for image_size, patch_size in ((32, 4), (64, 8)):
+        assert create_convvit("tiny", image_size=image_size, patch_size=patch_size).grid == (8, 8)
+
+
+def test_convvit__wrong_sizes_are_refused():
+    with pytest.raises(ValueError, match="tokens of 16 px"):
+        create_convvit("tiny", image_size=40)
+    with pytest.raises(ValueError, match="choose one of tiny"):
+        create_convvit("huge")
+    with pytest.raises(ValueError, match="tokens of 16 px"):
+        timm.create_model("convvit_tiny", img_size=64)(torch.randn(1, 3, 40, 64))
+
+
+def test_convvit__backbone_file_gives_the_same_features_and_maps(tmp_path):
+    encoder = encoder_of((3, 4), in_chans=1).eval()
+    path = tmp_path / "backbone.safetensors"
+    save_backbone(path, encoder.backbone, encoder.architecture, [0.5], [0.25])
+    images = torch.randn(2, 1, 48, 64)
+    loaded = dmjd.load_backbone(path)
+    torch.testing.assert_close(loaded(images), encoder.backbone(images), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loaded.forward_features(images), encoder.backbone.forward_features(images))
+    loaded.reset_classifier(5)
+    assert loaded(images).shape == (2, 5)
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_convvit__has_the_official_parameter_counts():
+    with torch.device("meta"):
+        assert round(parameters(dmjd.build("dmjd", "base")) / 1e6, 3) == 135.886
+        assert round(parameters(timm.create_model("convvit_base")) / 1e6, 2) == 88.79
+        assert round(parameters(timm.create_model("convvit_base", mlp_ratios=(4.0, 4.0, 4.0))) / 1e6, 2) == 85.37
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_convvit__is_registered_with_timm(size):
+    with torch.device("meta"):
+        model = timm.create_model(f"convvit_{size}", num_classes=0)
+    assert model.num_features == SIZES[size]["embed_dims"][2]
+    assert model.no_weight_decay() == {"pos_embed"}
+
+
+def test_convvit__layers_for_layer_decay_are_the_published_ones():
+    from timm.optim import param_groups_layer_decay
+
+    with torch.device("meta"):
+        model = timm.create_model("convvit_tiny", num_classes=3)
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    layers = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    by_name = {name: layers[id(p)] for name, p in model.named_parameters() if id(p) in layers}
+    assert by_name["head.weight"] == by_name["fc_norm.weight"] == 1
+    assert by_name["blocks3.5.mlp.fc1.weight"] == 0.5
+    assert by_name["blocks3.0.mlp.fc1.weight"] == 0.5**6
+    assert by_name["patch_embed4.weight"] == by_name["blocks1.0.conv1.weight"] == 0.5**7
