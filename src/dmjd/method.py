@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from dmjd.backbones import Encoder
@@ -78,12 +78,19 @@ class DMJD(nn.Module):
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
-    def forward(self, images: Num[Tensor, "B C H W"], masked: Bool[Tensor, "B V L"]) -> Losses:
+    def forward(
+        self,
+        images: Num[Tensor, "B C H W"],
+        masked: Bool[Tensor, "B V L"],
+        visible_order: Int[Tensor, "N K"] | None = None,
+    ) -> Losses:
         """Compute the losses of a batch.
 
         Args:
             images: Pixels of 0..255, uint8 or float, where the model is.
             masked: True = hidden; best on the CPU (see `masking.split`).
+            visible_order: For the ablation only. The official program compares predictions in this order of the visible
+                tokens with targets in raster order.
 
         Raises:
             ValueError: If the views hide different numbers of tokens.
@@ -92,7 +99,11 @@ class DMJD(nn.Module):
         masked_loss = regression_loss(said.masked, said.masked_target, self.masked_loss)
         if said.visible is None or said.visible_target is None:
             return Losses(masked_loss, masked_loss, torch.zeros_like(masked_loss))
-        visible_loss = regression_loss(said.visible, said.visible_target, self.visible_loss)
+        visible_NKT = said.visible
+        if visible_order is not None:
+            places_NK = torch.searchsorted(split(masked).visible.contiguous(), visible_order).to(images.device)
+            visible_NKT = take(visible_NKT, places_NK)
+        visible_loss = regression_loss(visible_NKT, said.visible_target, self.visible_loss)
         return Losses(masked_loss + self.visible_weight * visible_loss, masked_loss, visible_loss)
 
     def normalize(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:

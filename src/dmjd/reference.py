@@ -1,33 +1,72 @@
-"""Models from the weights of other programs: official MAE parameter names, one table."""
+"""Models from the weights of the official DMJD, ConvMAE and MAE programs: their parameter names, one table."""
 
 import math
+import pickle
 import re
 from collections.abc import Mapping
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from dmjd.backbones.vit import create_vit
+from dmjd.backbones.convvit import ConvViT, ConvViTEncoder
+from dmjd.backbones.vit import ViT, create_vit
+from dmjd.errors import CheckpointError
 from dmjd.factory import STATISTICS
 from dmjd.heads import Decoder, Projector
 from dmjd.losses import LossName
 from dmjd.method import DMJD
 from dmjd.targets import HOG, Pixels, Target
 
-# Official name (a pattern) -> ours. The first that matches counts; what none matches is the encoder's.
+# Official name (a pattern) -> ours. The first that matches counts; what none matches is the backbone's.
 NAMES = (
     (r"decoder_(embed|blocks|norm|pred|pos_embed)\b", r"decoder.\1"),
     (r"mask_token$", "decoder.mask_token"),
     (r"proj_embed\.", "projector.project."),
     (r"predictor\.0\.", "projector.predict."),
+    (r"(stage[12]_output_decode)\.", r"encoder.\1."),
     (r"", "encoder.backbone."),
 )
+HYBRID_NORM = (r"norm\.", "encoder.norm.")  # the hybrid's last norm is no part of its backbone
 
 
-def our_name(official: str) -> str:
-    """Translate a parameter's name."""
-    pattern, ours = next((pattern, ours) for pattern, ours in NAMES if re.match(pattern, official))
+def our_name(official: str, *, hybrid: bool = False) -> str:
+    """Translate a parameter's name, of a hybrid's checkpoint or a ViT's."""
+    names = (HYBRID_NORM, *NAMES) if hybrid else NAMES
+    pattern, ours = next((pattern, ours) for pattern, ours in names if re.match(pattern, official))
     return re.sub(f"^{pattern}", ours, official, count=1)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a checkpoint's tensors from a .safetensors file, or from a .pth without running what it pickles.
+
+    Raises:
+        CheckpointError: If the file is missing, broken or pickles more than tensors.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"no such checkpoint; {path}; check the path") from None
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"{found[1]} beside its tensors" if found else "more than tensors"
+        raise CheckpointError(
+            f"the checkpoint pickles {what}, which is not loaded; {path}; in a place you trust, run "
+            'torch.save({"model": torch.load(FILE, weights_only=False)["model"]}, NEW) and load NEW'
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(
+            f"not a checkpoint ({' '.join(str(error).split())[:200]}); {path}; check the file"
+        ) from None
+    weights = content.get("model", content) if isinstance(content, dict) else {}
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise CheckpointError(f"no dictionary of tensors, nor one under 'model'; {path}; check the file")
+    return weights
 
 
 def load_reference(
@@ -39,10 +78,10 @@ def load_reference(
     masked_loss: LossName = "l2",
     visible_loss: LossName = "smooth_l1",
 ) -> DMJD:
-    """Make the model that a pre-training checkpoint of the official MAE program describes, with its weights.
+    """Make the model that an official pre-training checkpoint describes, with its weights.
 
-    Everything but the heads is read from the shapes: widths, depths, MLP ratios, channels, patch size, image size
-    (taken as square), class token, and a visible branch where there is a projector.
+    Everything but the heads is read from the shapes: ViT or hybrid, widths, depths, MLP ratios, channels, token stride,
+    image size (taken as square), class token, and a visible branch where there is a projector.
 
     Args:
         state_dict: Official names and tensors.
@@ -55,58 +94,90 @@ def load_reference(
     Raises:
         ValueError: If the weights are not of this kind; the message names the first keys that do not fit.
     """
-    wanted = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "decoder_embed.weight")
-    missing = [
-        name for name in (*wanted, "decoder_blocks.0.mlp.fc1.weight", "decoder_pred.weight") if name not in state_dict
+    hybrid = any(name.startswith("patch_embed1.") for name in state_dict)
+    try:
+        encoder = hybrid_encoder(state_dict, num_heads) if hybrid else vit_encoder(state_dict, num_heads)
+        decoder_dim = len(state_dict["decoder_embed.weight"])
+        out_dim = len(state_dict["decoder_pred.weight"])
+        decoder_mlp_ratio = len(state_dict["decoder_blocks.0.mlp.fc1.weight"]) / decoder_dim
+        in_chans = state_dict[f"patch_embed{'1' if hybrid else ''}.proj.weight"].shape[1]
+        positions = state_dict["decoder_pos_embed"]
+    except KeyError as missing:
+        raise ValueError(
+            f"not a pre-training checkpoint of MAE, ConvMAE or DMJD: {missing.args[0]} is missing"
+        ) from None
+    mean, std = STATISTICS[in_chans]
+    model = DMJD(
+        encoder,
+        make_target(target, out_dim, encoder.patch_size, in_chans),
+        decoder=Decoder(
+            encoder.embed_dim,
+            out_dim,
+            encoder.grid,
+            embed_dim=decoder_dim,
+            depth=count_blocks(state_dict, "decoder_blocks"),
+            num_heads=decoder_num_heads,
+            mlp_ratio=decoder_mlp_ratio,
+        ),
+        projector=Projector(encoder.embed_dim, out_dim, embed_dim=decoder_dim)
+        if any(name.startswith("proj_embed.") for name in state_dict)
+        else None,
+        masked_loss=masked_loss,
+        visible_loss=visible_loss,
+        mean=mean,
+        std=std,
+    )
+    ours = model.state_dict()
+    # The official row of the class token is zero in the decoder's positions; ours has none.
+    official = {
+        **state_dict,
+        "decoder_pos_embed": positions[:, positions.shape[1] - ours["decoder.pos_embed"].shape[1] :],
+    }
+    weights = {our_name(name, hybrid=hybrid): (name, value) for name, value in official.items()}
+    unknown = [
+        name for ours_, (name, value) in weights.items() if ours_ not in ours or value.shape != ours[ours_].shape
     ]
-    if missing:
-        raise ValueError(f"not a pre-training checkpoint of a ViT: {', '.join(missing[:5])} missing")
+    wrong = unknown + [name for name in ours if name not in weights]
+    if wrong:
+        raise ValueError(f"these keys are missing, unknown or of another shape: {', '.join(sorted(wrong)[:5])}")
+    model.load_state_dict({name: value for name, (_, value) in weights.items()})
+    return model
+
+
+def vit_encoder(state_dict: Mapping[str, Tensor], num_heads: int) -> ViT:
+    """Make an untrained ViT of the checkpoint's shapes; raises `KeyError` where one is missing."""
     embed_dim, in_chans, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
     class_token = "cls_token" in state_dict
-    side = math.isqrt(state_dict["pos_embed"].shape[1] - class_token)
-    encoder = create_vit(
+    return create_vit(
         "base",
-        image_size=side * patch_size,
+        image_size=math.isqrt(state_dict["pos_embed"].shape[1] - class_token) * patch_size,
         patch_size=patch_size,
         in_chans=in_chans,
         class_token=class_token,
         embed_dim=embed_dim,
         depth=count_blocks(state_dict, "blocks"),
         num_heads=num_heads,
-        mlp_ratio=state_dict["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
+        mlp_ratio=len(state_dict["blocks.0.mlp.fc1.weight"]) / embed_dim,
     )
-    decoder_dim, out_dim = state_dict["decoder_embed.weight"].shape[0], state_dict["decoder_pred.weight"].shape[0]
-    mean, std = STATISTICS[in_chans]
-    model = DMJD(
-        encoder,
-        make_target(target, out_dim, patch_size, in_chans),
-        decoder=Decoder(
-            embed_dim,
-            out_dim,
-            encoder.grid,
-            embed_dim=decoder_dim,
-            depth=count_blocks(state_dict, "decoder_blocks"),
-            num_heads=decoder_num_heads,
-            mlp_ratio=state_dict["decoder_blocks.0.mlp.fc1.weight"].shape[0] / decoder_dim,
-        ),
-        projector=Projector(embed_dim, out_dim, embed_dim=decoder_dim) if "proj_embed.0.weight" in state_dict else None,
-        masked_loss=masked_loss,
-        visible_loss=visible_loss,
-        mean=mean,
-        std=std,
-    )
-    weights = {our_name(name): value for name, value in state_dict.items()}
-    positions = weights["decoder.pos_embed"]
-    weights["decoder.pos_embed"] = positions[:, class_token:]  # the official row of the class token is zero
-    ours = model.state_dict()
-    wrong = sorted(
-        (ours.keys() ^ weights.keys())
-        | {name for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape}
-    )
-    if wrong:
-        raise ValueError(f"these keys are missing, unknown or of another shape: {', '.join(wrong[:5])}")
-    model.load_state_dict(weights)
-    return model
+
+
+def hybrid_encoder(state_dict: Mapping[str, Tensor], num_heads: int) -> ConvViTEncoder:
+    """Make an untrained hybrid of the checkpoint's shapes; raises `KeyError` where one is missing."""
+    stages = ("blocks1", "blocks2", "blocks3")
+    embed_dims = [len(state_dict[f"patch_embed{stage}.proj.weight"]) for stage in (1, 2, 3)]
+    _, in_chans, first_stride, _ = state_dict["patch_embed1.proj.weight"].shape
+    mlps = [len(state_dict[f"{stage}.0.mlp.fc1.weight"]) for stage in stages]
+    arguments: dict[str, Any] = {
+        "img_size": math.isqrt(state_dict["pos_embed"].shape[1]) * first_stride * 4,
+        "patch_size": first_stride * 4,
+        "in_chans": in_chans,
+        "num_classes": 0,
+        "embed_dims": embed_dims,
+        "depths": [count_blocks(state_dict, stage) for stage in stages],
+        "num_heads": num_heads,
+        "mlp_ratios": [hidden / dim for hidden, dim in zip(mlps, embed_dims, strict=True)],
+    }
+    return ConvViTEncoder(ConvViT(**arguments), ("convvit_base", arguments))
 
 
 def count_blocks(state_dict: Mapping[str, Tensor], name: str) -> int:
@@ -120,9 +191,10 @@ def make_target(name: str, out_dim: int, patch_size: int, in_chans: int) -> Targ
     Raises:
         ValueError: If the target cannot have this width.
     """
+    found: Target
     if name == "hog":
         cells = math.isqrt(out_dim // (9 * in_chans)) or 1
-        found: Target = HOG(patch_size, in_chans=in_chans, cell_size=patch_size // cells)
+        found = HOG(patch_size, in_chans=in_chans, cell_size=patch_size // cells)
     else:
         mean, std = STATISTICS[in_chans]
         found = Pixels(patch_size, mean=mean, std=std, standardize=name == "normalized_pixels")

@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 import dmjd
 from dmjd.backbones.blocks import sincos_positions
+from dmjd.backbones.convvit import ConvViT
+from dmjd.factory import STATISTICS
+from dmjd.masking import split
 from dmjd.reference import our_name
 from dmjd.targets.hog import hog_cells
 
@@ -45,6 +49,61 @@ def test_positions__equal_the_official_ones():
     close(sincos_positions((14, 14), config["dim"]), tensors["state.pos_embed"][:, 1:])
 
 
+def check_gradients(model, tensors, *, hybrid):
+    ours = {name: p.grad.norm() for name, p in model.named_parameters() if p.grad is not None}
+    official = {
+        our_name(key.removeprefix("gradnorm."), hybrid=hybrid): norm
+        for key, norm in tensors.items()
+        if key.startswith("gradnorm.")
+    }
+    assert official.keys() <= ours.keys()
+    assert len(official) > 50
+    for name, norm in official.items():
+        if norm > 1e-7:  # a key's bias has no gradient but rounding
+            assert abs(ours[name] / norm - 1) < 1e-4, name
+
+
+@pytest.mark.parametrize("name", ["dmjd_convvit_block60", "dmjd_convvit_random75"])
+def test_dmjd__losses_predictions_latents_and_gradients_equal_the_official_ones(name):
+    tensors, config = golden(name)
+    model = dmjd.load_reference(state_of(tensors), num_heads=config["heads"], decoder_num_heads=config["decoder_heads"])
+    images, official_mask = tensors["image_uint8"], tensors["mask"].bool()  # rows of the files are view-major
+    rows = torch.arange(4).view(2, 2).T.flatten()
+    masked = official_mask[rows].view(2, 2, 196)
+    losses = model(images, masked)
+    close(losses.masked, tensors["loss_masked"])
+    close(losses.visible, tensors["loss_visible"])
+    close(losses.total, tensors["loss_total"])
+
+    said = model.predict(images, masked)
+    hidden = official_mask[rows]
+    order = tensors["ids_keep"][rows]
+    raster = order.argsort(dim=1)[..., None]
+    visible = tensors["pred_visible"][rows].gather(1, raster.expand(-1, -1, 108))
+    close(said.masked.flatten(0, 1), tensors["pred_masked"][rows][hidden])
+    close(said.visible, visible)
+    latents = model.encoder(model.normalize(images), split(masked)).visible
+    close(latents, tensors["latent"][rows].gather(1, raster.expand(-1, -1, latents.shape[-1])))
+
+    misaligned = model(images, masked, visible_order=order)
+    close(misaligned.visible, tensors["official_loss_visible_misaligned"])
+
+    losses.total.backward()
+    check_gradients(model, tensors, hybrid=True)
+
+
+def test_convvit__classifier_equals_the_official_one():
+    tensors, _ = golden("convvit_classifier")
+    weights, _ = golden("dmjd_convvit_block60")
+    images = weights["image_uint8"]
+    model = ConvViT(num_classes=10, embed_dims=(16, 24, 32), depths=(1, 2, 2), num_heads=4)
+    model.load_state_dict(state_of(tensors))
+    mean, std = (torch.tensor(each)[:, None, None] for each in STATISTICS[3])
+    features = model.forward_features((images / 255 - mean) / std)
+    close(model.forward_head(features, pre_logits=True), tensors["pooled"])
+    close(model.forward_head(features), tensors["logits"])
+
+
 def test_mae__loss_predictions_latents_and_gradients_equal_the_official_ones():
     tensors, config = golden("mae_vit")
     model = dmjd.load_reference(
@@ -62,9 +121,4 @@ def test_mae__loss_predictions_latents_and_gradients_equal_the_official_ones():
     close(said.masked.flatten(0, 1), tensors["pred"][masked[:, 0]])
 
     losses.total.backward()
-    gradients = {name: p.grad.norm() for name, p in model.named_parameters() if p.grad is not None}
-    official = {our_name(k.removeprefix("gradnorm.")): v for k, v in tensors.items() if k.startswith("gradnorm.")}
-    assert official
-    for name, norm in official.items():
-        if norm > 1e-7:  # a key's bias has no gradient but rounding
-            assert abs(gradients[name] / norm - 1) < 1e-4, name
+    check_gradients(model, tensors, hybrid=False)

@@ -65,7 +65,7 @@ def scene(split: Literal["train", "val"], index: int, *, size: int = 64, seed: i
     if rng.random() < 0.4:  # a small companion, drawn first: it may be partly hidden, the main object never is
         _draw(image, segmentation, other, size * rng.uniform(0.09, 0.12), rng)
     _draw(image, segmentation, label, size * rng.uniform(0.28, 0.34), rng)
-    image += rng.standard_normal((size, size, 1), dtype=np.float32) * 3
+    image += rng.standard_normal((size, size, 1), dtype=np.float32) * 0.5
     sliver = segmentation == other + 1
     if np.count_nonzero(sliver) < (size / 16) ** 2:  # so little in sight is not an object anyone could find
         segmentation[sliver] = 0
