@@ -4,10 +4,13 @@ Written from the paper's description as the reference to test and to race agains
 `ConvViTEncoder` or a `ConvViT`, so that both forms are the same function.
 """
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dmjd.backbones import Latents
 from dmjd.backbones.convvit import ConvBlock, ConvViT, ConvViTEncoder, PatchEmbed
+from dmjd.masking import Split
 
 
 def norm(layer, x: Tensor) -> Tensor:
@@ -74,3 +77,22 @@ def dense_classifier(model: ConvViT, images: Tensor) -> Tensor:
     for block in model.blocks3:
         x = block(x)
     return model.head(model.fc_norm(x.mean(dim=1)))
+
+
+class DenseEncoder(nn.Module):
+    """The dense form in the place of a `ConvViTEncoder`, whose weights it uses."""
+
+    num_prefix_tokens = 0
+
+    def __init__(self, encoder: ConvViTEncoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor, tokens: Split) -> Latents:
+        """Encode the visible tokens of every view, on whole maps."""
+        num_views = len(tokens.visible) // len(images)
+        num_tokens = tokens.visible.shape[1] + tokens.hidden.shape[1]
+        masked_NL = torch.zeros(len(tokens.hidden), num_tokens, dtype=torch.bool, device=images.device)
+        masked = masked_NL.scatter(1, tokens.hidden, True).unflatten(0, (-1, num_views))
+        visible_NKD = dense_latents(self.encoder, images, masked)
+        return Latents(visible_NKD[:, :0], visible_NKD, None)
