@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import yaml
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Yaml
+from safetensors import SafetensorError
 
 from dmjd import config, errors
 
@@ -74,12 +76,11 @@ def layers_of(arguments: Sequence[str]) -> list[Path]:
     given = {name: flag_value(arguments, name) for name in ("--preset", "--config", "--out")}
     saved = Path(given["--out"] or config.Pretrain.out) / "config.yaml"
     if "--resume" in arguments and saved.is_file():
+        read_yaml(saved)
         return [saved]
     file = [Path(given["--config"])] if given["--config"] else []
-    for path in file:
-        if not path.is_file():
-            raise errors.ConfigError(f"no configuration file; {path}; check --config")
-    preset = given["--preset"] or next((yaml_value(path, "preset") for path in file), None) or config.Pretrain.preset
+    named = next((read_yaml(path).get("preset") for path in file), None)
+    preset = str(given["--preset"] or named or config.Pretrain.preset)
     names = sorted(path.stem for path in config.PRESETS.glob("*.yaml"))
     if preset not in names:
         nearest = get_close_matches(preset, names, n=1)
@@ -98,10 +99,21 @@ def flag_value(arguments: Sequence[str], name: str) -> str | None:
     return None
 
 
-def yaml_value(path: Path, key: str) -> Any:
-    """Read one top-level value of a YAML file."""
-    content = yaml.safe_load(path.read_text())
-    return content.get(key) if isinstance(content, dict) else None
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file of settings.
+
+    Raises:
+        ConfigError: If there is none, or it holds no settings.
+    """
+    if not path.is_file():
+        raise errors.ConfigError(f"no configuration file; {path}; check --config")
+    try:
+        content = yaml.safe_load(path.read_text("utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise errors.ConfigError(f"not YAML ({' '.join(str(error).split())}); {path}; correct the file") from None
+    if not isinstance(content, dict):
+        raise errors.ConfigError(f"no settings but a {type(content).__name__}; {path}; write `name: value` lines")
+    return content
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -116,9 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         run(arguments)
-    except (errors.UserError, CycloptsError, yaml.YAMLError, OSError) as error:
+    except (errors.UserError, CycloptsError, yaml.YAMLError, OSError, SafetensorError) as error:
         if "--debug" in arguments:
-            raise
+            traceback.print_exc()
         code, message = explain(error)
         print(f"error: {message}", file=sys.stderr)
         return code
@@ -138,6 +150,8 @@ def explain(error: Exception) -> tuple[int, str]:
         reason = os.strerror(error.errno) if error.errno else message
         todo = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check disk and permissions"
         return errors.StorageError.exit_code, f"{reason}; {error.filename or 'while writing'}; {todo}"
+    if isinstance(error, SafetensorError):  # from writing: readers translate theirs
+        return errors.StorageError.exit_code, f"{message}; while writing tensors; check disk and permissions"
     return (
         errors.ConfigError.exit_code,
         f"{message.rstrip('.')}; `dmjd --help` lists verbs, `dmjd VERB --help` settings",

@@ -135,7 +135,7 @@ class Hog:
     """Histograms of oriented gradients."""
 
     cell_size: int | None = None
-    """Side of a cell in pixels. Default: 8, or half a patch where patches are smaller than 16."""
+    """Side of a cell in pixels. Default: 8 for patches of 16, 24 ..., else half a patch (all of an odd one)."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "cell_size")
@@ -287,7 +287,8 @@ class Pretrain(Run):
     def cell_size(self) -> int:
         """Side of a HOG cell in pixels."""
         patch_size = self.model.patch_size
-        return self.hog.cell_size or (8 if patch_size >= 16 and patch_size % 8 == 0 else max(patch_size // 2, 1))
+        half = patch_size // 2 if patch_size % 2 == 0 else patch_size
+        return self.hog.cell_size or (8 if patch_size >= 16 and patch_size % 8 == 0 else half)
 
     @property
     def lr(self) -> float:

@@ -19,6 +19,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dmjd.backbones import Latents
@@ -71,6 +72,44 @@ class Layout:
     def to_rows(self, maps: Float[Tensor, "N D H W"]) -> Float[Tensor, "S D"]:
         """Gather the rows again."""
         return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1]).index_select(0, self.places)
+
+
+class DepthwiseOnRows(torch.autograd.Function):
+    """A depthwise convolution of the maps that rows lie in, read at the same rows.
+
+    Its backward pass lays the maps out again instead of keeping them, and computes the weights' gradient in float32:
+    that is more exact, and on CPUs twice as fast as the kernel for bf16.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, layout: Layout) -> Tensor:
+        """Convolve; the padding keeps the size of the maps."""
+        ctx.save_for_backward(rows, weight)
+        ctx.layout = layout
+        weight, bias = weight.to(rows.dtype), bias.to(rows.dtype)
+        padding = [side // 2 for side in weight.shape[2:]]
+        return layout.to_rows(F.conv2d(layout.to_map(rows), weight, bias, padding=padding, groups=len(weight)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Compute the gradients of rows, weight and bias."""
+        rows, weight = ctx.saved_tensors
+        layout: Layout = ctx.layout
+        padding = [side // 2 for side in weight.shape[2:]]
+        full, gradient_map = layout.to_map(rows), layout.to_map(gradient)
+
+        def convolution_backward(*operands: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
+            stride, dilation, no_output_padding = [1, 1], [1, 1], [0, 0]
+            return torch.ops.aten.convolution_backward(
+                *operands, [len(weight)], stride, padding, dilation, False, no_output_padding, len(weight), wanted
+            )
+
+        of_map, _, _ = convolution_backward(gradient_map, full, weight.to(rows.dtype), wanted=[True, False, False])
+        _, of_weight, _ = convolution_backward(
+            gradient_map.float(), full.float(), weight.float(), wanted=[False, True, False]
+        )
+        return layout.to_rows(of_map), of_weight.to(weight.dtype), gradient.sum(0, dtype=weight.dtype), None
 
 
 class Pointwise(nn.Conv2d):
@@ -138,7 +177,8 @@ class ConvBlock(nn.Module):
 
     def forward(self, rows: Float[Tensor, "S D"], layout: Layout) -> Float[Tensor, "S D"]:
         """Apply; what lies outside the rows counts as zero."""
-        rows = rows + self.conv2(layout.to_rows(self.attn(layout.to_map(self.conv1(self.norm1(rows))))))
+        inner = DepthwiseOnRows.apply(self.conv1(self.norm1(rows)), self.attn.weight, self.attn.bias, layout)
+        rows = rows + self.conv2(inner)
         return rows + self.mlp(self.norm2(rows))
 
 

@@ -46,6 +46,7 @@ def decode(path: Path | str, in_chans: int) -> UInt8[Tensor, "C H W"]:
     """
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a decoder tolerates is not worth a line per file and epoch
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 array = to_8_bits(image, "RGB" if in_chans == 3 else "L")

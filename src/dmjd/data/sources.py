@@ -8,6 +8,7 @@ labels if every image lies in a folder of its class: PART/CLASS/IMAGE.
 import gzip
 import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -260,12 +261,19 @@ def _fashion_mnist(folder: Path | None, in_chans: int) -> Parts:
         root = cache() / "FashionMNIST" / "raw"
     parts = []
     for part in ("train", "t10k"):
-        pixels = np.frombuffer(
-            gzip.decompress((root / f"{part}-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16
-        )
-        labels = np.frombuffer(
-            gzip.decompress((root / f"{part}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8
-        )
-        array = pixels.reshape(-1, 28, 28).copy()
-        parts.append(_array_images(f"fashion-mnist/{part}", array, labels.tolist(), FashionMNIST.classes, in_chans))
+        pixels, labels = (_idx(root / f"{part}-{name}-ubyte.gz") for name in ("images-idx3", "labels-idx1"))
+        if pixels.ndim != 3 or labels.shape != pixels.shape[:1]:
+            raise DataError(f"{len(pixels)} images but {len(labels)} labels; {root}; fetch {part}-*.gz anew")
+        name = f"fashion-mnist/{part}"
+        parts.append(_array_images(name, pixels, labels.tolist(), FashionMNIST.classes, in_chans))
     return Parts(*parts)
+
+
+def _idx(path: Path) -> np.ndarray:
+    """Read a zipped idx file of bytes: two zeros, type 8, the number of sides, each side as 4 bytes, the values."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+        shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy()
+    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
+        raise DataError(f"not an idx file ({error}); {path}; fetch it anew") from None

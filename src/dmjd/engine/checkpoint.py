@@ -29,7 +29,8 @@ def save(folder: Path, *, step: int, model: nn.Module, optimizer: Optimizer, sta
     """Write `folder/step-NNNNNNNN`; `state` is any JSON that `read_state` shall return."""
     final = folder / f"step-{step:08d}"
     partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for abandoned in folder.glob(".*.partial"):
+        shutil.rmtree(abandoned)
     partial.mkdir(parents=True)
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, partial / "model.safetensors")
     tensors, plain = flatten(optimizer)
@@ -44,8 +45,11 @@ def save(folder: Path, *, step: int, model: nn.Module, optimizer: Optimizer, sta
     partial.rename(final)
     flush(folder)
     if verify(final):
-        for old in sorted(folder.glob("step-*"))[:-KEEP]:
-            shutil.rmtree(old)
+        others = sorted(folder.glob("step-*"))
+        place = others.index(final)
+        # Later ones are broken, or the run would have gone on from them: they must not push this one out.
+        for other in (*others[: max(place + 1 - KEEP, 0)], *others[place + 1 :]):
+            shutil.rmtree(other)
     return final
 
 
@@ -132,7 +136,7 @@ def flush(path: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file in one go."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, "utf-8", errors="backslashreplace")  # file names need not be Unicode
     flush(partial)
     partial.replace(path)
 

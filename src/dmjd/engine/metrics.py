@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from dmjd.data.images import BadImage
 from dmjd.data.sources import Images
+from dmjd.errors import DataError
 
 
 @torch.inference_mode()
@@ -37,6 +38,9 @@ def features(
 
     Returns:
         Features on the CPU, and the numbers of their images.
+
+    Raises:
+        DataError: If none decodes.
     """
     chunks, kept = [], []
     starts = range(0, len(indices), batch_size)
@@ -50,6 +54,8 @@ def features(
                 continue
         if batch:
             chunks.append(pooled(torch.stack(batch).to(device)).float().cpu())
+    if not chunks:
+        raise DataError(f"none of {len(indices)} images decodes; {images.root}; check --data")
     return torch.cat(chunks), kept
 
 

@@ -28,7 +28,7 @@ class Record:
     def __init__(self, out: Path, settings: dict[str, Any], images: Images, *, batch_size: int):
         self.out, self.settings, self.batch_size = out, settings, batch_size
         self.root, self.count = images.root, len(images)
-        names = "\n".join(images.names).encode()
+        names = "\n".join(images.names).encode(errors="surrogateescape")  # file names need not be Unicode
         self.fingerprint = mix(self.count, *(int.from_bytes(names[i : i + 8]) for i in range(0, len(names), 8)))
         self.skipped: dict[str, str] = {}
         self.summary: dict[str, Any] = {}
@@ -69,9 +69,10 @@ class Record:
             )
         checkpoint.load(path, model=model, optimizer=optimizer)
         self.earlier, self.skipped, self.summary = state["seconds"], state["skipped"], state["summary"]
-        lines = (self.out / "metrics.jsonl").read_text().splitlines(keepends=True)
+        metrics = self.out / "metrics.jsonl"
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
-        checkpoint.write_atomically(self.out / "metrics.jsonl", "".join(kept))
+        checkpoint.write_atomically(metrics, "".join(kept))
         return int(state["step"])
 
     def write(self, line: dict[str, Any]) -> None:

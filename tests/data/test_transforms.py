@@ -1,0 +1,137 @@
+"""Crops have the size asked for and show what they are said to show."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Generator, Tensor
+
+from dmjd.data.transforms import center_crop, random_crop
+
+WHOLE = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": False}
+
+
+def seeded(seed: int = 0) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=seeded())
+
+
+def coordinates(height: int, width: int) -> Tensor:
+    """An image that says where it is: rows in the first channel, columns in the second."""
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)
+    return torch.stack([rows.expand(height, width), columns.expand(height, width)]).byte()
+
+
+sides = st.integers(1, 50)
+
+
+@given(height=sides, width=sides, size=st.tuples(sides, sides), channels=st.sampled_from([1, 3]), seed=sides)
+@settings(max_examples=60, deadline=None)
+def test_random_crop__has_the_size_asked_for_whatever_the_image(
+    height: int, width: int, size: tuple[int, int], channels: int, seed: int
+) -> None:
+    image = noise(channels, height, width)
+    crop = random_crop(image, size, scale=(0.05, 1.0), ratio=(0.5, 2.0), flip=True, generator=seeded(seed))
+    assert crop.shape == (channels, *size)
+    assert crop.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("shape", [(1, 4000), (4000, 1), (1, 1), (7, 2000)])
+def test_crops__take_extreme_aspects(shape: tuple[int, int]) -> None:
+    image = noise(3, *shape)
+    assert random_crop(image, (16, 16), scale=(0.2, 1.0), ratio=(0.75, 4 / 3), flip=True, generator=seeded()).shape == (
+        3,
+        16,
+        16,
+    )
+    assert center_crop(image, (16, 16)).shape == (3, 16, 16)
+
+
+def test_random_crop__of_everything_at_the_same_size_is_the_identity() -> None:
+    image = noise(3, 32, 32)
+    assert torch.equal(random_crop(image, (32, 32), **WHOLE, generator=seeded()), image)
+
+
+def test_random_crop__leaves_the_image_as_it_is() -> None:
+    image = noise(3, 20, 30)
+    before = image.clone()
+    random_crop(image, (16, 16), scale=(0.2, 1.0), ratio=(0.75, 4 / 3), flip=True, generator=seeded())
+    assert torch.equal(image, before)
+
+
+def test_random_crop__a_flat_image_stays_flat() -> None:
+    image = torch.full((3, 40, 30), 77, dtype=torch.uint8)
+    for seed in range(10):
+        crop = random_crop(image, (16, 24), scale=(0.2, 1.0), ratio=(0.75, 4 / 3), flip=True, generator=seeded(seed))
+        assert (crop == 77).all()
+
+
+def boxes(count: int, scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Heights and widths of the boxes cut out of an image of 200 x 200, read off where its crops begin and end."""
+    image = coordinates(200, 200)
+    size = (100, 100)
+    crops = torch.stack(
+        [random_crop(image, size, scale=scale, ratio=ratio, flip=False, generator=seeded(s)) for s in range(count)]
+    ).float()
+    heights = (crops[:, 0, 89, 50] - crops[:, 0, 10, 50]) * 100 / 79  # the borders are bent by the resizing
+    widths = (crops[:, 1, 50, 89] - crops[:, 1, 50, 10]) * 100 / 79
+    return heights, widths
+
+
+def test_random_crop__areas_fill_the_scale_and_shapes_the_ratio() -> None:
+    heights, widths = boxes(400, scale=(0.2, 0.5), ratio=(0.75, 4 / 3))
+    area, shape = heights * widths / 200**2, widths / heights
+    slack = 0.03
+    assert area.min() > 0.2 * (1 - 2 * slack)
+    assert area.max() < 0.5 * (1 + 2 * slack)
+    assert abs(area.mean() - 0.35) < 0.015  # uniform
+    assert shape.min() > 0.75 * (1 - 2 * slack)
+    assert shape.max() < 4 / 3 * (1 + 2 * slack)
+    assert abs(shape.log().mean()) < 0.03  # upright as often as lying
+
+
+def test_random_crop__boxes_lie_everywhere_in_the_image() -> None:
+    image = coordinates(100, 200)
+    crops = [
+        random_crop(image, (50, 50), scale=(0.25, 0.25), ratio=(1.0, 1.0), flip=False, generator=seeded(s)).float()
+        for s in range(300)
+    ]
+    middles = torch.stack([crop.mean(dim=(1, 2)) for crop in crops])
+    assert (middles.mean(dim=0) - torch.tensor([49.5, 99.5])).abs().max() < 5
+    side = (0.25 * 100 * 200) ** 0.5
+    low, high = middles.min(dim=0).values, middles.max(dim=0).values
+    assert torch.allclose(low, torch.tensor([side / 2, side / 2]), atol=3)
+    assert torch.allclose(high, torch.tensor([100 - side / 2, 200 - side / 2]), atol=3)
+
+
+def test_random_crop__mirrors_half_of_the_images() -> None:
+    image = noise(3, 8, 8)
+    whole = WHOLE | {"flip": True}
+    crops = [random_crop(image, (8, 8), **whole, generator=seeded(seed)) for seed in range(400)]
+    mirrored = sum(torch.equal(crop, image.flip(-1)) for crop in crops)
+    assert mirrored + sum(torch.equal(crop, image) for crop in crops) == 400
+    assert 150 < mirrored < 250
+
+
+def test_random_crop__without_flip_the_box_is_the_same() -> None:
+    image = coordinates(64, 64)
+    options = {"scale": (0.3, 0.9), "ratio": (0.75, 4 / 3)}
+    for seed in range(8):
+        plain = random_crop(image, (16, 16), **options, flip=False, generator=seeded(seed))
+        other = random_crop(image, (16, 16), **options, flip=True, generator=seeded(seed))
+        assert torch.equal(plain, other) or torch.equal(plain, other.flip(-1))
+
+
+@given(height=sides, width=sides, size=st.tuples(sides, sides))
+@settings(max_examples=60, deadline=None)
+def test_center_crop__has_the_size_asked_for_whatever_the_image(height: int, width: int, size: tuple[int, int]) -> None:
+    assert center_crop(noise(3, height, width), size).shape == (3, *size)
+
+
+def test_center_crop__is_the_middle_of_an_image_that_just_covers() -> None:
+    image = noise(3, 16, 30)
+    assert torch.equal(center_crop(image, (16, 16)), image[..., 7:23])
+    assert torch.equal(center_crop(image, (16, 30)), image)

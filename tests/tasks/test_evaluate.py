@@ -1,0 +1,200 @@
+"""What a backbone's features are worth, and the features themselves."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+from dmjd import load_backbone
+from dmjd.cli import main
+from dmjd.data.images import decode
+from dmjd.data.transforms import center_crop
+from dmjd.engine.metrics import knn_predict, knn_top1, linear_top1, rankme
+
+CLASSES = ("dots", "rows", "columns")
+TINY = """--preset quick --model.image_size 32 --model.patch_size 8 --model.embed_dim 16 --model.depth 2
+--model.num_heads 2 --decoder.embed_dim 16 --decoder.depth 1 --decoder.num_heads 2
+--batch_size 16 --steps 3 --workers 0 --device cpu"""
+
+
+def write_image(path: Path, kind: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(60, 100, (36, 40, 3))
+    period = {"dots": (slice(None, None, 3), slice(None, None, 3)), "rows": slice(None, None, 4)}
+    pixels[period.get(kind, (slice(None), slice(None, None, 4)))] += rng.integers(80, 120)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders in two parts."""
+    root = tmp_path_factory.mktemp("labelled")
+    for part, count in (("train", 12), ("val", 5)):
+        for label, name in enumerate(CLASSES):
+            for number in range(count):
+                write_image(root / part / name / f"{number:02d}.png", name, 1000 * label + 100 * count + number)
+    return root
+
+
+@pytest.fixture(scope="module")
+def backbone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    assert main(["pretrain", *TINY.split(), "--data", str(data), "--out", str(out)]) == 0
+    return out / "backbone.safetensors"
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
+    found: dict[str, float] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return found
+
+
+def embedded(backbone: Path, data: Path, out: Path) -> tuple[np.ndarray, list[list[str]]]:
+    assert (
+        main(["embed", "--backbone", str(backbone), "--data", str(data), "--out", str(out), "--batch_size", "7"]) == 0
+    )
+    with out.with_suffix(".csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    return np.load(out), rows
+
+
+# -- knn ---------------------------------------------------------------------------------------------------------------
+
+
+def test_knn__prints_its_accuracy_as_the_last_line(
+    backbone: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["knn", "--backbone", str(backbone), "--data", str(data), "--k", "5"]) == 0
+    said = last_line(capsys)
+    assert set(said) >= {"top1", "seconds"}
+    features, rows = embedded(backbone, data, tmp_path / "all.npy")
+    labels = torch.tensor([CLASSES.index(label) for _, label in rows[1:]])
+    train = torch.tensor([path.startswith("train/") for path, _ in rows[1:]])
+    known = torch.from_numpy(features)
+    expected = knn_top1(known[train], labels[train], known[~train], labels[~train], k=5)
+    assert said["top1"] == pytest.approx(expected, abs=1e-4)
+    assert said["top1"] > 0.5  # chance is a third
+
+
+def test_knn__splits_class_folders_without_parts(
+    backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["knn", "--backbone", str(backbone), "--data", str(data / "train")]) == 0
+    assert 0 <= last_line(capsys)["top1"] <= 1
+
+
+def test_knn__without_labels_is_a_data_error(backbone: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["knn", "--backbone", str(backbone), "--data", str(data / "train" / "dots")]) == 3
+    assert capsys.readouterr().err.startswith("error: no labels")
+
+
+def test_knn__a_held_out_class_without_training_images_is_a_data_error(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train/dots/a.png", "train/rows/a.png", "val/dots/b.png", "val/columns/b.png"):
+        write_image(tmp_path / name, Path(name).parent.name, 0)
+    capsys.readouterr()
+    assert main(["knn", "--backbone", str(backbone), "--data", str(tmp_path)]) == 3
+    assert "columns" in capsys.readouterr().err
+
+
+# -- embed -------------------------------------------------------------------------------------------------------------
+
+
+def test_embed__rows_are_the_features_of_the_paths_beside_them(backbone: Path, data: Path, tmp_path: Path) -> None:
+    features, (header, *rows) = embedded(backbone, data, tmp_path / "new" / "all.npy")
+    assert features.dtype == np.float32
+    assert features.shape == (3 * (12 + 5), 16)
+    assert header == ["path", "label"]
+    assert len(rows) == len(features)
+    assert all(Path(path).parent.name == label for path, label in rows)
+    assert {path for path, _ in rows} == {str(path.relative_to(data)) for path in data.rglob("*.png")}
+    model = load_backbone(backbone)
+    mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    for row in (0, 20, len(rows) - 1):
+        image = center_crop(decode(data / rows[row][0], 3), (32, 32))
+        with torch.inference_mode():
+            expected = model(((image / 255 - mean) / std)[None])[0]
+        np.testing.assert_allclose(features[row], expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_embed__images_without_classes_have_paths_alone(backbone: Path, data: Path, tmp_path: Path) -> None:
+    features, rows = embedded(backbone, data / "val" / "rows", tmp_path / "rows.npy")
+    assert rows == [["path"], *([f"{number:02d}.png"] for number in range(5))]
+    assert len(features) == 5
+
+
+def test_embed__files_that_do_not_decode_are_in_neither_and_counted(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(4):
+        write_image(tmp_path / "images" / f"{number}.png", "rows", number)
+    (tmp_path / "images" / "2.png").write_text("no image")
+    features, rows = embedded(backbone, tmp_path / "images", tmp_path / "f.npy")
+    assert [row[0] for row in rows] == ["path", "0.png", "1.png", "3.png"]
+    assert len(features) == 3
+    said = last_line(capsys)
+    assert (said["images"], said["skipped"]) == (3, 1)
+
+
+def test_embed__without_a_good_image_is_a_data_error(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_text("no image")
+    out = tmp_path / "f.npy"
+    capsys.readouterr()
+    assert main(["embed", "--backbone", str(backbone), "--data", str(tmp_path / "images"), "--out", str(out)]) == 3
+    assert capsys.readouterr().err.startswith("error: none of 1 images decodes")
+    assert not out.exists()
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (7, 0.07), (20, 0.5), (500, 0.1)])
+def test_knn_predict__agrees_with_scikit_learn(k: int, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(k)
+    bank, queries = (torch.randn(count, 8, generator=generator) for count in (120, 60))
+    labels = torch.randint(0, 5, (120,), generator=generator)
+    reference = KNeighborsClassifier(
+        min(k, 120), metric="cosine", weights=lambda distance: np.exp((1 - distance) / temperature)
+    ).fit(bank.double().numpy(), labels.numpy())
+    predicted = knn_predict(bank, labels, queries, k=k, temperature=temperature, chunk=25)
+    assert predicted.tolist() == reference.predict(queries.double().numpy()).tolist()
+
+
+def test_knn_top1__is_the_share_of_right_answers() -> None:
+    bank, labels = torch.eye(4), torch.arange(4)
+    assert knn_top1(bank, labels, bank, torch.tensor([0, 1, 2, 0]), k=1) == 0.75
+
+
+def test_linear_top1__separates_what_a_plane_separates() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(200, 6, generator=generator)
+    labels = (points @ torch.randn(6, generator=generator) > 0).long()
+    assert linear_top1(points[:150], labels[:150], points[150:], labels[150:]) > 0.9
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_rankme__of_r_equal_directions_is_r(rank: int) -> None:
+    left, right = (torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0] for size in (40, 8))
+    assert rankme((left[:, :rank] @ right[:rank]).float()) == pytest.approx(rank, abs=1e-3)
+
+
+def test_rankme__of_unequal_directions_is_less() -> None:
+    weak = torch.diag(torch.tensor([1.0, 1.0, 0.1]))
+    assert 2 < rankme(weak) < 3
+
+
+def test_rankme__of_collapsed_features_is_one() -> None:
+    assert rankme(torch.ones(10, 4)) == pytest.approx(1, abs=1e-4)
+    assert rankme(torch.zeros(10, 4)) == pytest.approx(1, abs=1e-4)

@@ -1,0 +1,325 @@
+"""A command line does what it says, or says in one line what is wrong with it."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from dmjd import config
+from dmjd.cli import VERBS, application, layers_of, main
+
+PRESETS = sorted(path.stem for path in config.PRESETS.glob("*.yaml"))
+NAMES = [verb.__name__ for verb in VERBS]
+
+
+def settings_of(*arguments: object) -> Any:
+    """What a command line means, without doing it."""
+    words = [str(word) for word in arguments]
+    app = application(layers_of(words))
+    _, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    return bound.arguments["settings"]
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def error_of(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a bad command line gives on stderr."""
+    assert main(arguments) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
+
+
+# -- usage -------------------------------------------------------------------------------------------------------------
+
+BAD = {  # command line: what its error line has to say
+    "pretrian": 'Did you mean "pretrain"?',
+    "pretrian --help": 'Did you mean "pretrain"?',
+    "pretrain --epocs 3": "Did you mean --epochs?",
+    "pretrain --model.image_sze 32": "Did you mean --model.image_size?",
+    "pretrain --optim.accumulaton 2": "Did you mean --optim.accumulation?",
+    "pretrain --preset dmj": "did you mean dmjd?",
+    "pretrain --preset=maskfit": "did you mean maskfeat?",
+    "pretrain --preset xyz": ", ".join(PRESETS),
+    "pretrain --preset": "--preset",
+    "pretrain stray": "stray",
+    "pretrain --data": "--data",
+    "pretrain --batch_size many": "--batch_size",
+    "pretrain --batch_size 0": "batch_size 0",
+    "pretrain --batch_size -4": "batch_size -4",
+    "pretrain --batch_size 5 --optim.accumulation 2": "batch_size 5",
+    "pretrain --steps 0": "steps 0",
+    "pretrain --steps -1": "steps -1",
+    "pretrain --epochs nan": "epochs nan",
+    "pretrain --epochs -1": "epochs -1",
+    "pretrain --seed -1": "seed -1",
+    "pretrain --workers -1": "workers -1",
+    "pretrain --workers some": "--workers",
+    "pretrain --precision fp8": "--precision",
+    "pretrain --device nowhere": "--device nowhere",
+    "pretrain --resume maybe": "maybe",
+    "pretrain --model.size huge": "--model.size",
+    "pretrain --model.image_size abc": "model.image_size 'abc'",
+    "pretrain --model.image_size 32x": "model.image_size '32x'",
+    "pretrain --model.image_size 65": "model.image_size 65",
+    "pretrain --model.image_size 0": "model.image_size '0'",
+    "pretrain --model.patch_size 0": "model.patch_size 0",
+    "pretrain --model.patch_size -8": "model.patch_size -8",
+    "pretrain --model.in_chans 2": "model.in_chans 2",
+    "pretrain --model.depth 0": "model.depth 0",
+    "pretrain --model.embed_dim 0": "model.embed_dim 0",
+    "pretrain --model.num_heads 0": "model.num_heads 0",
+    "pretrain --model.reg_tokens -1": "model.reg_tokens -1",
+    "pretrain --model.mask_token": "decoder.depth",
+    "pretrain --masking.num_views 0": "masking.num_views 0",
+    "pretrain --masking.block 0": "masking.block 0",
+    "pretrain --masking.mask_ratio 0": "mask_ratio 0",
+    "pretrain --masking.mask_ratio 1.2": "mask_ratio 1.2",
+    "pretrain --masking.mask_ratio 0.5 --masking.predict_ratio 0.1": "predict_ratio 0.1",
+    "pretrain --masked.target edges": "--masked.target",
+    "pretrain --masked.loss l3": "--masked.loss",
+    "pretrain --visible.weight -1": "visible.weight -1",
+    "pretrain --hog.cell_size 0": "hog.cell_size 0",
+    "pretrain --decoder.num_heads 0": "decoder.num_heads 0",
+    "pretrain --decoder.embed_dim 0": "decoder.embed_dim 0",
+    "pretrain --decoder.embed_dim 97": "decoder.embed_dim 97",
+    "pretrain --decoder.depth 0": "decoder.depth",
+    "pretrain --decoder.depth -1": "decoder.depth -1",
+    "pretrain --crop.scale 0.9 0.1": "crop.scale",
+    "pretrain --crop.scale 0.5": "--crop.scale",
+    "pretrain --crop.ratio 0 1": "crop.ratio",
+    "pretrain --optim.name sdg": "optim.name",
+    "pretrain --optim.blr -1": "optim.blr -1",
+    "pretrain --optim.weight_decay -1": "optim.weight_decay -1",
+    "pretrain --optim.accumulation 0": "optim.accumulation 0",
+    "pretrain --optim.clip_grad -1": "optim.clip_grad -1",
+    "pretrain --optim.warmup_epochs -1": "optim.warmup_epochs -1",
+    "pretrain --monitor.log_every 0": "monitor.log_every 0",
+    "pretrain --monitor.max_images 0": "monitor.max_images 0",
+    "pretrain --monitor.saves -1": "monitor.saves -1",
+    "pretrain --monitor.evals -1": "monitor.evals -1",
+    "pretrain --config nowhere.yaml": "nowhere.yaml",
+    "knn": "--backbone",
+    "knn --backbone": "--backbone",
+    "knn --backbone x --k 0": "k 0",
+    "knn --backbone x --temperature 0": "temperature 0",
+    "knn --backbone x --bakbone y": "--backbone",
+    "embed --backbone x": "--out",
+    "embed --backbone x --out f --batch_size 0": "batch_size 0",
+    "report": "RUN",
+    "--nonsense": "nonsense",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_main__a_bad_command_line_is_one_line_and_exit_code_2(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert BAD[line] in error_of(line.split(), 2, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+BAD_FILES = {  # content of --config: what the error line has to say
+    "epocs: 3": "Did you mean --epochs?",
+    "model: {pach_size: 8}": "Did you mean --model.patch_size?",
+    "batch_size: many": "batch_size",
+    "model: {patch_size: 0}": "model.patch_size 0",
+    "model: 3": "model",
+    "preset: dmj": "did you mean dmjd?",
+    "preset: 5": "--preset 5",
+    "- a\n- b": "list",
+    "a: [1\nb: }": "line 2",
+    "\udcff\udcfe": "not YAML",
+}
+
+
+@pytest.mark.parametrize("content", BAD_FILES)
+def test_main__a_bad_configuration_is_one_line_that_names_the_file_and_exit_code_2(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(content, errors="surrogateescape")
+    error = error_of(["pretrain", "--out", str(tmp_path / "run"), "--config", str(file)], 2, capsys)
+    assert BAD_FILES[content] in error
+    if not content.startswith(("preset", "model: {patch")):  # a value that is wrong wherever it comes from
+        assert str(file) in error
+
+
+@pytest.mark.parametrize("line", ["pretrain --epocs 3", "knn --backbone x --k 0"])
+def test_main__a_bad_command_line_shows_no_traceback_from_a_shell(line: str) -> None:
+    done = python("-m", "dmjd.cli", *line.split())
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+    assert not done.stdout
+
+
+def test_main__debug_shows_the_traceback_and_keeps_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "--data", "nowhere", "--model.patch_size", "0", "--debug"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert error.splitlines()[-1].startswith("error: model.patch_size 0")
+
+
+# -- data and backbones ------------------------------------------------------------------------------------------------
+
+
+def test_main__no_data_is_exit_code_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for data in ("nowhere", "empty"):
+        small = ["--model.depth", "1", "--out", "run", "--device", "cpu"]
+        assert data in error_of(["pretrain", "--data", data, *small], 3, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_main__a_backbone_that_is_none_is_exit_code_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("not a backbone")
+    (tmp_path / "folder").mkdir()
+    save_file({"weight": torch.zeros(1)}, tmp_path / "bare")
+    for name in ("nowhere", "text", "folder", "bare"):
+        assert name in error_of(["knn", "--backbone", str(tmp_path / name)], 4, capsys)
+    for name in ("timm:no_such_model", "timm:"):
+        assert name in error_of(["embed", "--backbone", name, "--out", str(tmp_path / "f.npy")], 4, capsys)
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def test_settings__flags_over_file_over_preset_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: mae\nbatch_size: 64\nmodel: {size: small, depth: 3}\n")
+    preset = yaml.safe_load((config.PRESETS / "mae.yaml").read_text())
+    settings = settings_of("pretrain", "--config", file, "--model.depth", 2)
+    assert settings.model.depth == 2
+    assert (settings.batch_size, settings.model.size) == (64, "small")
+    assert (settings.epochs, settings.masking.block) == (preset["epochs"], preset["masking"]["block"])
+    assert settings.monitor == config.Monitor()
+    other = settings_of("pretrain", "--config", file, "--preset", "dmjd")
+    assert (other.batch_size, other.masking.num_views, other.preset) == (64, 2, "dmjd")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_settings__every_preset_loads_through_the_command_line(preset: str) -> None:
+    recipe = dict(leaves(yaml.safe_load((config.PRESETS / f"{preset}.yaml").read_text())))
+    loaded = dict(leaves(config.to_dict(settings_of("pretrain", "--preset", preset))))
+    assert loaded["preset"] == preset
+    for name, value in recipe.items():
+        assert str(loaded[name]) == str(value) or loaded[name] == value, name
+
+
+def test_settings__without_a_preset_the_quick_one_holds() -> None:
+    assert settings_of("pretrain") == settings_of("pretrain", "--preset", "quick")
+
+
+def test_settings__flags_take_a_value_after_a_space_or_an_equals_sign() -> None:
+    assert settings_of("pretrain", "--preset=dm", "--seed=3") == settings_of("pretrain", "--preset", "dm", "--seed", 3)
+
+
+@pytest.mark.parametrize(("patch_size", "cell_size"), [(32, 8), (16, 8), (20, 10), (14, 7), (8, 4), (7, 7), (1, 1)])
+def test_settings__the_default_cell_divides_the_patch(patch_size: int, cell_size: int) -> None:
+    side = {"--model.image_size": 4 * patch_size, "--model.patch_size": patch_size}
+    assert settings_of("pretrain", *(word for pair in side.items() for word in pair)).cell_size == cell_size
+
+
+CHANGED = (
+    "--model.image_size 64x32 --model.embed_dim 48 --crop.scale 0.2 0.9 --crop.no-flip --optim.blr 1e-5 --data 007"
+)
+
+
+def test_config_yaml__reads_back_to_equal_settings(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = settings_of("pretrain", *CHANGED.split(), "--steps", 7, "--out", out)
+    assert (settings.data, settings.model.image_hw, settings.crop.flip) == ("007", (64, 32), False)
+    out.mkdir()
+    (out / "config.yaml").write_text(config.to_yaml(settings))
+    assert settings_of("pretrain", "--out", out, "--resume") == replace(settings, resume=True)
+    again = settings_of("pretrain", "--config", out / "config.yaml", "--out", "other")
+    assert again == replace(settings, config=out / "config.yaml", out=Path("other"))
+
+
+def test_config_yaml__spoilt_it_is_named_when_the_run_is_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("{{")
+    assert str(tmp_path / "config.yaml") in error_of(["pretrain", "--out", str(tmp_path), "--resume"], 2, capsys)
+
+
+def test_config_yaml__holds_every_setting_that_is_set(tmp_path: Path) -> None:
+    settings = settings_of("pretrain")
+    written = dict(leaves(yaml.safe_load(config.to_yaml(settings))))
+    unset = {name for name, value in walk(settings) if value is None}
+    assert set(written) == {name for name, _ in walk(settings)} - unset
+
+
+# -- help --------------------------------------------------------------------------------------------------------------
+
+
+def walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        if is_dataclass(value):
+            yield from walk(value, f"{prefix}{setting.name}.")
+        else:
+            yield f"{prefix}{setting.name}", value
+
+
+def test_help__every_setting_has_a_text() -> None:
+    app = application()
+    for verb in NAMES:
+        arguments = app[verb].assemble_argument_collection(
+            default_parameter=app.default_parameter, parse_docstring=True
+        )
+        texts = {
+            argument.name.removeprefix("--"): argument.parameter.help for argument in arguments.filter_by(show=True)
+        }
+        assert all(texts.values()), texts
+        if verb == "pretrain":
+            assert set(texts) >= {name for name, _ in walk(config.Pretrain())}
+
+
+@pytest.mark.parametrize("verb", ["", *NAMES])
+def test_help__prints_in_under_a_second_without_torch(verb: str) -> None:
+    program = f"""if True:
+        import sys
+        from dmjd.cli import main
+        code = main([*{verb.split()}, "--help"])
+        sys.exit(code or any(name in sys.modules for name in ("torch", "timm", "numpy")))
+    """
+    for _ in range(3):  # of a machine that does other things, the best of three
+        began = time.perf_counter()
+        done = python("-c", program)
+        seconds = time.perf_counter() - began
+        assert done.returncode == 0, done.stderr
+        assert not done.stderr
+        if seconds < 1:
+            break
+    assert seconds < 1
+    shown = done.stdout
+    assert all(name in shown for name in NAMES) if not verb else "--" in shown
+    if verb == "pretrain":
+        assert all(f"--{name} " in shown for name, value in walk(config.Pretrain()) if not isinstance(value, bool))
