@@ -74,11 +74,13 @@ def layers_of(arguments: Sequence[str]) -> list[Path]:
     if not arguments or arguments[0] != pretrain.__name__ or "--help" in arguments:
         return []
     given = {name: flag_value(arguments, name) for name in ("--preset", "--config", "--out")}
+    file = [Path(given["--config"])] if given["--config"] else []
     saved = Path(given["--out"] or config.Pretrain.out) / "config.yaml"
     if "--resume" in arguments and saved.is_file():
         read_yaml(saved)
-        return [saved]
-    file = [Path(given["--config"])] if given["--config"] else []
+        # What is given again is compared with what was saved, not ignored.
+        preset_file = [config.PRESETS / f"{given['--preset']}.yaml"] if given["--preset"] else []
+        return [*file, *preset_file, saved]
     named = next((read_yaml(path).get("preset") for path in file), None)
     preset = str(given["--preset"] or named or config.Pretrain.preset)
     names = sorted(path.stem for path in config.PRESETS.glob("*.yaml"))

@@ -22,6 +22,7 @@ from torch import nn
 
 from dmjd.cli import main
 from dmjd.engine import checkpoint
+from dmjd.errors import CheckpointError
 
 STEPS = 30
 TINY = {
@@ -270,7 +271,8 @@ def test_save__two_checkpoints_are_kept(tmp_path: Path) -> None:
 def test_save__broken_later_checkpoints_do_not_push_a_new_one_out(tmp_path: Path) -> None:
     for step in (8, 9):
         (save(tmp_path, step) / "model.safetensors").write_bytes(b"")
-    assert checkpoint.latest(tmp_path) is None
+    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+        checkpoint.latest(tmp_path)
     assert_loads(save(tmp_path, 1), 1)
     assert_loads(save(tmp_path, 2), 2)
     assert_loads(checkpoint.latest(tmp_path), 2)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import dmjd.backbones.convvit  # noqa: F401 (registers its models with timm)
 from dmjd.errors import CheckpointError
 
 
@@ -45,15 +46,12 @@ def load_backbone(path: str | Path) -> nn.Module:
         raise CheckpointError(f"no such backbone; {path}; give a run's backbone.safetensors") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"not a backbone file ({error}); {path}; give a run's backbone.safetensors") from None
-    size = arguments["img_size"]
-    model = timm.create_model(
-        metadata["architecture"],
-        **arguments,
-        pretrained_cfg_overlay={"input_size": (arguments["in_chans"], *size), "num_classes": 0, **statistics},
-    )
     try:
+        input_size = (arguments["in_chans"], *arguments["img_size"])
+        overlay = {"input_size": input_size, "num_classes": 0, **statistics}
+        model = timm.create_model(metadata["architecture"], **arguments, pretrained_cfg_overlay=overlay)
         model.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"weights and metadata do not agree: {reason}; {path}; write the file again") from None
     return model.eval()

@@ -114,7 +114,10 @@ def create_vit(
         **overrides,
     )
     name = f"vit_{size}_patch16_224"
-    vit = timm.create_model(name, **arguments)
+    try:
+        vit = timm.create_model(name, **arguments)
+    except AssertionError as error:  # a width that the heads do not divide
+        raise ValueError(f"ViT {size}: {error}") from None
     vit.apply(init_weights)
     for token in (vit.cls_token, vit.reg_token):
         if token is not None:

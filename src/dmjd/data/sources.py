@@ -91,6 +91,11 @@ class Images:
         assert self.root is not None
         return decode(self.root / self.names[index], self.in_chans)
 
+    def labels_of(self, indices: Sequence[int]) -> Int[Tensor, " n"]:
+        """Look up the labels of some images of a set that has labels."""
+        assert self.labels is not None
+        return torch.tensor([self.labels[index] for index in indices])
+
     def subset(self, indices: Sequence[int]) -> "Images":
         """Keep some of the images of a folder."""
         assert self.held is None
@@ -130,8 +135,17 @@ def load(data: str, *, in_chans: int = 3, image_hw: tuple[int, int] = (64, 64), 
         raise DataError(f"no such data; {data}; {hint}")
     held_out = next((root / part for part in HELD_OUT_PARTS if (root / part).is_dir()), None)
     if (root / "train").is_dir() and held_out:
-        return Parts(folder_images(root / "train", in_chans), folder_images(held_out, in_chans))
+        return same_classes(folder_images(root / "train", in_chans), folder_images(held_out, in_chans))
     return hold_out(folder_images(root / "train" if (root / "train").is_dir() else root, in_chans), seed)
+
+
+def same_classes(train: Images, held_out: Images) -> Parts:
+    """Number the classes of the held-out part as those of the training part; classes of its own come after them."""
+    if train.labels is None or held_out.labels is None:
+        return Parts(train, held_out)
+    classes = train.classes + tuple(name for name in held_out.classes if name not in train.classes)
+    labels = [classes.index(held_out.classes[label]) for label in held_out.labels]
+    return Parts(train, replace(held_out, classes=classes, labels=labels))
 
 
 def load_all(data: str, *, in_chans: int = 3, image_hw: tuple[int, int] = (64, 64)) -> list[Images]:

@@ -54,8 +54,16 @@ def save(folder: Path, *, step: int, model: nn.Module, optimizer: Optimizer, sta
 
 
 def latest(folder: Path) -> Path | None:
-    """Find the newest checkpoint that is whole."""
-    return next((path for path in sorted(folder.glob("step-*"), reverse=True) if verify(path)), None)
+    """Find the newest checkpoint that is whole; None where none was ever written.
+
+    Raises:
+        CheckpointError: If there are checkpoints, but none is whole.
+    """
+    found = sorted(folder.glob("step-*"), reverse=True)
+    whole = next((path for path in found if verify(path)), None)
+    if found and whole is None:
+        raise CheckpointError(f"no checkpoint is whole ({len(found)} broken); {folder}; remove them to start afresh")
+    return whole
 
 
 def read_state(path: Path) -> dict[str, Any]:

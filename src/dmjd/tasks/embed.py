@@ -32,7 +32,7 @@ def embed(settings: Embed) -> None:
         for index in seen:
             label = [images.classes[images.labels[index]]] if images.labels is not None else []
             rows.append([images.names[index], *label])
-    out = settings.out.with_suffix(".npy")
+    out = settings.out if settings.out.suffix == ".npy" else settings.out.with_name(f"{settings.out.name}.npy")
     out.parent.mkdir(parents=True, exist_ok=True)
     np.save(out, np.concatenate(matrices))
     with out.with_suffix(".csv").open("w", newline="") as file:

@@ -3,8 +3,6 @@
 import json
 import time
 
-import torch
-
 from dmjd.config import Knn
 from dmjd.engine.metrics import knn_top1
 from dmjd.errors import DataError
@@ -23,15 +21,13 @@ def knn(settings: Knn) -> None:
     parts = extractor.parts()
     if parts.train.labels is None or parts.held_out.labels is None:
         raise DataError(f"no labels; {settings.data}; k-NN wants PART/CLASS/IMAGE or CLASS/IMAGE")
-    number = {name: label for label, name in enumerate(parts.train.classes)}
-    unknown = sorted(set(parts.held_out.classes) - set(number))
+    unknown = parts.held_out.classes[len(parts.train.classes) :]
     if unknown:
         raise DataError(f"held-out classes without training images: {', '.join(unknown)}; {settings.data}; add some")
     sides = []
     for images in parts:
         found, seen = extractor.features(images)
-        assert images.labels is not None
-        sides += [found, torch.tensor([number[images.classes[images.labels[index]]] for index in seen])]
+        sides += [found, images.labels_of(seen)]
     top1 = knn_top1(*sides, k=settings.k, temperature=settings.temperature)
     print(
         json.dumps({"top1": round(top1, 4), "images": len(sides[2]), "seconds": round(time.perf_counter() - began, 1)})

@@ -1,14 +1,12 @@
 """What a run shows of itself: how good its features are, and what its two branches see and say."""
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.numpy import save_file
-from torch import Tensor
 
 from dmjd.config import Pretrain
 from dmjd.data.images import BadImage
@@ -27,12 +25,6 @@ NUM_COUNTED = 1000  # training images whose masks are counted there
 def spread(count: int, most: int) -> list[int]:
     """Choose at most `most` of `count` numbers, evenly spread, so that sorted classes all appear."""
     return np.linspace(0, count - 1, min(count, most), dtype=int).tolist() if count else []
-
-
-def labelled(images: Images, indices: Sequence[int]) -> Tensor:
-    """Look up the labels of some images."""
-    assert images.labels is not None
-    return torch.tensor([images.labels[index] for index in indices])
 
 
 def measure(
@@ -56,7 +48,7 @@ def measure(
         measured = {"rankme": rankme(held_out)}
     else:
         bank, seen = compute(parts.train, spread(len(parts.train), max_images))
-        pairs = (bank, labelled(parts.train, seen), held_out, labelled(parts.held_out, shown))
+        pairs = (bank, parts.train.labels_of(seen), held_out, parts.held_out.labels_of(shown))
         measured = {"knn_top1": knn_top1(*pairs)} | ({"linear_top1": linear_top1(*pairs)} if probe else {})
     model.train(training)
     return measured

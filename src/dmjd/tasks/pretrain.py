@@ -56,15 +56,19 @@ def pretrain(settings: Pretrain) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     parts = Parts(*map(sources.in_memory, load(settings)))
+    if not len(parts.held_out):  # a set of one image
+        parts = Parts(parts.train, parts.train)
     count = len(parts.train)
     steps = settings.steps or max(round(settings.epochs * count / settings.batch_size), 1)
 
     record = Record(out, to_dict(settings), parts.train, batch_size=settings.batch_size)
-    newest = checkpoint.latest(record.checkpoints) if settings.resume else None
-    if newest:
+    start = 0
+    if settings.resume and (newest := checkpoint.latest(record.checkpoints)):
         start = record.resume(newest, model=model, optimizer=optimizer, may_change=MAY_CHANGE)
+        if start == steps and (out / "summary.json").exists():
+            print(f"this run is done; look at {out / 'report.html'}")
+            return
     else:
-        start = 0
         record.begin(to_yaml(settings))
     if parts.train.held:
         record.skip({parts.train.names[index]: reason for index, reason in parts.train.held.bad.items()})
@@ -113,7 +117,7 @@ def pretrain(settings: Pretrain) -> None:
         settings,
         model,
         samples,
-        parts.held_out if len(parts.held_out) else parts.train,
+        parts.held_out,
         last_epoch=(steps * settings.batch_size - 1) // count,
         device=device,
     )
