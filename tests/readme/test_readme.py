@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 # The runs there take minutes to weeks; these flags change how much is trained, not what is done.
 SHORT = shlex.split(
-    "--steps 2 --batch_size 4 --workers 0 --model.embed_dim 32 --model.depth 1 --model.num_heads 2 "
-    "--decoder.embed_dim 16 --decoder.num_heads 2 --decoder.depth 1 --monitor.evals 0 --device cpu --model.image_size 64 --model.patch_size 8"
+    "--steps 2 --batch_size 4 --workers 0 --device cpu --monitor.evals 0 --model.image_size 64 --model.patch_size 8 "
+    "--model.embed_dim 32 --model.depth 1 --model.num_heads 2 "
+    "--decoder.embed_dim 16 --decoder.num_heads 2 --decoder.depth 1"
 )
 
 

@@ -109,5 +109,5 @@ def rankme(embeddings: Float[Tensor, "n D"]) -> float:
     Between 1 (all features on a line: collapse) and min(n, D).
     """
     singular = torch.linalg.svdvals(embeddings.double())
-    share = singular / singular.sum().clamp_min(1e-12) + 1e-7
-    return float((-(share * share.log()).sum()).exp())
+    share = singular / singular.sum().clamp_min(1e-12)
+    return float((-(share * share.clamp_min(1e-12).log()).sum()).exp())

@@ -100,6 +100,7 @@ class Record:
             "loss_visible": float(step.loss_visible),
             "lr": step.lr,
             "grad_norm": float(step.grad_norm),
+            "waited": round(step.waited, 3),
         }
         now, since = time.perf_counter(), self.logged or (step.start, step.began)
         line["images_per_second"] = round((step.number - since[0]) * self.batch_size / (now - since[1]), 2)
