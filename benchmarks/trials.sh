@@ -29,4 +29,4 @@ run cifar10-dmjd --preset dmjd "${cifar[@]}" --epochs 8
 run clothing-mae --preset mae "${clothes[@]}" --epochs 40
 run clothing-dm --preset dm "${clothes[@]}" --epochs 20
 run clothing-dmjd --preset dmjd "${clothes[@]}" --epochs 20
-run cifar10-hybrid --preset dmjd --model.backbone convvit "${cifar[@]}" --epochs 4
+run cifar10-hybrid --preset dmjd --model.backbone convvit --decoder.mlp_ratio 8 "${cifar[@]}" --epochs 4

@@ -88,7 +88,10 @@ def layers_of(arguments: Sequence[str]) -> list[Path]:
         nearest = get_close_matches(preset, names, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(names)}"
         raise errors.ConfigError(f"no preset of this name; --preset {preset}; {hint}")
-    return [*file, config.PRESETS / f"{preset}.yaml"]
+    path = config.PRESETS / f"{preset}.yaml"
+    if flag_value(arguments, "--model.size") and "embed_dim" in read_yaml(path)["model"]:
+        raise errors.ConfigError(f"preset {preset} has a size of its own; --model.size; name another --preset")
+    return [*file, path]
 
 
 def flag_value(arguments: Sequence[str], name: str) -> str | None:
@@ -136,6 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, message = explain(error)
         print(f"error: {message}", file=sys.stderr)
         return code
+    except KeyboardInterrupt:  # while nothing was to be saved
+        print("stopped", file=sys.stderr)
+        return 130
     except SystemExit as stop:  # --help, --version, a signal
         return stop.code if isinstance(stop.code, int) else 0
     return 0

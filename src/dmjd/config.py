@@ -6,7 +6,7 @@ Nothing here imports torch, so that `--help` is instant. A setting travels YAML 
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -14,6 +14,7 @@ from dmjd.errors import ConfigError
 
 PRESETS = Path(__file__).parent / "presets"
 
+BackboneName = Literal["vit", "convvit"]
 BackboneSize = Literal["tiny", "small", "base", "large"]
 TargetName = Literal["hog", "pixels", "normalized_pixels"]
 LossName = Literal["l2", "smooth_l1"]
@@ -32,11 +33,23 @@ def at_least(lowest: int | float, settings: Any, *names: str) -> None:
             raise ConfigError(f"{section}{name} {value} is out of range; choose {lowest} or more")
 
 
+def one_of(choices: Any, settings: Any, *names: str) -> None:
+    """Refuse values that are not among the choices of a `Literal`.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    for name in names:
+        if (value := getattr(settings, name)) not in get_args(choices):
+            section = type(settings).__name__.lower()
+            raise ConfigError(f"{section}.{name} {value!r}; choose one of {', '.join(get_args(choices))}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """The backbone."""
 
-    backbone: Literal["vit", "convvit"] = "vit"
+    backbone: BackboneName = "vit"
     """vit, or convvit: ConvMAE's hybrid of convolutions and transformer."""
     size: BackboneSize = "base"
     """Width and depth: of a ViT as in timm (192 x 12, 384 x 12, 768 x 12, 1024 x 24), of a ConvViT as published."""
@@ -62,7 +75,9 @@ class Model:
     """Heads, where they shall differ from the size's."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "patch_size", "embed_dim", "depth", "num_heads")
+        one_of(BackboneName, self, "backbone")
+        one_of(BackboneSize, self, "size")
+        at_least(1, self, "patch_size", "embed_dim", "depth", "num_heads", "conv_mlp_ratio")
         at_least(0, self, "reg_tokens")
         height, width = self.image_hw
         if height % self.patch_size or width % self.patch_size:
@@ -116,6 +131,10 @@ class Masked:
     loss: LossName = "l2"
     """Loss on hidden tokens."""
 
+    def __post_init__(self) -> None:
+        one_of(TargetName, self, "target")
+        one_of(LossName, self, "loss")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Visible:
@@ -128,6 +147,7 @@ class Visible:
 
     def __post_init__(self) -> None:
         at_least(0, self, "weight")
+        one_of(LossName, self, "loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +206,7 @@ class Optim:
     """The optimizer and its learning rate."""
 
     name: str = "adamw"
-    """Any optimizer of timm that takes betas: adamw, lamb, lion, adan ..."""
+    """Any optimizer of timm that takes betas: adamw, lamb, lion ..."""
     blr: float = 6e-4
     """Base learning rate, for 256 images a step and predict_ratio = mask_ratio."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -229,19 +249,12 @@ class Run:
 
     data: str = "shapes"
     """Folder of images, or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""
-    seed: int = 0
-    """Seed of everything random."""
-    workers: int | None = None
-    """Processes that load images. Default: none for sets in memory, else one per core but one."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes the best."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the matrix products; auto is bf16 where the GPU has it."""
     debug: bool = False
     """Show the traceback of an error."""
-
-    def __post_init__(self) -> None:
-        at_least(0, self, "seed", "workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,8 +263,12 @@ class Pretrain(Run):
 
     out: Path = Path("runs/pretrain")
     """Directory of the run."""
+    seed: int = 0
+    """Seed of everything random."""
+    workers: int | None = None
+    """Processes that load images. Default: none for sets in memory, else one per core but one."""
     preset: str = "quick"
-    """Recipe to start from: quick, mae, maskfeat, dm, dmjd."""
+    """Recipe to start from: quick, mae, maskfeat, convmae, fastconvmae, dm, dmjd."""
     config: Path | None = None
     """YAML file that overrides the preset."""
     epochs: float = 400
@@ -273,9 +290,8 @@ class Pretrain(Run):
     monitor: Monitor = field(default_factory=Monitor)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         at_least(1, self, "steps", "batch_size")
-        at_least(0, self, "epochs")
+        at_least(0, self, "epochs", "seed", "workers")
         if self.batch_size % self.optim.accumulation:
             raise ConfigError(
                 f"batch_size {self.batch_size} is no multiple of optim.accumulation {self.optim.accumulation}"
@@ -302,6 +318,8 @@ class Knn(Run):
 
     backbone: str
     """A backbone.safetensors, or timm:NAME for a model of timm with its weights."""
+    seed: int = 0
+    """Seed of the held-out images, where the set does not name them."""
     k: int = 20
     """Neighbours that vote."""
     temperature: float = 0.07
@@ -310,7 +328,6 @@ class Knn(Run):
     """Images at a time."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         at_least(1, self, "k", "batch_size")
         at_least(0.02, self, "temperature")  # exp(1 / 0.01) is beyond float32
 
@@ -327,7 +344,6 @@ class Embed(Run):
     """Images at a time."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         at_least(1, self, "batch_size")
 
 

@@ -16,6 +16,7 @@ from dmjd.targets import HOG, Pixels, Target
 
 # Sections of the settings that a model is made of.
 SECTIONS = ("model", "masking", "masked", "visible", "hog", "decoder")
+SHAPE = ("embed_dim", "depth", "num_heads")  # what a size stands for
 # Mean and standard deviation of the channels, for values in 0..1: ImageNet's for colour, round numbers for grey.
 STATISTICS = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.5,), (0.25,))}
 
@@ -45,6 +46,8 @@ def build(preset: str, size: str = "base", *, image_size: int | tuple[int, int] 
             places.setdefault(setting.name, (section, setting.name))
     recipe = yaml.safe_load(path.read_text())
     values = {section: dict(recipe.get(section, {})) for section in sections}
+    if size != recipe["model"]["size"]:  # another size than the preset's: what the preset changes of its own goes
+        values["model"] = {key: value for key, value in values["model"].items() if key not in SHAPE}
     side = image_size if isinstance(image_size, int) else "x".join(map(str, image_size))
     for name, value in {"size": size, "image_size": str(side), **overrides}.items():
         if name not in places:
@@ -109,8 +112,7 @@ def from_settings(settings: config.Pretrain) -> DMJD:
 
 def create_encoder(model: config.Model) -> ViT | ConvViTEncoder:
     """Create the untrained backbone that settings describe."""
-    shape: dict[str, Any] = {"embed_dim": model.embed_dim, "depth": model.depth, "num_heads": model.num_heads}
-    shape = {name: value for name, value in shape.items() if value is not None}
+    shape: dict[str, Any] = {name: value for name in SHAPE if (value := getattr(model, name)) is not None}
     image: dict[str, Any] = {"image_size": model.image_hw, "patch_size": model.patch_size, "in_chans": model.in_chans}
     if model.backbone == "convvit":
         return create_convvit(model.size, conv_mlp_ratio=model.conv_mlp_ratio, **image, **shape)

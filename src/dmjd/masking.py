@@ -100,6 +100,8 @@ def mask_counts(
         ValueError: If no V masks of M tokens cover exactly P tokens.
     """
     num_tokens, area = grid[0] * grid[1], block * block
+    if not (math.isfinite(mask_ratio) and math.isfinite(predict_ratio)):
+        raise ValueError(f"mask_ratio {mask_ratio} and predict_ratio {predict_ratio} must be numbers between 0 and 1")
     corrupt, predict = Fraction(str(mask_ratio)), Fraction(str(predict_ratio))
     if num_views < 1:
         raise ValueError(f"num_views is {num_views}; an image needs at least 1 view")

@@ -106,6 +106,10 @@ def load_reference(
         raise ValueError(
             f"not a pre-training checkpoint of MAE, ConvMAE or DMJD: {missing.args[0]} is missing"
         ) from None
+    if in_chans not in STATISTICS or decoder_dim % decoder_num_heads:
+        raise ValueError(
+            f"{in_chans} channels, decoder of {decoder_dim} in {decoder_num_heads} heads: 1 or 3, and whole heads"
+        )
     mean, std = STATISTICS[in_chans]
     model = DMJD(
         encoder,
@@ -168,7 +172,7 @@ def hybrid_encoder(state_dict: Mapping[str, Tensor], num_heads: int) -> ConvViTE
     _, in_chans, first_stride, _ = state_dict["patch_embed1.proj.weight"].shape
     mlps = [len(state_dict[f"{stage}.0.mlp.fc1.weight"]) for stage in stages]
     arguments: dict[str, Any] = {
-        "img_size": math.isqrt(state_dict["pos_embed"].shape[1]) * first_stride * 4,
+        "img_size": [math.isqrt(state_dict["pos_embed"].shape[1]) * first_stride * 4] * 2,
         "patch_size": first_stride * 4,
         "in_chans": in_chans,
         "num_classes": 0,
@@ -195,9 +199,11 @@ def make_target(name: str, out_dim: int, patch_size: int, in_chans: int) -> Targ
     if name == "hog":
         cells = math.isqrt(out_dim // (9 * in_chans)) or 1
         found = HOG(patch_size, in_chans=in_chans, cell_size=patch_size // cells)
-    else:
+    elif name in ("pixels", "normalized_pixels"):
         mean, std = STATISTICS[in_chans]
         found = Pixels(patch_size, mean=mean, std=std, standardize=name == "normalized_pixels")
+    else:
+        raise ValueError(f"there is no target {name!r}; choose hog, pixels or normalized_pixels")
     if found.dim != out_dim:
         raise ValueError(f"decoder_pred.weight predicts {out_dim} numbers a token, target {name!r} has {found.dim}")
     return found

@@ -38,10 +38,10 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def nested_positions(grid: tuple[int, int], side: int) -> Int[Tensor, "L s"]:
+def nested_positions(grid: tuple[int, int], side: int, device: torch.device | None = None) -> Int[Tensor, "L s"]:
     """Number the side x side positions of every token, nested, by their place in the raster of the whole map."""
     rows, columns = grid
-    numbers = torch.arange(rows * columns * side * side).view(rows, side, columns, side).transpose(1, 2)
+    numbers = torch.arange(rows * columns * side * side, device=device).view(rows, side, columns, side).transpose(1, 2)
     if side == 4:  # rows and columns of a token in halves: (2, 2, 2, 2) -> (half row, half column, row, column)
         numbers = numbers.reshape(rows, columns, 2, 2, 2, 2).transpose(3, 4)
     return numbers.reshape(rows * columns, side * side)
@@ -60,7 +60,7 @@ class Layout:
     def of(cls, tokens: Int[Tensor, "N K"], grid: tuple[int, int], side: int) -> "Layout":
         """Lay out the positions of the given tokens of every map."""
         height, width = grid[0] * side, grid[1] * side
-        positions_NKs = nested_positions(grid, side).to(tokens.device)[tokens]
+        positions_NKs = nested_positions(grid, side, tokens.device)[tokens]
         maps_N = height * width * torch.arange(len(tokens), device=tokens.device)
         return cls((positions_NKs + maps_N[:, None, None]).flatten(), len(tokens), height, width)
 
@@ -398,7 +398,10 @@ def create_convvit(
         "mlp_ratios": (conv_mlp_ratio, conv_mlp_ratio, 4.0),
     }
     name = f"convvit_{size}"
-    return ConvViTEncoder(timm.create_model(name, **arguments), (name, arguments))
+    try:
+        return ConvViTEncoder(timm.create_model(name, **arguments), (name, arguments))
+    except AssertionError as error:  # a width that the heads do not divide
+        raise ValueError(f"ConvViT {size}: {error}") from None
 
 
 default_cfgs = generate_default_cfgs(

@@ -19,16 +19,26 @@ def save_backbone(path: Path, model: nn.Module, architecture: tuple[str, dict[st
     metadata = {
         "architecture": name,
         "model_args": json.dumps(arguments),
-        "pretrained_cfg": json.dumps({"mean": list(mean), "std": list(std)}),
+        "pretrained_cfg": json.dumps(
+            {
+                "input_size": [arguments["in_chans"], *arguments["img_size"]],
+                "num_classes": 0,
+                "mean": list(mean),
+                "std": list(std),
+            }
+        ),
     }
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path, metadata)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, partial, metadata)
+    partial.replace(path)
 
 
 def load_backbone(path: str | Path) -> nn.Module:
     """Load a trained backbone as a timm model, in evaluation mode.
 
-    Its `pretrained_cfg` holds the input size and the mean and standard deviation to normalise images by. The same in
-    plain timm: `timm.create_model(architecture, **model_args, checkpoint_path=path)`, both from the metadata.
+    Its `pretrained_cfg` holds the input size and the mean and standard deviation to normalise images by. Plain
+    timm makes the same of the metadata: `timm.create_model(architecture, **model_args,
+    pretrained_cfg_overlay=pretrained_cfg, checkpoint_path=path)`.
 
     Args:
         path: A `backbone.safetensors`.
@@ -41,14 +51,12 @@ def load_backbone(path: str | Path) -> nn.Module:
             metadata = file.metadata() or {}
         weights = load_file(path)
         arguments = json.loads(metadata["model_args"])
-        statistics = json.loads(metadata["pretrained_cfg"])
+        overlay = json.loads(metadata["pretrained_cfg"])
     except FileNotFoundError:
         raise CheckpointError(f"no such backbone; {path}; give a run's backbone.safetensors") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"not a backbone file ({error}); {path}; give a run's backbone.safetensors") from None
     try:
-        input_size = (arguments["in_chans"], *arguments["img_size"])
-        overlay = {"input_size": input_size, "num_classes": 0, **statistics}
         model = timm.create_model(metadata["architecture"], **arguments, pretrained_cfg_overlay=overlay)
         model.load_state_dict(weights)
     except (RuntimeError, KeyError, TypeError) as error:

@@ -6,6 +6,7 @@ drawn from a generator of (seed, epoch, index).
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,7 +30,7 @@ class Batch(NamedTuple):
 
     images: UInt8[Tensor, "B C H W"]
     masked: Bool[Tensor, "B V L"]
-    indices: Int[Tensor, " B"]
+    indices: Int[Tensor, " B"]  # of the images, substitutes included
     skipped: dict[str, str]  # files that did not decode, with the reason; others stand in for them
 
 
@@ -134,10 +135,11 @@ def train_batches(
         pin_memory=pin_memory,
         # fork deadlocks beside threads (CPython gh-112275); spawned workers also go when their parent is killed.
         multiprocessing_context="spawn" if workers else None,
-        worker_init_fn=one_thread if workers else None,
+        worker_init_fn=set_up_worker if workers else None,
     )
 
 
-def one_thread(worker: int) -> None:
-    """Keep workers from competing for the cores of each other."""
+def set_up_worker(worker: int) -> None:
+    """Keep workers from competing for each other's cores, and alive at Ctrl-C: the main process still ends its step."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -200,10 +200,10 @@ def folder_images(root: Path, in_chans: int) -> Images:
 def in_memory(images: Images) -> Images:
     """Hold a folder's decoded images in memory if they are few and small; else leave it as it is.
 
-    The size is judged by the first readable images.
+    The size is judged by the largest of a few images from all over the set.
     """
     sizes = []
-    for index in range(min(len(images), 16) if images.held is None else 0):
+    for index in range(0, len(images) if images.held is None else 0, max(len(images) // 16, 1)):
         with suppress(BadImage):
             sizes.append(images.read(index).numel())
     if not sizes or max(sizes) * len(images) > MEMORY_LIMIT:

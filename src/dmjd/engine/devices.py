@@ -26,5 +26,7 @@ def choose_device(name: str) -> torch.device:
 
 def choose_precision(name: str, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
     """Make the context of a forward pass: float32, or bf16 matrix products (`auto`: on GPUs that have them)."""
-    bf16 = name == "bf16" or (name == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    bf16 = name == "bf16" or (
+        name == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
     return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)

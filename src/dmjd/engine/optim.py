@@ -18,7 +18,7 @@ def create_optimizer(
     """
     try:
         return timm.optim.create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay, betas=betas)
-    except (AssertionError, TypeError, ValueError) as error:
+    except (AssertionError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"optim.name {name!r}: {error}") from None
 
 

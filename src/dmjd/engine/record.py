@@ -1,6 +1,8 @@
 """The directory of a run: what is written there while it trains, and how a run is taken up again."""
 
+import hashlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -9,7 +11,6 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dmjd.data.seeds import mix
 from dmjd.data.sources import Images
 from dmjd.engine import checkpoint
 from dmjd.engine.loop import Step
@@ -29,7 +30,7 @@ class Record:
         self.out, self.settings, self.batch_size = out, settings, batch_size
         self.root, self.count = images.root, len(images)
         names = "\n".join(images.names).encode(errors="surrogateescape")  # file names need not be Unicode
-        self.fingerprint = mix(self.count, *(int.from_bytes(names[i : i + 8]) for i in range(0, len(names), 8)))
+        self.fingerprint = hashlib.sha256(names).hexdigest()
         self.skipped: dict[str, str] = {}
         self.summary: dict[str, Any] = {}
         self.earlier, self.began = 0.0, time.perf_counter()
@@ -76,11 +77,12 @@ class Record:
         return int(state["step"])
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl, and its numbers to TensorBoard."""
+        """Append a line to metrics.jsonl, and its numbers to TensorBoard; what is no number becomes null."""
+        line = {key: value if math.isfinite(value) else None for key, value in line.items()}
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self.board:
-            for key in line.keys() - {"step"}:
+            for key in (key for key, value in line.items() if key != "step" and value is not None):
                 self.board.add_scalar(key, line[key], line["step"])
 
     def log(self, step: Step) -> dict[str, Any]:
@@ -109,7 +111,7 @@ class Record:
         if not (step.loss.isfinite() and step.grad_norm.isfinite()):
             raise NonFiniteError(
                 f"the loss is {line['loss']} and the gradient's norm {line['grad_norm']} at step {step.number}; "
-                f"{self.out}; the last checkpoint is finite: start another run with a lower --optim.blr"
+                f"{self.out}; checkpoints before are finite: start another run with a lower --optim.blr"
             )
         return line
 

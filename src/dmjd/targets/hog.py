@@ -10,6 +10,7 @@ from torch.nn import functional as F
 NUM_BINS = 9  # of 20 degrees each: unsigned gradients span 180
 
 
+@torch.no_grad()
 def hog_cells(images: Num[Tensor, "B C H W"], cell_size: int = 8) -> Float[Tensor, "B C h w 9"]:
     """Sum gradient magnitudes by orientation over square cells, divided by the cell's area; no block normalisation.
 

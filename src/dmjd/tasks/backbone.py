@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from dmjd.backbones.files import open_backbone
 from dmjd.config import Embed, Knn
-from dmjd.data import sources
-from dmjd.data.sources import Images, Parts
+from dmjd.data.sources import Images
 from dmjd.data.transforms import center_crop
 from dmjd.engine.devices import choose_device, choose_precision
 from dmjd.engine.metrics import features
@@ -30,11 +29,6 @@ class Extractor:
             raise ConfigError(f"the backbone takes {self.in_chans} channels; {settings.backbone}; images have 1 or 3")
         self.image_hw: tuple[int, int] = (size[0], size[1])
         self.mean, self.std = (torch.tensor(wanted[key], device=self.device)[:, None, None] for key in ("mean", "std"))
-
-    def parts(self) -> Parts:
-        """Find the images of the settings."""
-        settings = self.settings
-        return sources.load(settings.data, in_chans=self.in_chans, image_hw=self.image_hw, seed=settings.seed)
 
     def pooled(self, images: Tensor) -> Tensor:
         """Compute features (B, D) of images (B, C, H, W) of 0..255."""

@@ -35,7 +35,7 @@ def embed(settings: Embed) -> None:
     out = settings.out if settings.out.suffix == ".npy" else settings.out.with_name(f"{settings.out.name}.npy")
     out.parent.mkdir(parents=True, exist_ok=True)
     np.save(out, np.concatenate(matrices))
-    with out.with_suffix(".csv").open("w", newline="") as file:
+    with out.with_suffix(".csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label"] if any(len(row) > 1 for row in rows) else ["path"])
         writer.writerows(rows)

@@ -4,6 +4,7 @@ import json
 import time
 
 from dmjd.config import Knn
+from dmjd.data import sources
 from dmjd.engine.metrics import knn_top1
 from dmjd.errors import DataError
 from dmjd.tasks.backbone import Extractor
@@ -18,7 +19,7 @@ def knn(settings: Knn) -> None:
     """
     began = time.perf_counter()
     extractor = Extractor(settings)
-    parts = extractor.parts()
+    parts = sources.load(settings.data, in_chans=extractor.in_chans, image_hw=extractor.image_hw, seed=settings.seed)
     if parts.train.labels is None or parts.held_out.labels is None:
         raise DataError(f"no labels; {settings.data}; k-NN wants PART/CLASS/IMAGE or CLASS/IMAGE")
     unknown = parts.held_out.classes[len(parts.train.classes) :]

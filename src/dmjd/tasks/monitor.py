@@ -49,6 +49,7 @@ def measure(
     else:
         bank, seen = compute(parts.train, spread(len(parts.train), max_images))
         pairs = (bank, parts.train.labels_of(seen), held_out, parts.held_out.labels_of(shown))
+        probe = probe and len(pairs[1].unique()) > 1
         measured = {"knn_top1": knn_top1(*pairs)} | ({"linear_top1": linear_top1(*pairs)} if probe else {})
     model.train(training)
     return measured

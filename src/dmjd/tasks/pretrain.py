@@ -61,6 +61,12 @@ def pretrain(settings: Pretrain) -> None:
     count = len(parts.train)
     steps = settings.steps or max(round(settings.epochs * count / settings.batch_size), 1)
 
+    warmup = optim.warmup_epochs * count / settings.batch_size
+    if warmup >= steps:
+        print(
+            f"warning: warm-up takes {warmup:.0f} steps, the run has {steps}: see --optim.warmup_epochs",
+            file=sys.stderr,
+        )
     record = Record(out, to_dict(settings), parts.train, batch_size=settings.batch_size)
     start = 0
     if settings.resume and (newest := checkpoint.latest(record.checkpoints)):
@@ -91,13 +97,13 @@ def pretrain(settings: Pretrain) -> None:
             start=start,
             steps=steps,
             accumulation=optim.accumulation,
-            lr=warmup_cosine(settings.lr, warmup=optim.warmup_epochs * count / settings.batch_size, steps=steps),
+            lr=warmup_cosine(settings.lr, warmup=warmup, steps=steps),
             clip_grad=optim.clip_grad,
             device=device,
             autocast=choose_precision(settings.precision, device),
         ):
             record.skip(step.skipped)
-            if step.number % monitor.log_every == 0 or step.number == steps:
+            if step.number % monitor.log_every == 0 or step.number in evaluate_at | {steps}:
                 line = record.log(step)
                 losses = {key.removeprefix("loss_"): f"{line[key]:.4f}" for key in line if key.startswith("loss")}
                 bar.set_postfix({**losses, "images/s": f"{line['images_per_second']:.0f}"}, refresh=False)
@@ -110,6 +116,10 @@ def pretrain(settings: Pretrain) -> None:
                 print(f"stopped at step {step.number}; {out}; go on with --resume", file=sys.stderr)
                 raise SystemExit(143)
 
+    backbone = model.encoder.backbone
+    mean, std = (statistic.flatten().tolist() for statistic in (model.mean, model.std))
+    assert model.encoder.architecture is not None
+    save_backbone(out / "backbone.safetensors", backbone, model.encoder.architecture, mean, std)
     record.summary["trained"] = evaluate(probe=True)
     record.write({"step": steps, "epoch": steps * settings.batch_size / count} | record.summary["trained"])
     write_samples(
@@ -121,10 +131,6 @@ def pretrain(settings: Pretrain) -> None:
         last_epoch=(steps * settings.batch_size - 1) // count,
         device=device,
     )
-    backbone = model.encoder.backbone
-    mean, std = (statistic.flatten().tolist() for statistic in (model.mean, model.std))
-    assert model.encoder.architecture is not None
-    save_backbone(out / "backbone.safetensors", backbone, model.encoder.architecture, mean, std)
     summary = record.summary | {
         "seconds": round(record.seconds, 1),
         "images": steps * settings.batch_size,
@@ -137,7 +143,9 @@ def pretrain(settings: Pretrain) -> None:
     }
     checkpoint.write_atomically(out / "summary.json", json.dumps(summary, indent=1))
     report = write_report(out)
-    print(f"done in {record.seconds:.0f} s; look at {report}; then: dmjd knn --backbone {out}/backbone.safetensors")
+    verb = ["embed", "--out", "features.npy"] if parts.train.labels is None else ["knn"]
+    then = shlex.join(["dmjd", *verb, "--backbone", str(out / "backbone.safetensors"), "--data", settings.data])
+    print(f"done in {record.seconds:.0f} s; look at {report}; then: {then}")
 
 
 def load(settings: Pretrain) -> Parts:

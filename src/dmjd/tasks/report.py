@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from jaxtyping import Bool, Float, Integer, UInt8
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
@@ -57,6 +58,7 @@ def write_report(run: Path) -> Path:
     if not lines and not config.is_file():
         raise FileNotFoundError(f"not a run directory; {run}; give the directory that `dmjd pretrain --out` wrote")
     facts: Line = json.loads(summary.read_text("utf-8")) if summary.is_file() else {}
+    settings: Line = yaml.safe_load(config.read_text("utf-8")) or {} if config.is_file() else {}
     training = [line for line in lines if "loss" in line]
     now = (training[-1] if training else {}) | facts
     steps, losses = series(training, "loss")
@@ -64,7 +66,7 @@ def write_report(run: Path) -> Path:
         "name": run.resolve().name,
         "finished": summary.is_file(),
         "now": {key: value for key in now if (value := number(now, key)) is not None},
-        "data": str(facts.get("data") or ""),
+        "data": str(facts.get("data") or settings.get("data") or ""),
         "command": str(facts.get("command") or ""),
         "run": run,
         "settings": config.read_text("utf-8") if config.is_file() else "",
