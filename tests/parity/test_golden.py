@@ -28,7 +28,7 @@ def golden(name):
     return tensors, config
 
 
-def close(ours, official, tolerance=1e-5):
+def assert_close(ours, official, tolerance=1e-5):
     scale = official.abs().max().clamp_min(1e-12)
     assert ((ours - official).abs().max() / scale) < tolerance
 
@@ -40,13 +40,13 @@ def state_of(tensors):
 @pytest.mark.parametrize("name", ["dmjd_convvit_block60", "dmjd_convvit_random75"])
 def test_hog__equals_the_official_histograms_and_targets(name):
     tensors, _ = golden(name)
-    close(hog_cells(tensors["image_uint8"]), tensors["hog_cells"])
-    close(dmjd.hog(tensors["image_uint8"]), tensors["target"])
+    assert_close(hog_cells(tensors["image_uint8"]), tensors["hog_cells"])
+    assert_close(dmjd.hog(tensors["image_uint8"]), tensors["target"])
 
 
 def test_positions__equal_the_official_ones():
     tensors, config = golden("mae_vit")
-    close(sincos_positions((14, 14), config["dim"]), tensors["state.pos_embed"][:, 1:])
+    assert_close(sincos_positions((14, 14), config["dim"]), tensors["state.pos_embed"][:, 1:])
 
 
 def check_gradients(model, tensors, *, hybrid):
@@ -71,22 +71,22 @@ def test_dmjd__losses_predictions_latents_and_gradients_equal_the_official_ones(
     rows = torch.arange(4).view(2, 2).T.flatten()
     masked = official_mask[rows].view(2, 2, 196)
     losses = model(images, masked)
-    close(losses.masked, tensors["loss_masked"])
-    close(losses.visible, tensors["loss_visible"])
-    close(losses.total, tensors["loss_total"])
+    assert_close(losses.masked, tensors["loss_masked"])
+    assert_close(losses.visible, tensors["loss_visible"])
+    assert_close(losses.total, tensors["loss_total"])
 
     said = model.predict(images, masked)
     hidden = official_mask[rows]
     order = tensors["ids_keep"][rows]
     raster = order.argsort(dim=1)[..., None]
     visible = tensors["pred_visible"][rows].gather(1, raster.expand(-1, -1, 108))
-    close(said.masked.flatten(0, 1), tensors["pred_masked"][rows][hidden])
-    close(said.visible, visible)
+    assert_close(said.masked.flatten(0, 1), tensors["pred_masked"][rows][hidden])
+    assert_close(said.visible, visible)
     latents = model.encoder(model.normalize(images), split(masked)).visible
-    close(latents, tensors["latent"][rows].gather(1, raster.expand(-1, -1, latents.shape[-1])))
+    assert_close(latents, tensors["latent"][rows].gather(1, raster.expand(-1, -1, latents.shape[-1])))
 
     misaligned = model(images, masked, visible_order=order)
-    close(misaligned.visible, tensors["official_loss_visible_misaligned"])
+    assert_close(misaligned.visible, tensors["official_loss_visible_misaligned"])
 
     losses.total.backward()
     check_gradients(model, tensors, hybrid=True)
@@ -100,8 +100,8 @@ def test_convvit__classifier_equals_the_official_one():
     model.load_state_dict(state_of(tensors))
     mean, std = (torch.tensor(each)[:, None, None] for each in STATISTICS[3])
     features = model.forward_features((images / 255 - mean) / std)
-    close(model.forward_head(features, pre_logits=True), tensors["pooled"])
-    close(model.forward_head(features), tensors["logits"])
+    assert_close(model.forward_head(features, pre_logits=True), tensors["pooled"])
+    assert_close(model.forward_head(features), tensors["logits"])
 
 
 def test_mae__loss_predictions_latents_and_gradients_equal_the_official_ones():
@@ -114,11 +114,11 @@ def test_mae__loss_predictions_latents_and_gradients_equal_the_official_ones():
     )
     masked = tensors["mask"].bool()[:, None]
     losses = model(tensors["image_uint8"], masked)
-    close(losses.total, tensors["loss"])
+    assert_close(losses.total, tensors["loss"])
     assert losses.visible == 0
 
     said = model.predict(tensors["image_uint8"], masked)
-    close(said.masked.flatten(0, 1), tensors["pred"][masked[:, 0]])
+    assert_close(said.masked.flatten(0, 1), tensors["pred"][masked[:, 0]])
 
     losses.total.backward()
     check_gradients(model, tensors, hybrid=False)
