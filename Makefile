@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all check docs format clean
 
 demo: .venv/installed
 	$(BIN)/dmjd pretrain --preset quick --out runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -20,6 +20,11 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(MAKE) test
 
+# Reference of the Python interface, from the docstrings: site/index.html
+docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/pdoc --docformat google --output-directory site $(addprefix dmjd.,masking targets losses heads method backbones factory reference config)
+
 format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -31,4 +36,4 @@ format: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build site .mypy_cache .ruff_cache .pytest_cache .hypothesis

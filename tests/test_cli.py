@@ -269,6 +269,14 @@ def test_config_yaml__spoilt_it_is_named_when_the_run_is_resumed(
     assert str(tmp_path / "config.yaml") in error_of(["pretrain", "--out", str(tmp_path), "--resume"], 2, capsys)
 
 
+def test_config_yaml__an_unknown_preset_is_refused_when_a_run_is_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 1")
+    arguments = ["pretrain", "--out", str(tmp_path), "--resume", "--preset", "dmj"]
+    assert "did you mean dmjd?" in error_of(arguments, 2, capsys)
+
+
 def test_config_yaml__holds_every_setting_that_is_set(tmp_path: Path) -> None:
     settings = settings_of("pretrain")
     written = dict(leaves(yaml.safe_load(config.to_yaml(settings))))

@@ -75,12 +75,6 @@ def layers_of(arguments: Sequence[str]) -> list[Path]:
         return []
     given = {name: flag_value(arguments, name) for name in ("--preset", "--config", "--out")}
     file = [Path(given["--config"])] if given["--config"] else []
-    saved = Path(given["--out"] or config.Pretrain.out) / "config.yaml"
-    if "--resume" in arguments and saved.is_file():
-        read_yaml(saved)
-        # What is given again is compared with what was saved, not ignored.
-        preset_file = [config.PRESETS / f"{given['--preset']}.yaml"] if given["--preset"] else []
-        return [*file, *preset_file, saved]
     named = next((read_yaml(path).get("preset") for path in file), None)
     preset = str(given["--preset"] or named or config.Pretrain.preset)
     names = sorted(path.stem for path in config.PRESETS.glob("*.yaml"))
@@ -89,6 +83,11 @@ def layers_of(arguments: Sequence[str]) -> list[Path]:
         hint = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(names)}"
         raise errors.ConfigError(f"no preset of this name; --preset {preset}; {hint}")
     path = config.PRESETS / f"{preset}.yaml"
+    saved = Path(given["--out"] or config.Pretrain.out) / "config.yaml"
+    if "--resume" in arguments and saved.is_file():
+        read_yaml(saved)
+        # What is given again is compared with what was saved, not ignored.
+        return [*file, *([path] if given["--preset"] else []), saved]
     if flag_value(arguments, "--model.size") and "embed_dim" in read_yaml(path)["model"]:
         raise errors.ConfigError(f"preset {preset} has a size of its own; --model.size; name another --preset")
     return [*file, path]

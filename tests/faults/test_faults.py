@@ -22,7 +22,8 @@ from torch import nn
 
 from dmjd.cli import main
 from dmjd.engine import checkpoint
-from dmjd.errors import CheckpointError
+from dmjd.engine.devices import memory_errors
+from dmjd.errors import CheckpointError, ConfigError
 
 STEPS = 30
 TINY = {
@@ -375,6 +376,28 @@ def test_pretrain__few_bad_files_are_named_and_it_finishes(tmp_path: Path, unbro
     assert skipped(out) == ["broken.png", "not unicode \\udcff.png"]
     assert json.loads((out / "summary.json").read_text())["skipped"] == 2
     assert (out / "backbone.safetensors").is_file()
+
+
+def test_pretrain__a_bad_file_with_tabs_and_line_breaks_in_its_name_is_one_row(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images" / "train", 100)
+    write_images(tmp_path / "images" / "val", 4, first=200)
+    (folder / "a\tb\nc.png").write_text("not an image")
+    assert main(flags(tmp_path / "images", tmp_path / "run", steps=1)) == 0
+    assert skipped(tmp_path / "run") == ["a\\tb\\nc.png"]
+
+
+def test_pretrain__skipped_tsv_is_there_and_empty_where_all_decode(unbroken: Path) -> None:
+    assert (unbroken / "skipped.tsv").read_bytes() == b""
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def test_memory_errors__running_out_becomes_one_line_and_other_errors_stay() -> None:
+    with pytest.raises(ConfigError, match=r"out of memory .*; more of it"), memory_errors("more of it"):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="shape"), memory_errors("more of it"):
+        torch.ones(2).view(3)
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from dmjd.errors import CheckpointError
 from dmjd.tasks.report import (
     Layout,
     compact,
@@ -235,6 +236,20 @@ def test_write_report__escapes_what_it_shows(tmp_path: Path) -> None:
 def test_write_report__refuses_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="not a run directory"):
         write_report(tmp_path)
+
+
+def test_write_report__names_broken_pictures(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", metric_lines())
+    (run / "samples.safetensors").write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match=r"broken pictures.*samples\.safetensors"):
+        write_report(run)
+
+
+def test_write_report__sends_a_run_without_labels_to_other_images_for_knn(tmp_path: Path) -> None:
+    for labels, expected in ((True, "--data photos"), (False, "--data LABELLED")):
+        run = write_run(tmp_path / str(labels), metric_lines(), summary={"data": "photos", "labels": labels})
+        (command,) = (text for text in Page(write_report(run)).all("pre") if text.startswith("dmjd knn"))
+        assert command.endswith(expected)
 
 
 def test_write_report__stays_small_for_long_runs_and_many_pictures(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Where to compute, and in which precision."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -30,3 +30,19 @@ def choose_precision(name: str, device: torch.device) -> Callable[[], AbstractCo
         name == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     )
     return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+@contextmanager
+def memory_errors(remedy: str) -> Iterator[None]:
+    """Turn running out of memory into a line that says what to do about it.
+
+    Raises:
+        ConfigError: If the device, or the allocator of the CPU, has no memory left.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        message = " ".join(str(error).split())
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in message:
+            raise
+        raise ConfigError(f"out of memory ({message[:120]}); on the device; {remedy}") from None

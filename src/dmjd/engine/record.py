@@ -49,9 +49,9 @@ class Record:
         return self.earlier + time.perf_counter() - self.began
 
     def begin(self, config: str) -> None:
-        """Start a run: settings, and metrics without a line."""
-        checkpoint.write_atomically(self.out / "config.yaml", config)
-        checkpoint.write_atomically(self.out / "metrics.jsonl", "")
+        """Start a run: settings, and metrics and skipped files without a line."""
+        for name, text in (("config.yaml", config), ("metrics.jsonl", ""), ("skipped.tsv", "")):
+            checkpoint.write_atomically(self.out / name, text)
 
     def resume(self, path: Path, *, model: nn.Module, optimizer: Optimizer, may_change: set[str]) -> int:
         """Take the run up where a checkpoint left it and return the steps done; later lines will be written again.
@@ -84,6 +84,12 @@ class Record:
         if self.board:
             for key in (key for key, value in line.items() if key != "step" and value is not None):
                 self.board.add_scalar(key, line[key], line["step"])
+
+    def evaluated(self, step: int, measured: dict[str, float]) -> None:
+        """Write down what the features were worth after a step."""
+        images = step * self.batch_size
+        counters = {"step": step, "epoch": images / self.count, "images": images, "seconds": round(self.seconds, 3)}
+        self.write(counters | measured)
 
     def log(self, step: Step) -> dict[str, Any]:
         """Write a step down; here the loop waits for the device.
@@ -124,7 +130,7 @@ class Record:
         if skipped.keys() <= self.skipped.keys():
             return
         self.skipped |= skipped
-        rows = "".join(f"{path}\t{reason}\n" for path, reason in sorted(self.skipped.items()))
+        rows = "".join(f"{one_cell(path)}\t{reason}\n" for path, reason in sorted(self.skipped.items()))
         checkpoint.write_atomically(self.out / "skipped.tsv", rows)
         if len(self.skipped) > MAX_BAD * self.count:
             raise DataError(
@@ -150,6 +156,11 @@ class Record:
         checkpoint.save(self.checkpoints, step=step.number, model=model, optimizer=optimizer, state=state)
         if not sys.stderr.isatty():
             print(f"step {step.number}: loss {float(step.loss):.4f}, saved", file=sys.stderr, flush=True)
+
+
+def one_cell(name: str) -> str:
+    """Write a file's name so that it stays in its cell of a table: tabs and line breaks as in Python's strings."""
+    return name.translate({ord(character): repr(character)[1:-1] for character in "\t\n\r"})
 
 
 def tensorboard(out: Path) -> Any:

@@ -4,12 +4,13 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from dmjd.backbones.files import save_backbone
@@ -19,13 +20,14 @@ from dmjd.data.loader import Positions, Samples, train_batches
 from dmjd.data.sources import Images, Parts
 from dmjd.data.transforms import random_crop
 from dmjd.engine import checkpoint
-from dmjd.engine.devices import choose_device, choose_precision
+from dmjd.engine.devices import choose_device, choose_precision, memory_errors
 from dmjd.engine.loop import train
 from dmjd.engine.optim import create_optimizer, warmup_cosine
 from dmjd.engine.record import Record
 from dmjd.errors import ConfigError
 from dmjd.factory import from_settings
 from dmjd.masking import block_masks
+from dmjd.method import DMJD
 from dmjd.tasks.monitor import measure, write_samples
 from dmjd.tasks.report import write_report
 
@@ -37,36 +39,21 @@ def pretrain(settings: Pretrain) -> None:
     """Pre-train as `settings` say and write the run directory `settings.out`.
 
     Raises:
-        ConfigError: If settings do not go together, or `out` holds a run and shall not be resumed.
+        ConfigError: If settings do not go together, `out` holds a run and shall not be resumed, or memory runs out.
         DataError: If there are no images or too many do not decode.
         CheckpointError: If the run to resume is another one.
         NonFiniteError: If a loss is no number; the last checkpoint is from before.
         SystemExit: With code 143 after SIGTERM or SIGINT, when a checkpoint is written.
     """
-    out, optim, monitor = settings.out, settings.optim, settings.monitor
+    out = settings.out
     if (out / "config.yaml").exists() and not settings.resume:
         raise ConfigError(f"there is a run already; {out}; add --resume to go on with it or choose another --out")
     device = choose_device(settings.device)
-    torch.manual_seed(settings.seed)
-    try:
-        model = from_settings(settings).to(device)
-        optimizer = create_optimizer(
-            model, name=optim.name, lr=settings.lr, weight_decay=optim.weight_decay, betas=optim.betas
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    model, optimizer = create(settings, device)
     parts = Parts(*map(sources.in_memory, load(settings)))
     if not len(parts.held_out):  # a set of one image
         parts = Parts(parts.train, parts.train)
-    count = len(parts.train)
-    steps = settings.steps or max(round(settings.epochs * count / settings.batch_size), 1)
-
-    warmup = optim.warmup_epochs * count / settings.batch_size
-    if warmup >= steps:
-        print(
-            f"warning: warm-up takes {warmup:.0f} steps, the run has {steps}: see --optim.warmup_epochs",
-            file=sys.stderr,
-        )
+    steps = settings.steps or max(round(settings.epochs * len(parts.train) / settings.batch_size), 1)
     record = Record(out, to_dict(settings), parts.train, batch_size=settings.batch_size)
     start = 0
     if settings.resume and (newest := checkpoint.latest(record.checkpoints)):
@@ -78,12 +65,54 @@ def pretrain(settings: Pretrain) -> None:
         record.begin(to_yaml(settings))
     if parts.train.held:
         record.skip({parts.train.names[index]: reason for index, reason in parts.train.held.bad.items()})
-    evaluate = partial(measure, model, parts, settings.model.image_hw, max_images=monitor.max_images, device=device)
-    if start == 0:
-        record.summary["untrained"] = evaluate(probe=True)
-        record.write({"step": 0, "epoch": 0.0} | record.summary["untrained"])
+    with memory_errors("give more --optim.accumulation or a smaller --batch_size"):
+        max_images = settings.monitor.max_images
+        evaluate = partial(measure, model, parts, settings.model.image_hw, max_images=max_images, device=device)
+        if start == 0:
+            record.summary["untrained"] = evaluate(probe=True)
+            record.evaluated(0, record.summary["untrained"])
+        samples = training_samples(settings, parts.train)
+        train_steps(settings, model, optimizer, samples, record, evaluate, start=start, steps=steps, device=device)
+        finish(settings, model, samples, parts, record, evaluate, steps=steps, device=device)
 
-    samples = training_samples(settings, parts.train)
+
+def create(settings: Pretrain, device: torch.device) -> tuple[DMJD, Optimizer]:
+    """Create the untrained model on the device, and its optimizer.
+
+    Raises:
+        ConfigError: If settings do not go together.
+    """
+    torch.manual_seed(settings.seed)
+    optim = settings.optim
+    try:
+        model = from_settings(settings).to(device)
+        return model, create_optimizer(
+            model, name=optim.name, lr=settings.lr, weight_decay=optim.weight_decay, betas=optim.betas
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def train_steps(
+    settings: Pretrain,
+    model: DMJD,
+    optimizer: Optimizer,
+    samples: Samples,
+    record: Record,
+    evaluate: Callable[[], dict[str, float]],
+    *,
+    start: int,
+    steps: int,
+    device: torch.device,
+) -> None:
+    """Train from step `start` to the end; log, evaluate and save on the way, and stop for a signal."""
+    optim, monitor, count = settings.optim, settings.monitor, len(samples.images)
+    warmup = optim.warmup_epochs * count / settings.batch_size
+    if warmup >= steps:
+        print(
+            f"warning: warm-up takes {warmup:.0f} steps, the run has {steps}: see --optim.warmup_epochs",
+            file=sys.stderr,
+        )
     positions = Positions(count, settings.batch_size, start, steps, settings.seed, optim.accumulation)
     batches = train_batches(samples, positions, workers=settings.workers, pin_memory=device.type == "cuda")
     evaluate_at, save_at = spaced(steps, monitor.evals + 1) - {steps}, spaced(steps, monitor.saves) | {steps}
@@ -108,28 +137,36 @@ def pretrain(settings: Pretrain) -> None:
                 losses = {key.removeprefix("loss_"): f"{line[key]:.4f}" for key in line if key.startswith("loss")}
                 bar.set_postfix({**losses, "images/s": f"{line['images_per_second']:.0f}"}, refresh=False)
             if step.number in evaluate_at:
-                record.write({"step": step.number, "epoch": step.number * settings.batch_size / count} | evaluate())
+                record.evaluated(step.number, evaluate())
             if step.number in save_at or stop:
                 record.save(step, model=model, optimizer=optimizer)
             bar.update()
             if stop and step.number < steps:
-                print(f"stopped at step {step.number}; {out}; go on with --resume", file=sys.stderr)
+                print(f"stopped at step {step.number}; {settings.out}; go on with --resume", file=sys.stderr)
                 raise SystemExit(143)
 
-    backbone = model.encoder.backbone
+
+def finish(
+    settings: Pretrain,
+    model: DMJD,
+    samples: Samples,
+    parts: Parts,
+    record: Record,
+    evaluate: Callable[..., dict[str, float]],
+    *,
+    steps: int,
+    device: torch.device,
+) -> None:
+    """Write the backbone, what it is worth, and the report; say what to do next."""
+    out, count, backbone = settings.out, len(parts.train), model.encoder.backbone
     mean, std = (statistic.flatten().tolist() for statistic in (model.mean, model.std))
     assert model.encoder.architecture is not None
     save_backbone(out / "backbone.safetensors", backbone, model.encoder.architecture, mean, std)
     record.summary["trained"] = evaluate(probe=True)
-    record.write({"step": steps, "epoch": steps * settings.batch_size / count} | record.summary["trained"])
+    record.evaluated(steps, record.summary["trained"])
+    last_epoch = (steps * settings.batch_size - 1) // count
     write_samples(
-        out / "samples.safetensors",
-        settings,
-        model,
-        samples,
-        parts.held_out,
-        last_epoch=(steps * settings.batch_size - 1) // count,
-        device=device,
+        out / "samples.safetensors", settings, model, samples, parts.held_out, last_epoch=last_epoch, device=device
     )
     summary = record.summary | {
         "seconds": round(record.seconds, 1),
@@ -138,6 +175,7 @@ def pretrain(settings: Pretrain) -> None:
         "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
         "data": settings.data,
         "num_images": count,
+        "labels": parts.train.labels is not None,
         "skipped": len(record.skipped),
         "command": shlex.join(["dmjd", "pretrain", "--config", str(out / "config.yaml"), "--out", "NEW"]),
     }

@@ -21,7 +21,9 @@ from matplotlib import rc_context
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+
+from dmjd.errors import CheckpointError
 
 # Figures are drawn in these stand-in colours; `svg` turns each into the CSS variable of its name, so that one figure
 # follows the reader's light or dark theme.
@@ -52,6 +54,7 @@ def write_report(run: Path) -> Path:
 
     Raises:
         FileNotFoundError: `run` holds neither settings nor metrics.
+        CheckpointError: `samples.safetensors` is broken.
     """
     config, summary, samples = (run / name for name in ("config.yaml", "summary.json", "samples.safetensors"))
     lines = read_metrics(run / "metrics.jsonl")
@@ -67,6 +70,7 @@ def write_report(run: Path) -> Path:
         "finished": summary.is_file(),
         "now": {key: value for key in now if (value := number(now, key)) is not None},
         "data": str(facts.get("data") or settings.get("data") or ""),
+        "labels": bool(facts.get("labels", True)),
         "command": str(facts.get("command") or ""),
         "run": run,
         "settings": config.read_text("utf-8") if config.is_file() else "",
@@ -76,9 +80,14 @@ def write_report(run: Path) -> Path:
         "samples": [],
     }
     if samples.is_file():
-        with safe_open(samples, "numpy") as file:
-            layout = Layout.from_metadata(file.metadata())
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        try:
+            with safe_open(samples, "numpy") as file:
+                layout = Layout.from_metadata(file.metadata())
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"broken pictures ({error}); {samples}; remove the file for a report without"
+            ) from None
         page |= {"samples": sample_rows(tensors, layout), "target": layout.target}
         page["small"] = tensors["images"].shape[-1] < 128
         page["coverage"] = coverage(tensors["times_hidden"], layout.grid, tensors["masked"].shape[1])
