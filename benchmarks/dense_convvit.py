@@ -1,8 +1,10 @@
 """The hybrid in its plain dense form: full maps, masks where they matter, visible tokens picked at the end.
 
-Written from the paper's description as the reference to test and to race against. It reads the weights of a
-`ConvViTEncoder` or a `ConvViT`, so that both forms are the same function.
+Written from the paper's description as the reference to test and to race against: every view runs through whole maps,
+and every block of the decoder computes all tokens. It reads the weights of our modules, so that both are one function.
 """
+
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,9 @@ from torch.nn import functional as F
 
 from dmjd.backbones import Latents
 from dmjd.backbones.convvit import ConvBlock, ConvViT, ConvViTEncoder, PatchEmbed
-from dmjd.masking import Split
+from dmjd.heads import Decoder
+from dmjd.masking import Split, take
+from dmjd.method import DMJD
 
 
 def norm(layer, x: Tensor) -> Tensor:
@@ -96,3 +100,33 @@ class DenseEncoder(nn.Module):
         masked = masked_NL.scatter(1, tokens.hidden, True).unflatten(0, (-1, num_views))
         visible_NKD = dense_latents(self.encoder, images, masked)
         return Latents(visible_NKD[:, :0], visible_NKD, None)
+
+
+class DenseDecoder(nn.Module):
+    """The plain form of a `Decoder` with its weights: every block and prediction for all tokens, in raster order."""
+
+    def __init__(self, decoder: Decoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, latents: Latents, tokens: Split) -> Tensor:
+        """Predict all tokens and pick the hidden ones."""
+        decoder = self.decoder
+        visible_NKE = decoder.embed(latents.visible)
+        mask_tokens = decoder.mask_token.to(visible_NKE.dtype).expand(*tokens.hidden.shape, -1)
+        places = torch.cat([tokens.visible, tokens.hidden], dim=1).argsort(dim=1)
+        x = take(torch.cat([visible_NKE, mask_tokens], dim=1), places) + decoder.pos_embed
+        for block in decoder.blocks:
+            x = block(x)
+        return take(decoder.pred(decoder.norm(x)), tokens.hidden)
+
+
+def dense_form(model: DMJD) -> DMJD:
+    """The same pre-training model, with the same weights, in the plain dense form."""
+    dense = copy(model)
+    dense._modules = {
+        **model._modules,
+        "encoder": DenseEncoder(model.encoder),
+        "decoder": DenseDecoder(model.decoder),
+    }
+    return dense

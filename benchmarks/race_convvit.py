@@ -12,7 +12,7 @@ import statistics
 import time
 
 import torch
-from dense_convvit import DenseEncoder
+from dense_convvit import dense_form
 from torch.profiler import ProfilerActivity, profile
 
 import dmjd
@@ -31,17 +31,16 @@ def main() -> None:
 
     device = torch.device(arguments.device)
     model = dmjd.build("dmjd", arguments.size).to(device)
-    encoders = {"visible": model.encoder, "dense": DenseEncoder(model.encoder)}
+    models = {"visible": model, "dense": dense_form(model)}
     images = torch.randint(0, 256, (arguments.batch_size, 3, 224, 224), dtype=torch.uint8, device=device)
     block, mask_ratio = (2, 0.6) if arguments.masks == "block" else (1, 0.75)
     masked = dmjd.block_masks(arguments.batch_size, (14, 14), block=block, num_views=2, mask_ratio=mask_ratio)
 
     def step(form: str) -> float:
-        model.encoder = encoders[form]
         model.zero_grad(set_to_none=True)
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16"):
-            loss = model(images, masked).total
+            loss = models[form](images, masked).total
         loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from dmjd.config import Crop, Decoder, Model, Monitor, Pretrain, to_dict
-from dmjd.data.loader import Positions, train_batches
+from dmjd.data.loader import Batch, Positions, collate, train_batches
 from dmjd.data.sources import Held, Images
 from dmjd.engine.loop import train
 from dmjd.engine.optim import create_optimizer, warmup_cosine
@@ -76,23 +76,30 @@ def main() -> None:
     model = from_settings(settings).train()
     optimizer = create_optimizer(model, name="adamw", lr=settings.lr, weight_decay=0.05, betas=(0.9, 0.95))
     positions = Positions(len(images), settings.batch_size, 0, arguments.steps + 1, settings.seed)
-    batches = iter(train_batches(training_samples(settings, images), positions, workers=0, pin_memory=False))
+    samples = training_samples(settings, images)
+    batches = iter(train_batches(samples, positions, collate, workers=0, pin_memory=False))
     record = Record(Path(tempfile.mkdtemp()), to_dict(settings), images, batch_size=settings.batch_size)
 
     watch = Stopwatch()
     model.forward = watch.timed("forward", model.forward)  # type: ignore[method-assign]
     torch.Tensor.backward = watch.timed("backward", torch.Tensor.backward)  # type: ignore[method-assign]
     optimizer.step = watch.timed("optimizer", optimizer.step)  # type: ignore[method-assign]
+
+    def objective(batch: Batch) -> dict[str, torch.Tensor]:
+        losses = model(batch.images, batch.masked)
+        return {"loss": losses.total, "loss_masked": losses.masked, "loss_visible": losses.visible}
+
     loop = train(
-        model,
+        objective,
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         iter(watch.timed("images", lambda: next(batches, None)), None),
         optimizer,
         start=0,
         steps=arguments.steps + 1,
+        seed=settings.seed,
         accumulation=1,
         lr=warmup_cosine(settings.lr, warmup=0, steps=arguments.steps + 1),
         clip_grad=0,
-        device=torch.device("cpu"),
         autocast=nullcontext,
     )
     shares: dict[str, list[float]] = {name: [] for name in (*PARTS, "loop")}

@@ -9,7 +9,7 @@ an image with its two views; they depend on shapes alone, not on the machine.
 import argparse
 
 import torch
-from dense_convvit import DenseEncoder
+from dense_convvit import dense_form
 from torch.utils.flop_counter import FlopCounterMode
 
 import dmjd
@@ -47,9 +47,7 @@ def main() -> None:
         masked = dmjd.block_masks(arguments.images, (14, 14), block=block, num_views=2, mask_ratio=mask_ratio)
         for form in ("visible rows", "dense"):
             model = dmjd.build("dmjd", arguments.size)
-            if form == "dense":
-                model.encoder = DenseEncoder(model.encoder)
-            flops, megabytes = measure(model, images, masked)
+            flops, megabytes = measure(dense_form(model) if form == "dense" else model, images, masked)
             print(
                 f"| {name} | {form} | {flops / arguments.images:.0f} | {megabytes / arguments.images:.0f} |", flush=True
             )

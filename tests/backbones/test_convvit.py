@@ -15,7 +15,7 @@ from dmjd.backbones.files import save_backbone
 from dmjd.masking import split
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from dense_convvit import dense_classifier, dense_latents
+from dense_convvit import dense_classifier, dense_form, dense_latents
 
 
 def encoder_of(grid, *, in_chans=3, patch_size=16, depth=1, seed=0):
@@ -63,6 +63,20 @@ def test_convvit__visible_rows_equal_the_dense_formulation(grid, in_chans, patch
     assert our_gradients.keys() == dense_gradients.keys()
     for name, gradient in our_gradients.items():
         torch.testing.assert_close(gradient, dense_gradients[name], atol=1e-9, rtol=1e-10)
+
+
+def test_dense_form__is_the_same_step_with_the_same_gradients():
+    model = dmjd.build("dmjd", "tiny", image_size=(48, 64), embed_dim=16, depth=1, num_heads=2, decoder_embed_dim=16)
+    model.double()
+    images = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
+    masked = dmjd.block_masks(2, (3, 4), num_views=2, mask_ratio=0.6)
+    results = []
+    for form in (model, dense_form(model)):
+        model.zero_grad()
+        losses = form(images, masked)
+        losses.total.backward()
+        results.append((losses, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*results, atol=1e-10, rtol=1e-10)
 
 
 def test_convvit__hidden_pixels_have_exactly_zero_gradient():

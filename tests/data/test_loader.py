@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dmjd.data.loader import Batch, Positions, Samples, order, read_or_substitute, train_batches
+from dmjd.data.loader import Batch, Positions, Samples, collate, order, read_or_substitute, train_batches
 from dmjd.data.sources import folder_images, in_memory
 from dmjd.data.transforms import random_crop
 from dmjd.errors import DataError
@@ -43,7 +43,7 @@ def samples_of(folder: Path, *, seed: int = 0, memory: bool = False) -> Samples:
 
 def batches_of(samples: Samples, *, workers: int = 0, **where: int) -> list[Batch]:
     where = {"count": COUNT, "batch_size": 4, "start": 0, "steps": 6, "seed": samples.seed} | where
-    return list(train_batches(samples, Positions(**where), workers=workers, pin_memory=False))
+    return list(train_batches(samples, Positions(**where), collate, workers=workers, pin_memory=False))
 
 
 def equal(some: list[Batch], others: list[Batch]) -> bool:

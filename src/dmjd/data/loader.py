@@ -6,14 +6,17 @@ drawn from a generator of (seed, epoch, index).
 """
 
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -74,6 +77,54 @@ class Samples(Dataset[Sample]):
         return self.crop(image, generator=generator), self.draw(generator=generator)[0], read, skipped
 
 
+class LabelledBatch(NamedTuple):
+    """One micro-batch for supervised training."""
+
+    images: Float[Tensor, "B C H W"]
+    labels: Int[Tensor, " B"]
+    skipped: dict[str, str]
+
+
+@dataclass(frozen=True)
+class LabelledSamples(Dataset[tuple[Tensor, int, dict[str, str]]]):
+    """Training samples with labels by (epoch, index).
+
+    The augmentations of timm and torchvision draw from the global generators of Python, NumPy and torch: for a sample
+    these are set to a seed of (seed, epoch, index), and afterwards to where they were.
+    """
+
+    images: Images
+    transform: Callable[[Tensor], Tensor]  # from uint8 (C, H, W) to what the model takes
+    seed: int
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, dict[str, str]]:
+        """Make one sample."""
+        epoch, index = key
+        image, read, skipped = read_or_substitute(self.images, index)
+        assert self.images.labels is not None
+        with seeded(mix(self.seed, epoch, index)):
+            return self.transform(image), self.images.labels[read], skipped
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Set the global generators to a seed, and back."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (timm draws there)
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        torch.random.default_generator.manual_seed(seed)
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)  # noqa: NPY002
+
+
+def collate_labelled(samples: list[tuple[Tensor, int, dict[str, str]]]) -> LabelledBatch:
+    """Stack samples with labels."""
+    images, labels, skipped = zip(*samples, strict=True)
+    return LabelledBatch(torch.stack(images), torch.tensor(labels), {k: v for each in skipped for k, v in each.items()})
+
+
 @dataclass(frozen=True)
 class Positions(Sampler[list[tuple[int, int]]]):
     """The (epoch, index) of every micro-batch of one rank, from a step to the end of the run.
@@ -114,13 +165,19 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 def train_batches(
-    samples: Samples, positions: Positions, *, workers: int | None, pin_memory: bool
-) -> DataLoader[Batch]:
+    samples: Samples | LabelledSamples,
+    positions: Positions,
+    collate: Callable[[list[Any]], Any],
+    *,
+    workers: int | None,
+    pin_memory: bool,
+) -> DataLoader[Any]:
     """Load the micro-batches of a run, in order.
 
     Args:
         samples: What to load.
         positions: Which, when.
+        collate: Makes a batch of samples.
         workers: Processes; None takes none for images in memory and else one per core but one.
         pin_memory: Make copies to a GPU asynchronous.
     """
@@ -128,7 +185,7 @@ def train_batches(
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = 0 if samples.images.held is not None else max(min(cores - 1, 16), 1)
     return DataLoader(
-        cast("Dataset[Batch]", samples),  # batches are what `collate` makes of the samples
+        cast("Dataset[Any]", samples),  # batches are what `collate` makes of the samples
         batch_sampler=positions,
         collate_fn=collate,
         num_workers=workers,

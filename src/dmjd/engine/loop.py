@@ -1,17 +1,16 @@
 """The training loop, in plain sight."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from dmjd.data.loader import Batch
-from dmjd.method import DMJD
+from dmjd.data.seeds import mix
 
 
 class Step(NamedTuple):
@@ -20,9 +19,7 @@ class Step(NamedTuple):
     number: int  # steps done, this one included
     start: int  # steps done before this process, and when it began to step
     began: float
-    loss: Tensor
-    loss_masked: Tensor
-    loss_visible: Tensor
+    losses: dict[str, Tensor]  # by name; `loss` is what was minimised
     grad_norm: Tensor
     lr: float
     skipped: dict[str, str]
@@ -30,53 +27,55 @@ class Step(NamedTuple):
 
 
 def train(
-    model: DMJD,
-    batches: Iterator[Batch],
+    objective: Callable[[Any], dict[str, Tensor]],
+    parameters: Sequence[nn.Parameter],
+    batches: Iterator[Any],
     optimizer: Optimizer,
     *,
     start: int,
     steps: int,
+    seed: int,
     accumulation: int,
     lr: Callable[[int], float],
     clip_grad: float,
-    device: torch.device,
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> Iterator[Step]:
     """Run the steps start .. steps - 1 and hand out each as it is done; between two of them the caller looks around.
 
     Args:
-        model: In training mode, on the device.
-        batches: `accumulation` micro-batches a step.
-        optimizer: Steps on the model's parameters.
+        objective: From a micro-batch to scalars by name; `loss` is minimised, the others are only reported.
+        parameters: What is trained.
+        batches: `accumulation` micro-batches a step; a batch says in `skipped` which files did not decode.
+        optimizer: Steps on the parameters; a group may have an `lr_scale`.
         start: Steps done before.
         steps: Steps of the whole run.
+        seed: Whatever a model draws itself (drop path) depends on it, the step and the micro-batch alone.
         accumulation: Micro-batches whose gradients are averaged.
         lr: Learning rate by step.
         clip_grad: Largest norm of the gradient; 0 does not clip.
-        device: Where the model is.
         autocast: Context of the forward pass.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     began, waited = time.perf_counter(), 0.0
     for step in range(start, steps):
-        sums = torch.zeros(3, device=device)
+        sums: dict[str, Tensor] = {}
         skipped: dict[str, str] = {}
-        for _ in range(accumulation):
+        for part in range(accumulation):
             before = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - before
-            with autocast():  # masks stay on the CPU, see `masking.split`
-                losses = model(batch.images.to(device, non_blocking=True), batch.masked)
-            (losses.total / accumulation).backward()
-            sums += torch.stack(losses).detach() / accumulation
+            torch.manual_seed(mix(seed, step, part))
+            with autocast():
+                losses = objective(batch)
+            (losses["loss"] / accumulation).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach() / accumulation
             skipped |= batch.skipped
         if clip_grad:
             norm = clip_grad_norm_(parameters, clip_grad)
         else:
             norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         for group in optimizer.param_groups:
-            group["lr"] = lr(step)
+            group["lr"] = lr(step) * group.get("lr_scale", 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss, masked, visible = sums
-        yield Step(step + 1, start, began, loss, masked, visible, norm, lr(step), skipped, waited)
+        yield Step(step + 1, start, began, sums, norm, lr(step), skipped, waited)

@@ -1,6 +1,7 @@
 """The optimizer and the learning rate of every step."""
 
 import math
+import sys
 from collections.abc import Callable
 
 import timm.optim
@@ -34,3 +35,14 @@ def warmup_cosine(lr: float, *, warmup: float, steps: int) -> Callable[[int], fl
         return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
     return at
+
+
+def warmup_steps(epochs: float, count: int, batch_size: int, steps: int) -> float:
+    """Turn epochs of warm-up over `count` images into steps, with a warning if that is all of the run."""
+    warmup = epochs * count / batch_size
+    if warmup >= steps:
+        print(
+            f"warning: warm-up takes {warmup:.0f} steps, the run has {steps}: see --optim.warmup_epochs",
+            file=sys.stderr,
+        )
+    return warmup

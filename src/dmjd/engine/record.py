@@ -5,15 +5,18 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from tqdm import tqdm
 
 from dmjd.data.sources import Images
 from dmjd.engine import checkpoint
 from dmjd.engine.loop import Step
+from dmjd.engine.signals import stop_signals
 from dmjd.errors import CheckpointError, DataError, NonFiniteError
 
 MAX_BAD = 0.01  # share of a set's files that may fail to decode before the run stops
@@ -103,9 +106,7 @@ class Record:
             "epoch": images / self.count,
             "images": images,
             "seconds": round(self.seconds, 3),
-            "loss": float(step.loss),
-            "loss_masked": float(step.loss_masked),
-            "loss_visible": float(step.loss_visible),
+            **{name: float(value) for name, value in step.losses.items()},
             "lr": step.lr,
             "grad_norm": float(step.grad_norm),
             "waited": round(step.waited, 3),
@@ -114,7 +115,7 @@ class Record:
         line["images_per_second"] = round((step.number - since[0]) * self.batch_size / (now - since[1]), 2)
         self.logged = (step.number, now)
         self.write(line)
-        if not (step.loss.isfinite() and step.grad_norm.isfinite()):
+        if not (step.losses["loss"].isfinite() and step.grad_norm.isfinite()):
             raise NonFiniteError(
                 f"the loss is {line['loss']} and the gradient's norm {line['grad_norm']} at step {step.number}; "
                 f"{self.out}; checkpoints before are finite: start another run with a lower --optim.blr"
@@ -138,6 +139,58 @@ class Record:
                 f"see {self.out / 'skipped.tsv'}"
             )
 
+    def follow(
+        self,
+        done: Iterable[Step],
+        name: str,
+        *,
+        start: int,
+        steps: int,
+        log_every: int,
+        evaluations: int,
+        evaluate: Callable[[], dict[str, float]],
+        saves: int,
+        model: nn.Module,
+        optimizer: Optimizer,
+    ) -> Iterator[Step]:
+        """Follow a run step by step: show a bar, log, evaluate and save on the way, stop for a signal, pass steps on.
+
+        Args:
+            done: The steps.
+            name: What the bar says.
+            start: Steps done before.
+            steps: Steps of the whole run.
+            log_every: Steps between two lines of metrics.jsonl.
+            evaluations: How many, beside those before and after the run.
+            evaluate: Measures what an evaluation writes down.
+            saves: How many checkpoints; the last step has one in any case.
+            model: What a checkpoint holds.
+            optimizer: What a checkpoint holds.
+
+        Raises:
+            DataError: If too many files do not decode.
+            NonFiniteError: If loss, gradient or weights are no numbers.
+            SystemExit: With code 143 after SIGTERM or SIGINT, when a checkpoint is written.
+        """
+        evaluate_at, save_at = spaced(steps, evaluations + 1) - {steps}, spaced(steps, saves) | {steps}
+        bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=None, dynamic_ncols=True)
+        with bar, stop_signals() as stop:
+            for step in done:
+                yield step
+                self.skip(step.skipped)
+                if step.number % log_every == 0 or step.number in evaluate_at | {steps}:
+                    line = self.log(step)
+                    losses = {key.removeprefix("loss_"): f"{line[key]:.4f}" for key in step.losses}
+                    bar.set_postfix({**losses, "images/s": f"{line['images_per_second']:.0f}"}, refresh=False)
+                if step.number in evaluate_at:
+                    self.evaluated(step.number, evaluate())
+                if step.number in save_at or stop:
+                    self.save(step, model=model, optimizer=optimizer)
+                bar.update()
+                if stop and step.number < steps:
+                    print(f"stopped at step {step.number}; {self.out}; go on with --resume", file=sys.stderr)
+                    raise SystemExit(143)
+
     def save(self, step: Step, *, model: nn.Module, optimizer: Optimizer) -> None:
         """Write a checkpoint.
 
@@ -155,7 +208,12 @@ class Record:
         }
         checkpoint.save(self.checkpoints, step=step.number, model=model, optimizer=optimizer, state=state)
         if not sys.stderr.isatty():
-            print(f"step {step.number}: loss {float(step.loss):.4f}, saved", file=sys.stderr, flush=True)
+            print(f"step {step.number}: loss {float(step.losses['loss']):.4f}, saved", file=sys.stderr, flush=True)
+
+
+def spaced(steps: int, parts: int) -> set[int]:
+    """Cut a run into equal parts and return the steps where they end."""
+    return {round(steps * part / parts) for part in range(1, parts + 1)} - {0}
 
 
 def one_cell(name: str) -> str:

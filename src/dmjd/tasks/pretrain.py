@@ -2,27 +2,23 @@
 
 import json
 import shlex
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from dmjd.backbones.files import save_backbone
 from dmjd.config import Pretrain, to_dict, to_yaml
 from dmjd.data import sources
-from dmjd.data.loader import Positions, Samples, train_batches
+from dmjd.data.loader import Batch, Positions, Samples, collate, train_batches
 from dmjd.data.sources import Images, Parts
 from dmjd.data.transforms import random_crop
 from dmjd.engine import checkpoint
 from dmjd.engine.devices import choose_device, choose_precision, memory_errors
 from dmjd.engine.loop import train
-from dmjd.engine.optim import create_optimizer, warmup_cosine
+from dmjd.engine.optim import create_optimizer, warmup_cosine, warmup_steps
 from dmjd.engine.record import Record
 from dmjd.errors import ConfigError
 from dmjd.factory import from_settings
@@ -105,45 +101,43 @@ def train_steps(
     steps: int,
     device: torch.device,
 ) -> None:
-    """Train from step `start` to the end; log, evaluate and save on the way, and stop for a signal."""
-    optim, monitor, count = settings.optim, settings.monitor, len(samples.images)
-    warmup = optim.warmup_epochs * count / settings.batch_size
-    if warmup >= steps:
-        print(
-            f"warning: warm-up takes {warmup:.0f} steps, the run has {steps}: see --optim.warmup_epochs",
-            file=sys.stderr,
-        )
+    """Train from step `start` to the end."""
+    optim, count = settings.optim, len(samples.images)
+    warmup = warmup_steps(optim.warmup_epochs, count, settings.batch_size, steps)
     positions = Positions(count, settings.batch_size, start, steps, settings.seed, optim.accumulation)
-    batches = train_batches(samples, positions, workers=settings.workers, pin_memory=device.type == "cuda")
-    evaluate_at, save_at = spaced(steps, monitor.evals + 1) - {steps}, spaced(steps, monitor.saves) | {steps}
+    batches = train_batches(samples, positions, collate, workers=settings.workers, pin_memory=device.type == "cuda")
+
+    def objective(batch: Batch) -> dict[str, Tensor]:
+        losses = model(batch.images.to(device, non_blocking=True), batch.masked)  # masks stay here, see `masking.split`
+        return {"loss": losses.total, "loss_masked": losses.masked, "loss_visible": losses.visible}
+
     model.train()
-    bar = tqdm(total=steps, initial=start, desc="pretrain", unit="step", disable=None, dynamic_ncols=True)
-    with bar, stop_signals() as stop:
-        for step in train(
-            model,
-            iter(batches),
-            optimizer,
-            start=start,
-            steps=steps,
-            accumulation=optim.accumulation,
-            lr=warmup_cosine(settings.lr, warmup=warmup, steps=steps),
-            clip_grad=optim.clip_grad,
-            device=device,
-            autocast=choose_precision(settings.precision, device),
-        ):
-            record.skip(step.skipped)
-            if step.number % monitor.log_every == 0 or step.number in evaluate_at | {steps}:
-                line = record.log(step)
-                losses = {key.removeprefix("loss_"): f"{line[key]:.4f}" for key in line if key.startswith("loss")}
-                bar.set_postfix({**losses, "images/s": f"{line['images_per_second']:.0f}"}, refresh=False)
-            if step.number in evaluate_at:
-                record.evaluated(step.number, evaluate())
-            if step.number in save_at or stop:
-                record.save(step, model=model, optimizer=optimizer)
-            bar.update()
-            if stop and step.number < steps:
-                print(f"stopped at step {step.number}; {settings.out}; go on with --resume", file=sys.stderr)
-                raise SystemExit(143)
+    done = train(
+        objective,
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        iter(batches),
+        optimizer,
+        start=start,
+        steps=steps,
+        seed=settings.seed,
+        accumulation=optim.accumulation,
+        lr=warmup_cosine(settings.lr, warmup=warmup, steps=steps),
+        clip_grad=optim.clip_grad,
+        autocast=choose_precision(settings.precision, device),
+    )
+    for _ in record.follow(
+        done,
+        "pretrain",
+        start=start,
+        steps=steps,
+        log_every=settings.monitor.log_every,
+        evaluations=settings.monitor.evals,
+        evaluate=evaluate,
+        saves=settings.monitor.saves,
+        model=model,
+        optimizer=optimizer,
+    ):
+        pass
 
 
 def finish(
@@ -209,28 +203,3 @@ def training_samples(settings: Pretrain, images: Images) -> Samples:
         ),
         settings.seed,
     )
-
-
-def spaced(steps: int, parts: int) -> set[int]:
-    """Cut a run into equal parts and return the steps where they end."""
-    return {round(steps * part / parts) for part in range(1, parts + 1)} - {0}
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list, to be looked at between two steps; a second one acts at once."""
-    received: list[int] = []
-
-    def receive(number: int, frame: Any) -> None:
-        received.append(number)
-        restore()
-
-    def restore() -> None:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        restore()
