@@ -34,6 +34,20 @@ def knn(*, settings: Annotated[config.Knn, Flat]) -> None:
     knn(settings)
 
 
+def linear(*, settings: Annotated[config.Linear, Flat]) -> None:
+    """Judge a frozen backbone by a linear classifier on its features."""
+    from dmjd.tasks.linear import linear
+
+    linear(settings)
+
+
+def finetune(*, settings: Annotated[config.Finetune, Flat]) -> None:
+    """Train a backbone and a classifier on labelled images."""
+    from dmjd.tasks.finetune import finetune
+
+    finetune(settings)
+
+
 def embed(*, settings: Annotated[config.Embed, Flat]) -> None:
     """Write the features of images to a file."""
     from dmjd.tasks.embed import embed
@@ -53,7 +67,7 @@ def report(run: Path, /, *, debug: bool = False) -> None:
     print(write_report(run))
 
 
-VERBS: tuple[Callable[..., None], ...] = (pretrain, knn, embed, report)
+VERBS: tuple[Callable[..., None], ...] = (pretrain, knn, linear, finetune, embed, report)
 
 
 def application(layers: Sequence[Path] = ()) -> App:
@@ -69,26 +83,35 @@ def application(layers: Sequence[Path] = ()) -> App:
     return app
 
 
+# Verbs with presets: their settings, and where the presets are.
+PRESETS: dict[str, tuple[Any, Path]] = {
+    "pretrain": (config.Pretrain, config.PRESETS),
+    "linear": (config.Linear, config.PRESETS / "linear"),
+    "finetune": (config.Finetune, config.PRESETS / "finetune"),
+}
+
+
 def layers_of(arguments: Sequence[str]) -> list[Path]:
     """Find the YAML files below the flags: a run to resume, else --config, else --preset (or the default preset)."""
-    if not arguments or arguments[0] != pretrain.__name__ or "--help" in arguments:
+    if not arguments or arguments[0] not in PRESETS or "--help" in arguments:
         return []
+    settings, folder = PRESETS[arguments[0]]
     given = {name: flag_value(arguments, name) for name in ("--preset", "--config", "--out")}
     file = [Path(given["--config"])] if given["--config"] else []
     named = next((read_yaml(path).get("preset") for path in file), None)
-    preset = str(given["--preset"] or named or config.Pretrain.preset)
-    names = sorted(path.stem for path in config.PRESETS.glob("*.yaml"))
+    preset = str(given["--preset"] or named or settings.preset)
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
     if preset not in names:
         nearest = get_close_matches(preset, names, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(names)}"
         raise errors.ConfigError(f"no preset of this name; --preset {preset}; {hint}")
-    path = config.PRESETS / f"{preset}.yaml"
-    saved = Path(given["--out"] or config.Pretrain.out) / "config.yaml"
+    path = folder / f"{preset}.yaml"
+    saved = Path(given["--out"] or settings.out) / "config.yaml"
     if "--resume" in arguments and saved.is_file():
         read_yaml(saved)
         # What is given again is compared with what was saved, not ignored.
         return [*file, *([path] if given["--preset"] else []), saved]
-    if flag_value(arguments, "--model.size") and "embed_dim" in read_yaml(path)["model"]:
+    if flag_value(arguments, "--model.size") and "embed_dim" in read_yaml(path).get("model", {}):
         raise errors.ConfigError(f"preset {preset} has a size of its own; --model.size; name another --preset")
     return [*file, path]
 

@@ -226,21 +226,31 @@ class Optim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Monitor:
+class Log:
     """What is written down on the way."""
 
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     evals: int = 5
-    """Evaluations of the features during a run, beside those before and after it."""
+    """Evaluations during a run, beside the last one."""
     saves: int = 20
     """Checkpoints during a run; two are kept."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "log_every")
+        at_least(0, self, "evals", "saves")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Monitor(Log):
+    """What is written down on the way, and how good the features are."""
+
     max_images: int = 2000
     """Images per part (training, held out) that an evaluation looks at."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "log_every", "max_images")
-        at_least(0, self, "evals", "saves")
+        super().__post_init__()
+        at_least(1, self, "max_images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,23 +323,157 @@ class Pretrain(Run):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knn(Run):
-    """Settings of `dmjd knn`."""
+class Judge(Run):
+    """What every verb that judges a backbone by labels has."""
 
     backbone: str
     """A backbone.safetensors, or timm:NAME for a model of timm with its weights."""
+    untrained: bool = False
+    """Take the same network without its weights, to compare with."""
     seed: int = 0
-    """Seed of the held-out images, where the set does not name them."""
+    """Seed of everything random, and of the held-out images where the set does not name them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knn(Judge):
+    """Settings of `dmjd knn`."""
+
+    out: Path | None = None
+    """Directory of the report; without it, only the line of JSON is printed."""
     k: int = 20
     """Neighbours that vote."""
     temperature: float = 0.07
     """A neighbour's vote weighs exp(cosine similarity / temperature)."""
     batch_size: int = 256
     """Images at a time."""
+    layers: tuple[int, ...] = ()
+    """Blocks whose mean-pooled tokens are joined, by number, negative ones from the end. Default: the pooled output."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "k", "batch_size")
+        at_least(0, self, "seed")
         at_least(0.02, self, "temperature")  # exp(1 / 0.01) is beyond float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Few(Judge):
+    """What every verb that learns from labels has."""
+
+    fraction: float = 1.0
+    """Share of the training images of every class whose labels are used, at least one; larger shares hold smaller."""
+    shots: int | None = None
+    """Training images of every class whose labels are used, instead of a share."""
+    workers: int | None = None
+    """Processes that load images. Default: none for sets in memory, else one per core but one."""
+    config: Path | None = None
+    """YAML file that overrides the preset."""
+    epochs: float = 100
+    """Passes over the images."""
+    steps: int | None = None
+    """Optimizer steps, instead of epochs."""
+    batch_size: int = 1024
+    """Images in one optimizer step."""
+    resume: bool = False
+    """Go on with the run in --out."""
+    log: Log = field(default_factory=Log)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"fraction {self.fraction} is out of range; choose above 0, at most 1")
+        if self.shots is not None and self.fraction != 1:
+            raise ConfigError(f"fraction {self.fraction} and shots {self.shots}; choose one of them")
+        at_least(1, self, "shots", "steps", "batch_size")
+        at_least(0, self, "epochs", "seed", "workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Few):
+    """Settings of `dmjd linear`."""
+
+    out: Path = Path("runs/linear")
+    """Directory of the results."""
+    preset: str = "base"
+    """Numbers of the paper's recipe: base, large."""
+    recipe: Literal["features", "paper"] = "features"
+    """features: logistic regression on features computed once, the penalty chosen on a slice of the training images.
+    paper: BatchNorm and a linear layer, trained by LARS on augmented images."""
+    layers: tuple[int, ...] = ()
+    """Blocks whose mean-pooled tokens are joined, by number, negative ones from the end. Default: the pooled output."""
+    blr: float = 0.1
+    """Base learning rate of the paper's recipe, for 256 images a step."""
+    warmup_epochs: float = 10
+    """Linear warm-up of the paper's recipe; a cosine to zero follows."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(0, self, "blr", "warmup_epochs")
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate."""
+        return self.blr * self.batch_size / 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """What training sees of an image; names and meanings are timm's."""
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the image's area in a crop."""
+    flip: bool = True
+    """Mirror every other image."""
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    """Policy of RandAugment; none for none."""
+    random_erasing: float = 0.25
+    """Probability of erasing a box."""
+    mixup: float = 0.8
+    """Alpha of mixup; 0 for none."""
+    cutmix: float = 1.0
+    """Alpha of cutmix; 0 for none."""
+    label_smoothing: float = 0.1
+    """Share of a label that is spread over all classes."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ConfigError(f"augment.scale {self.scale}: low before high, within 0 and 1")
+        at_least(0, self, "random_erasing", "mixup", "cutmix", "label_smoothing")
+        for name in ("random_erasing", "label_smoothing"):
+            if getattr(self, name) >= 1:
+                raise ConfigError(f"augment.{name} {getattr(self, name)} is out of range; choose below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Few):
+    """Settings of `dmjd finetune`."""
+
+    out: Path = Path("runs/finetune")
+    """Directory of the run."""
+    preset: str = "quick"
+    """Recipe to start from: quick, base, large."""
+    layer_decay: float = 0.65
+    """The learning rate of a layer is this times that of the layer after it."""
+    drop_path: float = 0.1
+    """Stochastic depth of the last block; it grows linearly from 0 at the first one."""
+    ema: float = 0.0
+    """Decay of a running mean of the weights, which is then what is judged and kept; 0 for none."""
+    augment: Augment = field(default_factory=Augment)
+    optim: Optim = field(default_factory=lambda: Optim(blr=5e-4, betas=(0.9, 0.999), warmup_epochs=5.0))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, lowest in (("layer_decay", 0.01), ("drop_path", 0), ("ema", 0)):
+            at_least(lowest, self, name)
+            if getattr(self, name) > (1 if name == "layer_decay" else 0.9999999):
+                raise ConfigError(f"{name} {getattr(self, name)} is out of range; choose at most 1")
+        if self.batch_size % self.optim.accumulation:
+            raise ConfigError(
+                f"batch_size {self.batch_size} is no multiple of optim.accumulation {self.optim.accumulation}"
+            )
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate of the head."""
+        return self.optim.blr * self.batch_size / 256
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from dmjd import load_backbone
 from dmjd.cli import main
 from dmjd.data.images import decode
 from dmjd.data.transforms import center_crop
-from dmjd.engine.metrics import knn_predict, knn_top1, linear_top1, rankme
+from dmjd.engine.metrics import knn_top1, knn_votes, linear_top1, rankme
 
 CLASSES = ("dots", "rows", "columns")
 TINY = """--preset quick --model.image_size 32 --model.patch_size 8 --model.embed_dim 16 --model.depth 2
@@ -161,15 +161,16 @@ def test_embed__without_a_good_image_is_a_data_error(
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (7, 0.07), (20, 0.5), (500, 0.1)])
-def test_knn_predict__agrees_with_scikit_learn(k: int, temperature: float) -> None:
+def test_knn_votes__agree_with_scikit_learn(k: int, temperature: float) -> None:
     generator = torch.Generator().manual_seed(k)
     bank, queries = (torch.randn(count, 8, generator=generator) for count in (120, 60))
     labels = torch.randint(0, 5, (120,), generator=generator)
     reference = KNeighborsClassifier(
         min(k, 120), metric="cosine", weights=lambda distance: np.exp((1 - distance) / temperature)
     ).fit(bank.double().numpy(), labels.numpy())
-    predicted = knn_predict(bank, labels, queries, k=k, temperature=temperature, chunk=25)
-    assert predicted.tolist() == reference.predict(queries.double().numpy()).tolist()
+    shares = knn_votes(bank, labels, queries, k=k, temperature=temperature, max_similarities=25 * 120)
+    expected = torch.from_numpy(reference.predict_proba(queries.double().numpy())).float()
+    torch.testing.assert_close(shares, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_knn_top1__is_the_share_of_right_answers() -> None:

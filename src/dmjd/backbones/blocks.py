@@ -1,5 +1,8 @@
 """Transformer parts that encoders and decoder share: timm's block, fixed positions, MAE's initialisation."""
 
+from collections.abc import Iterable
+from itertools import islice, repeat
+
 import torch
 from jaxtyping import Float
 from timm.models.vision_transformer import Block
@@ -9,9 +12,12 @@ from torch.nn import functional as F
 NORM_EPS = 1e-6  # of every LayerNorm in timm's and MAE's transformers
 
 
-def transformer_blocks(dim: int, depth: int, num_heads: int, mlp_ratio: float) -> nn.ModuleList:
-    """Stack pre-norm transformer blocks with qkv bias (timm's `Block`)."""
-    return nn.ModuleList(Block(dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True) for _ in range(depth))
+def transformer_blocks(
+    dim: int, depth: int, num_heads: int, mlp_ratio: float, drop_path: Iterable[float] = repeat(0.0)
+) -> nn.ModuleList:
+    """Stack pre-norm transformer blocks with qkv bias (timm's `Block`), each with its rate of stochastic depth."""
+    rates = islice(drop_path, depth)
+    return nn.ModuleList(Block(dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True, drop_path=rate) for rate in rates)
 
 
 def last_tokens(block: Block, tokens: Float[Tensor, "N S D"], count: int) -> Float[Tensor, "N M D"]:

@@ -15,6 +15,7 @@ from typing import Any
 import timm
 import torch
 from jaxtyping import Float, Int
+from timm.layers import DropPath
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -160,7 +161,7 @@ class ConvMlp(nn.Module):
 class ConvBlock(nn.Module):
     """x + conv2(depthwise 5x5(conv1(norm1(x)))), then x + mlp(norm2(x)); `attn` is the official name of the middle."""
 
-    def __init__(self, dim: int, mlp_ratio: float):
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float = 0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=CONV_NORM_EPS)
         self.conv1 = Pointwise(dim, dim)
@@ -168,12 +169,17 @@ class ConvBlock(nn.Module):
         self.conv2 = Pointwise(dim, dim)
         self.norm2 = nn.LayerNorm(dim, eps=CONV_NORM_EPS)
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, rows: Float[Tensor, "S D"], layout: Layout) -> Float[Tensor, "S D"]:
         """Apply; what lies outside the rows counts as zero."""
         inner = DepthwiseOnRows.apply(self.conv1(self.norm1(rows)), self.attn.weight, self.attn.bias, layout)
-        rows = rows + self.conv2(inner)
-        return rows + self.mlp(self.norm2(rows))
+        rows = rows + self.drop(self.conv2(inner), layout)
+        return rows + self.drop(self.mlp(self.norm2(rows)), layout)
+
+    def drop(self, rows: Float[Tensor, "S D"], layout: Layout) -> Float[Tensor, "S D"]:
+        """Drop the rows of whole maps at random (stochastic depth), in training."""
+        return self.drop_path(rows.view(layout.num_maps, -1, rows.shape[1])).view_as(rows)
 
 
 class ConvViT(nn.Module):
@@ -189,6 +195,7 @@ class ConvViT(nn.Module):
         num_heads: Heads of stage 3.
         mlp_ratios: MLP width over width, by stage: DMJD's 8, 8, 4 or ConvMAE's 4, 4, 4.
         global_pool: `avg` only.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first one.
     """
 
     def __init__(
@@ -202,6 +209,7 @@ class ConvViT(nn.Module):
         num_heads: int = 12,
         mlp_ratios: Sequence[float] = (8.0, 8.0, 4.0),
         global_pool: str = "avg",
+        drop_path_rate: float = 0.0,
     ):
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -220,9 +228,10 @@ class ConvViT(nn.Module):
         self.patch_embed3 = PatchEmbed(Joining(second, third, 2))
         self.patch_embed4 = nn.Linear(third, third)
         self.pos_embed = nn.Parameter(sincos_positions(self.grid, third), requires_grad=False)
-        self.blocks1 = nn.ModuleList(ConvBlock(first, mlp1) for _ in range(depths[0]))
-        self.blocks2 = nn.ModuleList(ConvBlock(second, mlp2) for _ in range(depths[1]))
-        self.blocks3 = transformer_blocks(third, depths[2], num_heads, mlp3)
+        rates = iter(drop_path_rate * block / max(sum(depths) - 1, 1) for block in range(sum(depths)))
+        self.blocks1 = nn.ModuleList(ConvBlock(first, mlp1, next(rates)) for _ in range(depths[0]))
+        self.blocks2 = nn.ModuleList(ConvBlock(second, mlp2, next(rates)) for _ in range(depths[1]))
+        self.blocks3 = transformer_blocks(third, depths[2], num_heads, mlp3, drop_path=rates)
         self.feature_info = [
             {"num_chs": dim, "reduction": patch_size // 4 * 2**level, "module": module}
             for level, (dim, module) in enumerate(

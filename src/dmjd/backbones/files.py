@@ -10,19 +10,23 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dmjd.backbones.convvit  # noqa: F401 (registers its models with timm)
-from dmjd.errors import CheckpointError
+from dmjd.errors import CheckpointError, ConfigError
+
+Architecture = tuple[str, dict[str, Any]]  # name and arguments for `timm.create_model`
 
 
-def save_backbone(path: Path, model: nn.Module, architecture: tuple[str, dict[str, Any]], mean: Any, std: Any) -> None:
+def save_backbone(path: Path, model: nn.Module, architecture: Architecture, mean: Any, std: Any) -> None:
     """Write a timm model: weights, its name and arguments for `timm.create_model`, and the images' statistics."""
     name, arguments = architecture
+    default: Any = model.pretrained_cfg
+    in_chans, size = arguments.get("in_chans", default["input_size"][0]), arguments.get("img_size")
     metadata = {
         "architecture": name,
         "model_args": json.dumps(arguments),
         "pretrained_cfg": json.dumps(
             {
-                "input_size": [arguments["in_chans"], *arguments["img_size"]],
-                "num_classes": 0,
+                "input_size": [in_chans, *(size or default["input_size"][1:])],
+                "num_classes": arguments["num_classes"],
                 "mean": list(mean),
                 "std": list(std),
             }
@@ -46,38 +50,77 @@ def load_backbone(path: str | Path) -> nn.Module:
     Raises:
         CheckpointError: If the file is missing, broken or no backbone of ours.
     """
+    return _read(path)[0].eval()
+
+
+def open_backbone(name: str, *, pretrained: bool = True, drop_path_rate: float = 0.0) -> tuple[nn.Module, Architecture]:
+    """Make a backbone for a task, by its file or by name with timm's own weights (`timm:NAME`), without a classifier.
+
+    Args:
+        name: What to open.
+        pretrained: With its weights, or the same network untrained.
+        drop_path_rate: Stochastic depth in training.
+
+    Returns:
+        The model, in evaluation mode, and what makes it.
+
+    Raises:
+        CheckpointError: If there is no such file or model, or its weights cannot be fetched.
+        ConfigError: If the model cannot have stochastic depth.
+    """
+    kind, _, timm_name = name.partition(":")
+    extra = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
+    try:
+        if kind == "timm":
+            model, (architecture, arguments) = _fetch(timm_name, name, pretrained, extra)
+        else:
+            model, (architecture, arguments) = _read(name, pretrained, extra)
+    except TypeError:
+        raise ConfigError(f"the model takes no drop_path_rate; {name}; leave --drop_path at 0") from None
+    return put_head(model, (architecture, arguments), 0)
+
+
+def put_head(model: nn.Module, architecture: Architecture, num_classes: int) -> tuple[nn.Module, Architecture]:
+    """Give a model a new linear head, nearly silent at first as in MAE's fine-tuning; 0 classes: pooled features."""
+    model.reset_classifier(num_classes)  # type: ignore[operator]
+    if num_classes:
+        head: Any = model.get_classifier()  # type: ignore[operator]
+        nn.init.trunc_normal_(head.weight, std=2e-5)
+        nn.init.zeros_(head.bias)
+    return model.eval(), (architecture[0], {**architecture[1], "num_classes": num_classes})
+
+
+def _fetch(model: str, given: str, pretrained: bool, extra: dict[str, Any]) -> tuple[nn.Module, Architecture]:
+    """Make a model of timm."""
+    if model not in timm.list_models(model.partition(".")[0]) and model not in timm.list_pretrained(model):
+        raise CheckpointError(f"timm has no such model; {given}; see timm.list_models()")
+    try:
+        return timm.create_model(model, pretrained=pretrained, **extra), (model, {})
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"its weights cannot be fetched ({reason}); {given}; check the network") from None
+
+
+def _read(
+    path: str | Path, pretrained: bool = True, extra: dict[str, Any] | None = None
+) -> tuple[nn.Module, Architecture]:
+    """Make the model of a file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         weights = load_file(path)
         arguments = json.loads(metadata["model_args"])
         overlay = json.loads(metadata["pretrained_cfg"])
+        name = metadata["architecture"]
     except FileNotFoundError:
         raise CheckpointError(f"no such backbone; {path}; give a run's backbone.safetensors") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"not a backbone file ({error}); {path}; give a run's backbone.safetensors") from None
     try:
-        model = timm.create_model(metadata["architecture"], **arguments, pretrained_cfg_overlay=overlay)
-        model.load_state_dict(weights)
+        model = timm.create_model(name, **arguments, **(extra or {}), pretrained_cfg_overlay=overlay)
+        if pretrained:
+            model.load_state_dict(weights)
     except (RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"weights and metadata do not agree: {reason}; {path}; write the file again") from None
-    return model.eval()
-
-
-def open_backbone(name: str) -> nn.Module:
-    """Load a backbone by its file, or by name with timm's own weights (`timm:NAME`), without a classifier.
-
-    Raises:
-        CheckpointError: If there is no such file or model, or its weights cannot be fetched.
-    """
-    kind, _, model = name.partition(":")
-    if kind != "timm":
-        return load_backbone(name)
-    if model not in timm.list_models(model.partition(".")[0]) and model not in timm.list_pretrained(model):
-        raise CheckpointError(f"timm has no such model; {name}; see timm.list_models()")
-    try:
-        return timm.create_model(model, pretrained=True, num_classes=0).eval()
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"its weights cannot be fetched ({reason}); {name}; check the network") from None
+    return model, (name, arguments)

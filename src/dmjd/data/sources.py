@@ -49,6 +49,11 @@ class Held:
         pixels = torch.cat([image.reshape(-1) for image in images])
         return cls(pixels, torch.tensor([image.shape for image in images]), sizes.cumsum(0) - sizes, bad)
 
+    def subset(self, indices: Sequence[int]) -> "Held":
+        """Keep some of the images, in the same buffer."""
+        bad = {new: self.bad[old] for new, old in enumerate(indices) if old in self.bad}
+        return Held(self.pixels, self.shapes[list(indices)], self.offsets[list(indices)], bad)
+
     def read(self, index: int) -> UInt8[Tensor, "C H W"]:
         """Look one image up; raises `BadImage` as decoding did."""
         if index in self.bad:
@@ -97,10 +102,10 @@ class Images:
         return torch.tensor([self.labels[index] for index in indices])
 
     def subset(self, indices: Sequence[int]) -> "Images":
-        """Keep some of the images of a folder."""
-        assert self.held is None
+        """Keep some of the images."""
         labels = None if self.labels is None else [self.labels[i] for i in indices]
-        return replace(self, names=[self.names[i] for i in indices], labels=labels)
+        held = self.held and self.held.subset(indices)
+        return replace(self, names=[self.names[i] for i in indices], labels=labels, held=held)
 
 
 class Parts(NamedTuple):
@@ -172,6 +177,22 @@ def hold_out(images: Images, seed: int) -> Parts:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(mix(seed, len(images)))).tolist()
     count = min(1000, max(len(images) // 20, 1)) if len(images) > 1 else 0
     return Parts(images.subset(sorted(order[count:])), images.subset(sorted(order[:count])))
+
+
+def few_labels(labels: Sequence[int], seed: int, *, fraction: float = 1.0, shots: int | None = None) -> list[int]:
+    """Choose some images of every class, by seed: a share of them, at least one, or `shots`, as far as there are any.
+
+    What a smaller share chooses, a larger one chooses too.
+    """
+    of_class: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        of_class.setdefault(label, []).append(index)
+    chosen: list[int] = []
+    for label, members in of_class.items():
+        count = max(round(fraction * len(members)), 1) if shots is None else shots
+        order = torch.randperm(len(members), generator=torch.Generator().manual_seed(mix(seed, label)))
+        chosen += [members[place] for place in order[:count].tolist()]
+    return sorted(chosen)
 
 
 def folder_images(root: Path, in_chans: int) -> Images:

@@ -5,20 +5,32 @@ import sys
 from collections.abc import Callable
 
 import timm.optim
+from timm.optim.lars import Lars
 from torch import nn
 from torch.optim import Optimizer
 
 
 def create_optimizer(
-    model: nn.Module, *, name: str, lr: float, weight_decay: float, betas: tuple[float, float]
+    model: nn.Module,
+    *,
+    name: str,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    layer_decay: float | None = None,
 ) -> Optimizer:
-    """Create an optimizer of timm with two groups: matrices decay, vectors (biases, norms) do not.
+    """Create an optimizer of timm: matrices decay, vectors (biases, norms) do not.
+
+    With `layer_decay` every layer has groups of its own, whose `lr_scale` is layer_decay ** (layers above it); the
+    layers are those of the model's `group_matcher`.
 
     Raises:
         ValueError: If timm has no optimizer of this name, or it takes no betas.
     """
     try:
-        return timm.optim.create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay, betas=betas)
+        return timm.optim.create_optimizer_v2(
+            model, opt=name, lr=lr, weight_decay=weight_decay, betas=betas, layer_decay=layer_decay
+        )
     except (AssertionError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"optim.name {name!r}: {error}") from None
 
@@ -46,3 +58,12 @@ def warmup_steps(epochs: float, count: int, batch_size: int, steps: int) -> floa
             file=sys.stderr,
         )
     return warmup
+
+
+def create_lars(head: nn.Linear, lr: float) -> Optimizer:
+    """Create LARS (You et al. 2017) for a linear probe as in MoCo v3 and MAE: momentum 0.9, no weight decay.
+
+    The weight's step has the length 0.001 * lr * |weight|; the bias, a vector, takes plain steps of momentum SGD.
+    """
+    groups = [{"params": [head.weight], "always_adapt": True}, {"params": [head.bias], "always_adapt": False}]
+    return Lars(groups, lr=lr, momentum=0.9, weight_decay=0.0, trust_coeff=0.001)

@@ -17,9 +17,19 @@ from dmjd.data.sources import Images
 from dmjd.engine import checkpoint
 from dmjd.engine.loop import Step
 from dmjd.engine.signals import stop_signals
-from dmjd.errors import CheckpointError, DataError, NonFiniteError
+from dmjd.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 
 MAX_BAD = 0.01  # share of a set's files that may fail to decode before the run stops
+
+
+def refuse_second_run(out: Path, *, resume: bool) -> None:
+    """Keep a run from being overwritten.
+
+    Raises:
+        ConfigError: If `out` holds a run that shall not be resumed.
+    """
+    if (out / "config.yaml").exists() and not resume:
+        raise ConfigError(f"there is a run already; {out}; add --resume to go on with it or choose another --out")
 
 
 class Record:

@@ -8,7 +8,7 @@ import numpy as np
 
 from dmjd.config import Embed
 from dmjd.data import sources
-from dmjd.tasks.backbone import Extractor
+from dmjd.tasks.backbone import extractor
 
 
 def embed(settings: Embed) -> None:
@@ -22,11 +22,11 @@ def embed(settings: Embed) -> None:
         DataError: If there are no images, or none decodes.
     """
     began = time.perf_counter()
-    extractor = Extractor(settings)
+    backbone = extractor(settings)
     matrices, rows = [], []
     skipped = 0
-    for images in sources.load_all(settings.data, in_chans=extractor.in_chans, image_hw=extractor.image_hw):
-        found, seen = extractor.features(images)
+    for images in sources.load_all(settings.data, in_chans=backbone.in_chans, image_hw=backbone.image_hw):
+        found, seen = backbone.features(images, batch_size=settings.batch_size)
         matrices.append(found.numpy())
         skipped += len(images) - len(seen)
         for index in seen:

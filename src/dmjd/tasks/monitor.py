@@ -14,7 +14,7 @@ from dmjd.data.loader import Samples
 from dmjd.data.seeds import mix
 from dmjd.data.sources import Images, Parts
 from dmjd.data.transforms import center_crop
-from dmjd.engine.metrics import features, knn_top1, linear_top1, rankme
+from dmjd.engine.metrics import features, knn_top1, linear_top1, rankme, spread
 from dmjd.masking import split
 from dmjd.method import DMJD
 
@@ -22,7 +22,7 @@ NUM_PICTURES = 8  # held-out images in the report
 NUM_COUNTED = 1000  # training images whose masks are counted there
 
 
-def spread(count: int, most: int) -> list[int]:
+def evenly(count: int, most: int) -> list[int]:
     """Choose at most `most` of `count` numbers, evenly spread, so that sorted classes all appear."""
     return np.linspace(0, count - 1, min(count, most), dtype=int).tolist() if count else []
 
@@ -33,7 +33,7 @@ def measure(
     """Measure the mean-pooled features of the backbone as it is.
 
     With labels: k-NN accuracy on held-out images (and that of a linear probe), by at most `max_images` training and as
-    many held-out images. Without: RankMe of the held-out ones.
+    many held-out images. Without: RankMe and spread of the held-out ones, which show a collapse.
     """
     training = model.training
     model.eval()
@@ -43,11 +43,11 @@ def measure(
         transform=partial(center_crop, size=image_hw),
         device=device,
     )
-    held_out, shown = compute(parts.held_out, spread(len(parts.held_out), max_images))
+    held_out, shown = compute(parts.held_out, evenly(len(parts.held_out), max_images))
     if parts.train.labels is None or parts.held_out.labels is None:
-        measured = {"rankme": rankme(held_out)}
+        measured = {"rankme": rankme(held_out), "spread": spread(held_out)}
     else:
-        bank, seen = compute(parts.train, spread(len(parts.train), max_images))
+        bank, seen = compute(parts.train, evenly(len(parts.train), max_images))
         pairs = (bank, parts.train.labels_of(seen), held_out, parts.held_out.labels_of(shown))
         probe = probe and len(pairs[1].unique()) > 1
         measured = {"knn_top1": knn_top1(*pairs)} | ({"linear_top1": linear_top1(*pairs)} if probe else {})
@@ -71,7 +71,7 @@ def write_samples(
     The counts are those of the masks that training images had in epoch `last_epoch`, drawn again.
     """
     pictures, masks = [], []
-    for index in spread(len(held_out), NUM_PICTURES):
+    for index in evenly(len(held_out), NUM_PICTURES):
         try:
             pictures.append(center_crop(held_out.read(index), settings.model.image_hw))
         except BadImage:
@@ -84,7 +84,7 @@ def write_samples(
     said = model.predict(images, masked).masked.float().cpu()
     hidden = split(masked).hidden[..., None].expand(-1, -1, said.shape[-1])
     predicted = torch.zeros(len(said), math.prod(settings.model.grid), said.shape[-1]).scatter(1, hidden, said)
-    counted = [samples[last_epoch, index][1].sum(dim=0) for index in spread(len(samples.images), NUM_COUNTED)]
+    counted = [samples[last_epoch, index][1].sum(dim=0) for index in evenly(len(samples.images), NUM_COUNTED)]
     tensors = {
         "images": images.cpu(),
         "masked": masked.byte(),

@@ -19,7 +19,7 @@ from dmjd.engine import checkpoint
 from dmjd.engine.devices import choose_device, choose_precision, memory_errors
 from dmjd.engine.loop import train
 from dmjd.engine.optim import create_optimizer, warmup_cosine, warmup_steps
-from dmjd.engine.record import Record
+from dmjd.engine.record import Record, refuse_second_run
 from dmjd.errors import ConfigError
 from dmjd.factory import from_settings
 from dmjd.masking import block_masks
@@ -42,8 +42,7 @@ def pretrain(settings: Pretrain) -> None:
         SystemExit: With code 143 after SIGTERM or SIGINT, when a checkpoint is written.
     """
     out = settings.out
-    if (out / "config.yaml").exists() and not settings.resume:
-        raise ConfigError(f"there is a run already; {out}; add --resume to go on with it or choose another --out")
+    refuse_second_run(out, resume=settings.resume)
     device = choose_device(settings.device)
     model, optimizer = create(settings, device)
     parts = Parts(*map(sources.in_memory, load(settings)))

@@ -33,13 +33,15 @@ VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", WARN: "warn"} | {hue: f"h
 
 HOG_BINS = 9
 PICTURE_BUDGET = 1_500_000  # characters of inline pictures: keeps the file below 2 MB
-MEASURES = {"knn_top1": "k-NN top-1", "linear_top1": "Linear probe top-1", "rankme": "RankMe"}
+MEASURES = {"knn_top1": "k-NN top-1", "linear_top1": "Linear probe top-1", "rankme": "RankMe", "spread": "Spread"}
 CURVES: dict[str, dict[str, str]] = {
     "Loss": {"total": "loss", "hidden tokens": "loss_masked", "visible tokens": "loss_visible"},
     "Learning rate": {"learning rate": "lr"},
     "Gradient norm": {"gradient norm": "grad_norm"},
+    "Top-1, percent": {"top-1": "top1"},
     "k-NN top-1, percent": {"k-NN top-1": "knn_top1"},
     "RankMe": {"RankMe": "rankme"},
+    "Spread": {"spread": "spread"},
     "Images per second": {"images per second": "images_per_second"},
 }
 Line = dict[str, Any]
@@ -91,11 +93,16 @@ def write_report(run: Path) -> Path:
         page |= {"samples": sample_rows(tensors, layout), "target": layout.target}
         page["small"] = tensors["images"].shape[-1] < 128
         page["coverage"] = coverage(tensors["times_hidden"], layout.grid, tensors["masked"].shape[1])
+    path = run / "report.html"
+    path.write_text(render("report.html", page), "utf-8")
+    return path
+
+
+def render(template: str, page: Mapping[str, Any]) -> str:
+    """Fill in one of the templates beside this file."""
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     templates.filters |= {"duration": duration, "compact": compact, "quote": lambda text: shlex.quote(str(text))}
-    path = run / "report.html"
-    path.write_text(templates.get_template("report.html").render(page), "utf-8")
-    return path
+    return templates.get_template(template).render(page)
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -204,14 +211,14 @@ def legend(axes: Any, **names: Any) -> None:
 
 def curve(title: str, keys: Mapping[str, str], lines: Sequence[Line]) -> dict[str, Any] | None:
     """A figure of logged quantities: a smooth line over the faint raw one; None where nothing was logged."""
-    x = "epoch" if {"knn_top1", "rankme"} & set(keys.values()) else "step"
+    x = "epoch" if {"knn_top1", "rankme", "spread", "top1"} & set(keys.values()) else "step"
     logged = {name: points for name, key in keys.items() if (points := series(lines, key, x)).size}
     if not logged:
         return None
     figure = Figure(figsize=(4.6, 2.5), layout="constrained")
     axes, spoken, values_all = plain_axes(figure), [], []
     for (name, (at, values)), colour in zip(logged.items(), HUES, strict=False):
-        values = values * 100 if keys[name] == "knn_top1" else values
+        values = values * 100 if keys[name].endswith("top1") else values
         finite = np.isfinite(values)
         lost = at[~finite][:: 1 + at.size // 300]
         axes.plot(lost, 0 * lost, "|", color=WARN, transform=axes.get_xaxis_transform())
@@ -340,6 +347,11 @@ def places(hidden: Bool[np.ndarray, " L"], grid: tuple[int, int], shape: tuple[i
     return np.kron(hidden.reshape(grid), np.ones((shape[-2] // grid[0], shape[-1] // grid[1]), bool))
 
 
+def data_uri(png: bytes) -> str:
+    """A PNG file as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
 def png(picture: UInt8[np.ndarray, "C H W"]) -> str:
     """A picture as a data URI: the first three channels, or the first where there are fewer."""
     colour = len(picture) > 2
@@ -347,7 +359,7 @@ def png(picture: UInt8[np.ndarray, "C H W"]) -> str:
     image = image.quantize(256) if colour else image  # a palette: a third of the bytes
     buffer = io.BytesIO()
     image.save(buffer, "png", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri(buffer.getvalue())
 
 
 def sample_rows(tensors: Mapping[str, np.ndarray], layout: Layout) -> list[list[dict[str, str]]]:

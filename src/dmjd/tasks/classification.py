@@ -1,0 +1,125 @@
+"""The result of a classification: numbers, a table by class, the confusion matrix, a page to look at."""
+
+import csv
+import io
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+from scipy.stats import binomtest
+from sklearn.metrics import confusion_matrix
+from torch import Tensor
+
+from dmjd.config import to_dict
+from dmjd.engine.checkpoint import write_atomically
+from dmjd.tasks.report import CURVES, curve, data_uri, read_metrics, render
+
+MOST_NAMED = 40  # classes whose names fit beside the picture of a confusion matrix
+
+
+@dataclass
+class Result:
+    """Scores of held-out images beside their classes.
+
+    Attributes:
+        scores: Any numbers that order the classes.
+        labels: True classes.
+        classes: Names of the classes.
+        facts: Further numbers for the line of JSON.
+    """
+
+    scores: Float[Tensor, "n classes"]
+    labels: Int[Tensor, " n"]
+    classes: Sequence[str]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def confusion(self) -> Int[np.ndarray, "true predicted"]:
+        """Count images by true and predicted class."""
+        numbers = np.arange(len(self.classes))
+        return confusion_matrix(self.labels.numpy(), self.scores.argmax(dim=1).numpy(), labels=numbers)
+
+    def summary(self) -> dict[str, Any]:
+        """Accuracies from 0 to 1, with Wilson's 95 % interval of the first; the mean is over classes with images."""
+        best = self.scores.topk(min(5, self.scores.shape[1]), dim=1).indices == self.labels[:, None]
+        right, count = int(best[:, 0].sum()), len(self.labels)
+        low, high = binomtest(right, count).proportion_ci(method="wilson")
+        present = self.confusion.sum(axis=1) > 0
+        by_class = self.confusion.diagonal()[present] / self.confusion.sum(axis=1)[present]
+        return {
+            "top1": round(right / count, 4),
+            "top1_low": round(low, 4),
+            "top1_high": round(high, 4),
+            "top5": round(float(best.any(dim=1).float().mean()), 4),
+            "mean_class_accuracy": round(float(by_class.mean()), 4),
+            "images": count,
+            **self.facts,
+        }
+
+    def finish(self, settings: Any, out: Path | None, began: float) -> None:
+        """Write result.json, per_class.csv, confusion.png and report.html to `out`; print the numbers as JSON."""
+        summary = self.summary() | {"seconds": round(time.perf_counter() - began, 1)}
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            rows = self.by_class()
+            table = io.StringIO(newline="")
+            writer = csv.DictWriter(table, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+            write_atomically(out / "per_class.csv", table.getvalue())
+            self.picture().savefig(out / "confusion.png", dpi=110)
+            lines = read_metrics(out / "metrics.jsonl")
+            page = {
+                "name": out.resolve().name,
+                "verb": type(settings).__name__.lower(),
+                "summary": summary,
+                "rows": sorted(rows, key=lambda row: row["accuracy"] if row["images"] else 2),
+                "confusion": data_uri((out / "confusion.png").read_bytes()),
+                "curves": [figure for title, keys in CURVES.items() if (figure := curve(title, keys, lines))],
+                "settings": yaml.safe_dump(to_dict(settings), sort_keys=False),
+            }
+            write_atomically(out / "result.json", json.dumps(summary, indent=1))
+            write_atomically(out / "report.html", render("classification.html", page))
+        print(json.dumps(summary))
+
+    def by_class(self) -> list[dict[str, Any]]:
+        """Count for every class its held-out images, those recognised, and what it is most often taken for."""
+        rows = []
+        for number, counts in enumerate(self.confusion):
+            wrong = counts.copy()
+            wrong[number] = 0
+            total = int(counts.sum())
+            rows.append(
+                {
+                    "class": self.classes[number],
+                    "images": total,
+                    "accuracy": round(int(counts[number]) / total, 4) if total else "",
+                    "precision": round(int(counts[number]) / int(said), 4)
+                    if (said := self.confusion[:, number].sum())
+                    else "",
+                    "taken_for": self.classes[int(wrong.argmax())] if wrong.any() else "",
+                }
+            )
+        return rows
+
+    def picture(self) -> Figure:
+        """Draw the confusion matrix; rows are true classes and sum to one."""
+        counts = self.confusion
+        named = len(self.classes) <= MOST_NAMED
+        side = 2.2 + (0.28 * len(self.classes) if named else 6)
+        figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+        axes = figure.subplots()
+        shown = axes.imshow(counts / counts.sum(axis=1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)
+        axes.set(xlabel="predicted", ylabel="true")
+        if named:
+            axes.set_xticks(range(len(self.classes)), self.classes, rotation=90)
+            axes.set_yticks(range(len(self.classes)), self.classes)
+        figure.colorbar(shown, label="share of the true class")
+        return figure

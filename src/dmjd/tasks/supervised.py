@@ -1,0 +1,144 @@
+"""Training with labels, shared by `finetune` and the paper's linear probe."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import create_transform
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchvision.transforms.v2.functional import to_pil_image
+
+from dmjd.config import Augment, Finetune, Linear, to_dict, to_yaml
+from dmjd.data import sources
+from dmjd.data.loader import LabelledBatch, LabelledSamples, Positions, collate_labelled, train_batches
+from dmjd.data.sources import Images
+from dmjd.engine import checkpoint
+from dmjd.engine.devices import memory_errors
+from dmjd.engine.loop import train
+from dmjd.engine.optim import warmup_cosine, warmup_steps
+from dmjd.engine.record import Record
+from dmjd.tasks.backbone import Opened
+
+# What may differ between a run and its resumption: none of it changes a loss on the same kind of device.
+MAY_CHANGE = {"out", "resume", "preset", "config", "data", "workers", "device", "debug", "log"}
+
+
+@dataclass(frozen=True)
+class Transform:
+    """timm's training transform on uint8 images (C, H, W); an object, so that worker processes can have it."""
+
+    steps: Callable[[Any], Tensor]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Augment and normalise one image."""
+        return self.steps(to_pil_image(image))
+
+
+def training_transform(backbone: Opened, augment: Augment) -> Transform:
+    """Make timm's training transform for a backbone's input."""
+    mean, std = backbone.statistics
+    return Transform(
+        create_transform(
+            (backbone.in_chans, *backbone.image_hw),
+            is_training=True,
+            scale=augment.scale,
+            hflip=0.5 if augment.flip else 0.0,
+            color_jitter=None,
+            auto_augment=None if augment.auto_augment == "none" else augment.auto_augment,
+            interpolation="bicubic",
+            mean=tuple(mean),
+            std=tuple(std),
+            re_prob=augment.random_erasing,
+            re_mode="pixel",
+        )
+    )
+
+
+def supervise(
+    settings: Linear | Finetune,
+    images: Images,
+    transform: Transform,
+    objective: Callable[[LabelledBatch], Tensor],
+    trained: nn.Module,
+    optimizer: Optimizer,
+    evaluate: Callable[[Record], dict[str, float]],
+    *,
+    backbone: Opened,
+    checkpointed: nn.Module,
+    warmup_epochs: float,
+    accumulation: int = 1,
+    clip_grad: float = 0.0,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> Record:
+    """Train on labelled images, resumable, and record the run in `settings.out`.
+
+    Args:
+        settings: Of the verb.
+        images: Training images.
+        transform: What training sees of them.
+        objective: From a batch to the loss.
+        trained: Its parameters are trained.
+        optimizer: Steps on them.
+        evaluate: Judges the model on held-out images; its numbers go to metrics.jsonl, and what
+            shall outlive a resumption to the record's summary.
+        backbone: Says the device and the precision.
+        checkpointed: What a checkpoint holds.
+        warmup_epochs: Linear warm-up.
+        accumulation: Parts of a step's batch.
+        clip_grad: Largest norm of the gradient; 0 does not clip.
+        after_step: Called with the number of every step done.
+    """
+    images = sources.in_memory(images)
+    count, device = len(images), backbone.device
+    steps = settings.steps or max(round(settings.epochs * count / settings.batch_size), 1)
+    record = Record(settings.out, to_dict(settings), images, batch_size=settings.batch_size)
+    start = 0
+    if settings.resume and (newest := checkpoint.latest(record.checkpoints)):
+        start = record.resume(newest, model=checkpointed, optimizer=optimizer, may_change=MAY_CHANGE)
+    else:
+        record.begin(to_yaml(settings))
+    samples = LabelledSamples(images, transform, settings.seed)
+    positions = Positions(count, settings.batch_size, start, steps, settings.seed, accumulation)
+    batches = train_batches(
+        samples, positions, collate_labelled, workers=settings.workers, pin_memory=device.type == "cuda"
+    )
+    warmup = warmup_steps(warmup_epochs, count, settings.batch_size, steps)
+    trained.train()
+    with memory_errors("choose a smaller --batch_size"):
+        done = train(
+            lambda batch: {"loss": objective(batch)},
+            [parameter for parameter in trained.parameters() if parameter.requires_grad],
+            iter(batches),
+            optimizer,
+            start=start,
+            steps=steps,
+            seed=settings.seed,
+            accumulation=accumulation,
+            lr=warmup_cosine(settings.lr, warmup=warmup, steps=steps),
+            clip_grad=clip_grad,
+            autocast=backbone.autocast,
+        )
+        for step in record.follow(
+            done,
+            type(settings).__name__.lower(),
+            start=start,
+            steps=steps,
+            log_every=settings.log.log_every,
+            evaluations=settings.log.evals,
+            evaluate=partial(evaluate, record),
+            saves=settings.log.saves,
+            model=checkpointed,
+            optimizer=optimizer,
+        ):
+            after_step(step.number)
+    if start < steps:
+        record.evaluated(steps, evaluate(record))
+    return record
+
+
+def to_device(batch: LabelledBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Copy images and labels."""
+    return batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
