@@ -278,7 +278,7 @@ class Pretrain(Run):
     workers: int | None = None
     """Processes that load images. Default: none for sets in memory, else one per core but one."""
     preset: str = "quick"
-    """Recipe to start from: quick, mae, maskfeat, convmae, fastconvmae, dm, dmjd."""
+    """Recipe: mae, maskfeat, convmae, fastconvmae, dm, dmjd; for 2 cores quick, quick-convmae, -fastconvmae, -dmjd."""
     config: Path | None = None
     """YAML file that overrides the preset."""
     epochs: float = 400

@@ -98,11 +98,16 @@ class Record:
             for key in (key for key, value in line.items() if key != "step" and value is not None):
                 self.board.add_scalar(key, line[key], line["step"])
 
-    def evaluated(self, step: int, measured: dict[str, float]) -> None:
-        """Write down what the features were worth after a step."""
+    def evaluate(self, step: int, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Measure what the network is worth after a step, write it down, and add up the time that takes."""
+        began = time.perf_counter()
+        measured = measure()
+        taken = self.summary.get("evaluation_seconds", 0.0) + time.perf_counter() - began
+        self.summary["evaluation_seconds"] = round(taken, 1)
         images = step * self.batch_size
         counters = {"step": step, "epoch": images / self.count, "images": images, "seconds": round(self.seconds, 3)}
         self.write(counters | measured)
+        return measured
 
     def log(self, step: Step) -> dict[str, Any]:
         """Write a step down; here the loop waits for the device.
@@ -193,7 +198,7 @@ class Record:
                     losses = {key.removeprefix("loss_"): f"{line[key]:.4f}" for key in step.losses}
                     bar.set_postfix({**losses, "images/s": f"{line['images_per_second']:.0f}"}, refresh=False)
                 if step.number in evaluate_at:
-                    self.evaluated(step.number, evaluate())
+                    self.evaluate(step.number, evaluate)
                 if step.number in save_at or stop:
                     self.save(step, model=model, optimizer=optimizer)
                 bar.update()

@@ -64,8 +64,7 @@ def pretrain(settings: Pretrain) -> None:
         max_images = settings.monitor.max_images
         evaluate = partial(measure, model, parts, settings.model.image_hw, max_images=max_images, device=device)
         if start == 0:
-            record.summary["untrained"] = evaluate(probe=True)
-            record.evaluated(0, record.summary["untrained"])
+            record.summary["untrained"] = record.evaluate(0, partial(evaluate, probe=True))
         samples = training_samples(settings, parts.train)
         train_steps(settings, model, optimizer, samples, record, evaluate, start=start, steps=steps, device=device)
         finish(settings, model, samples, parts, record, evaluate, steps=steps, device=device)
@@ -155,8 +154,7 @@ def finish(
     mean, std = (statistic.flatten().tolist() for statistic in (model.mean, model.std))
     assert model.encoder.architecture is not None
     save_backbone(out / "backbone.safetensors", backbone, model.encoder.architecture, mean, std)
-    record.summary["trained"] = evaluate(probe=True)
-    record.evaluated(steps, record.summary["trained"])
+    record.summary["trained"] = record.evaluate(steps, partial(evaluate, probe=True))
     last_epoch = (steps * settings.batch_size - 1) // count
     write_samples(
         out / "samples.safetensors", settings, model, samples, parts.held_out, last_epoch=last_epoch, device=device

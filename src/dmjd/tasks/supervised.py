@@ -135,7 +135,7 @@ def supervise(
         ):
             after_step(step.number)
     if start < steps:
-        record.evaluated(steps, evaluate(record))
+        record.evaluate(steps, partial(evaluate, record))
     return record
 
 
