@@ -99,11 +99,8 @@ class Record:
                 self.board.add_scalar(key, line[key], line["step"])
 
     def evaluate(self, step: int, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Measure what the network is worth after a step, write it down, and add up the time that takes."""
-        began = time.perf_counter()
+        """Measure what the network is worth after a step, and write it down."""
         measured = measure()
-        taken = self.summary.get("evaluation_seconds", 0.0) + time.perf_counter() - began
-        self.summary["evaluation_seconds"] = round(taken, 1)
         images = step * self.batch_size
         counters = {"step": step, "epoch": images / self.count, "images": images, "seconds": round(self.seconds, 3)}
         self.write(counters | measured)
@@ -198,7 +195,10 @@ class Record:
                     losses = {key.removeprefix("loss_"): f"{line[key]:.4f}" for key in step.losses}
                     bar.set_postfix({**losses, "images/s": f"{line['images_per_second']:.0f}"}, refresh=False)
                 if step.number in evaluate_at:
+                    began = time.perf_counter()
                     self.evaluate(step.number, evaluate)
+                    taken = self.summary.get("monitor_seconds", 0.0) + time.perf_counter() - began
+                    self.summary["monitor_seconds"] = round(taken, 1)
                 if step.number in save_at or stop:
                     self.save(step, model=model, optimizer=optimizer)
                 bar.update()
