@@ -5,6 +5,7 @@ Nothing here imports torch, so that `--help` is instant. A setting travels YAML 
 
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,8 +17,8 @@ PRESETS = Path(__file__).parent / "presets"
 
 BackboneName = Literal["vit", "convvit"]
 BackboneSize = Literal["tiny", "small", "base", "large"]
-TargetName = Literal["hog", "pixels", "normalized_pixels"]
-LossName = Literal["l2", "smooth_l1"]
+TARGETS = ("hog", "pixels", "normalized_pixels")
+LossName = Literal["l2", "l1", "smooth_l1", "cosine"]
 
 
 def at_least(lowest: int | float, settings: Any, *names: str) -> None:
@@ -43,6 +44,20 @@ def one_of(choices: Any, settings: Any, *names: str) -> None:
         if (value := getattr(settings, name)) not in get_args(choices):
             section = type(settings).__name__.lower()
             raise ConfigError(f"{section}.{name} {value!r}; choose one of {', '.join(get_args(choices))}")
+
+
+def check_target(settings: Any) -> None:
+    """Refuse a target that is no built-in one, no `timm:NAME` and no file.
+
+    Raises:
+        ConfigError: If it is none of them; the message names the nearest.
+    """
+    name = settings.target
+    if name is None or name in TARGETS or name.startswith("timm:") or Path(name).is_file():
+        return
+    nearest = get_close_matches(name, TARGETS, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"{', '.join(TARGETS)}, timm:NAME or a backbone.safetensors"
+    raise ConfigError(f"{type(settings).__name__.lower()}.target {name!r}; {hint}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +141,13 @@ class Masking:
 class Masked:
     """The masked branch: predicts hidden tokens."""
 
-    target: TargetName = "hog"
-    """What is predicted, on both branches."""
+    target: str = "hog"
+    """What is predicted: hog, pixels, normalized_pixels, or a frozen teacher: timm:NAME or a backbone.safetensors."""
     loss: LossName = "l2"
-    """Loss on hidden tokens."""
+    """Loss on hidden tokens: l2, l1, smooth_l1, cosine."""
 
     def __post_init__(self) -> None:
-        one_of(TargetName, self, "target")
+        check_target(self)
         one_of(LossName, self, "loss")
 
 
@@ -142,11 +157,17 @@ class Visible:
 
     weight: float = 1.0
     """Weight theta of its loss; 0 leaves the branch out."""
+    target: str | None = None
+    """What is predicted, as in masked.target. Default: the same."""
     loss: LossName = "smooth_l1"
-    """Loss on visible tokens."""
+    """Loss on visible tokens: l2, l1, smooth_l1, cosine."""
+    beta: float = 2.0
+    """Where smooth_l1, on either branch, turns from quadratic to linear, in units of the target."""
 
     def __post_init__(self) -> None:
         at_least(0, self, "weight")
+        at_least(1e-6, self, "beta")
+        check_target(self)
         one_of(LossName, self, "loss")
 
 
@@ -159,6 +180,14 @@ class Hog:
 
     def __post_init__(self) -> None:
         at_least(1, self, "cell_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """Frozen teachers among the targets."""
+
+    layers: tuple[int, ...] = (-1,)
+    """Maps whose mean is the target, by timm's numbers, negative ones from the end; give the flag once for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +323,7 @@ class Pretrain(Run):
     masked: Masked = field(default_factory=Masked)
     visible: Visible = field(default_factory=Visible)
     hog: Hog = field(default_factory=Hog)
+    teacher: Teacher = field(default_factory=Teacher)
     decoder: Decoder = field(default_factory=Decoder)
     crop: Crop = field(default_factory=Crop)
     optim: Optim = field(default_factory=Optim)
@@ -347,7 +377,8 @@ class Knn(Judge):
     batch_size: int = 256
     """Images at a time."""
     layers: tuple[int, ...] = ()
-    """Blocks whose mean-pooled tokens are joined, by number, negative ones from the end. Default: the pooled output."""
+    """Blocks whose mean-pooled tokens are joined, by number, negative ones from the end; give the flag once for each.
+    Default: the pooled output."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "k", "batch_size")
@@ -398,7 +429,8 @@ class Linear(Few):
     """features: logistic regression on features computed once, the penalty chosen on a slice of the training images.
     paper: BatchNorm and a linear layer, trained by LARS on augmented images."""
     layers: tuple[int, ...] = ()
-    """Blocks whose mean-pooled tokens are joined, by number, negative ones from the end. Default: the pooled output."""
+    """Blocks whose mean-pooled tokens are joined, by number, negative ones from the end; give the flag once for each.
+    Default: the pooled output."""
     blr: float = 0.1
     """Base learning rate of the paper's recipe, for 256 images a step."""
     warmup_epochs: float = 10

@@ -8,14 +8,15 @@ import yaml
 
 from dmjd import config
 from dmjd.backbones.convvit import ConvViTEncoder, create_convvit
+from dmjd.backbones.files import open_backbone
 from dmjd.backbones.vit import ViT, create_vit
 from dmjd.heads import Decoder, LinearHead, Projector
 from dmjd.masking import mask_counts
 from dmjd.method import DMJD
-from dmjd.targets import HOG, Pixels, Target
+from dmjd.targets import HOG, Pixels, Target, Teacher
 
 # Sections of the settings that a model is made of.
-SECTIONS = ("model", "masking", "masked", "visible", "hog", "decoder")
+SECTIONS = ("model", "masking", "masked", "visible", "hog", "teacher", "decoder")
 SHAPE = ("embed_dim", "depth", "num_heads")  # what a size stands for
 # Mean and standard deviation of the channels, for values in 0..1: ImageNet's for colour, round numbers for grey.
 STATISTICS = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.5,), (0.25,))}
@@ -76,12 +77,9 @@ def from_settings(settings: config.Pretrain) -> DMJD:
     )  # raises where no such masks exist
     encoder = create_encoder(model)
     mean, std = STATISTICS[model.in_chans]
-    target: Target
-    if settings.masked.target == "hog":
-        target = HOG(model.patch_size, in_chans=model.in_chans, cell_size=settings.cell_size)
-    else:
-        standardize = settings.masked.target == "normalized_pixels"
-        target = Pixels(model.patch_size, mean=mean, std=std, standardize=standardize)
+    target = create_target(settings.masked.target, settings)
+    visible = settings.visible
+    own = create_target(visible.target, settings) if visible.weight and visible.target else None
     head = (
         LinearHead(encoder.embed_dim, target.dim)
         if decoder.depth == 0
@@ -99,15 +97,34 @@ def from_settings(settings: config.Pretrain) -> DMJD:
         encoder,
         target,
         decoder=head,
-        projector=Projector(encoder.embed_dim, target.dim, embed_dim=decoder.embed_dim)
-        if settings.visible.weight
+        projector=Projector(encoder.embed_dim, (own or target).dim, embed_dim=decoder.embed_dim)
+        if visible.weight
         else None,
-        visible_weight=settings.visible.weight,
+        visible_weight=visible.weight,
+        visible_target=own,
         masked_loss=settings.masked.loss,
-        visible_loss=settings.visible.loss,
+        visible_loss=visible.loss,
+        beta=visible.beta,
         mean=mean,
         std=std,
     )
+
+
+def create_target(name: str, settings: config.Pretrain) -> Target:
+    """Create a target by name.
+
+    Raises:
+        ValueError: If it does not go together with the other settings.
+        CheckpointError: If a teacher does not load.
+    """
+    model = settings.model
+    mean, std = STATISTICS[model.in_chans]
+    if name == "hog":
+        return HOG(model.patch_size, in_chans=model.in_chans, cell_size=settings.cell_size)
+    if name in ("pixels", "normalized_pixels"):
+        return Pixels(model.patch_size, mean=mean, std=std, standardize=name == "normalized_pixels")
+    network, _ = open_backbone(name)
+    return Teacher(network, model.grid, layers=settings.teacher.layers, in_chans=model.in_chans)
 
 
 def create_encoder(model: config.Model) -> ViT | ConvViTEncoder:

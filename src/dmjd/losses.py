@@ -3,15 +3,27 @@
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-LossName = Literal["l2", "smooth_l1"]
+LossName = Literal["l2", "l1", "smooth_l1", "cosine"]
+
+
+def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """One minus the cosine of the angle between prediction and target of a token, in the mean."""
+    return torch.mean(1 - F.cosine_similarity(predicted, target, dim=-1))
+
 
 # Means over everything. Every row holds equally many tokens, so the mean over a token's width and then over all
 # tokens of the batch, as the paper has it, is this one mean.
-LOSSES: dict[LossName, Callable[..., Tensor]] = {"l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
+LOSSES: dict[LossName, Callable[..., Tensor]] = {
+    "l2": F.mse_loss,
+    "l1": F.l1_loss,
+    "smooth_l1": F.smooth_l1_loss,
+    "cosine": cosine_loss,
+}
 
 
 def regression_loss(
@@ -22,7 +34,7 @@ def regression_loss(
     Args:
         predicted: Predictions of S tokens a row.
         target: Their targets.
-        name: `l2` (squared error) or `smooth_l1`.
+        name: `l2` (squared error), `l1`, `smooth_l1` or `cosine` (1 - cosine of the angle).
         beta: Where smooth-L1 turns from quadratic to linear, in units of the target (official DMJD: 2).
     """
     options = {"beta": beta} if name == "smooth_l1" else {}

@@ -46,12 +46,15 @@ class DMJD(nn.Module):
 
     Args:
         encoder: Any backbone of `dmjd.backbones`.
-        target: Any target of `dmjd.targets`; a module if it has weights or buffers.
+        target: Any target of `dmjd.targets`; a module if it has weights or buffers. Of both branches, unless
+            `visible_target` is given.
         decoder: The masked branch.
         projector: The visible branch; None for masked modelling alone.
         visible_weight: Weight theta of the visible branch (equation of the total loss; official: 1).
+        visible_target: Target of the visible branch, where it shall have one of its own.
         masked_loss: Loss of the masked branch.
         visible_loss: Loss of the visible branch.
+        beta: Where smooth-L1 turns linear.
         mean: Mean of every channel of the images, for values in 0..1.
         std: Standard deviation of every channel, for values in 0..1.
     """
@@ -67,14 +70,18 @@ class DMJD(nn.Module):
         decoder: Decoder | LinearHead,
         projector: Projector | None = None,
         visible_weight: float = 1.0,
+        visible_target: Target | None = None,
         masked_loss: LossName = "l2",
         visible_loss: LossName = "smooth_l1",
+        beta: float = 2.0,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ):
         super().__init__()
         self.encoder, self.target, self.decoder, self.projector = encoder, target, decoder, projector
+        self.visible_target = visible_target
         self.visible_weight, self.masked_loss, self.visible_loss = visible_weight, masked_loss, visible_loss
+        self.beta = beta
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
@@ -96,14 +103,14 @@ class DMJD(nn.Module):
             ValueError: If the views hide different numbers of tokens.
         """
         said = self.predict(images, masked)
-        masked_loss = regression_loss(said.masked, said.masked_target, self.masked_loss)
+        masked_loss = regression_loss(said.masked, said.masked_target, self.masked_loss, beta=self.beta)
         if said.visible is None or said.visible_target is None:
             return Losses(masked_loss, masked_loss, torch.zeros_like(masked_loss))
         visible_NKT = said.visible
         if visible_order is not None:
             places_NK = torch.searchsorted(split(masked).visible.contiguous(), visible_order).to(images.device)
             visible_NKT = take(visible_NKT, places_NK)
-        visible_loss = regression_loss(visible_NKT, said.visible_target, self.visible_loss)
+        visible_loss = regression_loss(visible_NKT, said.visible_target, self.visible_loss, beta=self.beta)
         return Losses(masked_loss + self.visible_weight * visible_loss, masked_loss, visible_loss)
 
     def normalize(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
@@ -115,10 +122,11 @@ class DMJD(nn.Module):
         tokens = split(masked, images.device)
         with torch.no_grad():  # once per image, for all its views
             target_BLT = self.target(images)
+            visible_BLT = target_BLT if self.visible_target is None else self.visible_target(images)
         latents = self.encoder(self.normalize(images), tokens)
         masked_NMT = self.decoder(latents, tokens)
         masked_target = take(target_BLT, tokens.hidden)
         if self.projector is None:
             return Predictions(masked_NMT, masked_target, None, None)
         # Predictions and targets are aligned token by token; the official program compares different tokens here.
-        return Predictions(masked_NMT, masked_target, self.projector(latents), take(target_BLT, tokens.visible))
+        return Predictions(masked_NMT, masked_target, self.projector(latents), take(visible_BLT, tokens.visible))

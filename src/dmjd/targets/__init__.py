@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dmjd.targets.hog import HOG, hog
 from dmjd.targets.pixels import Pixels
+from dmjd.targets.teacher import Teacher
 
-__all__ = ["HOG", "Pixels", "Target", "hog"]
+__all__ = ["HOG", "Pixels", "Target", "Teacher", "hog"]
 
 
 @runtime_checkable

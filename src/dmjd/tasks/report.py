@@ -342,6 +342,20 @@ def hog_picture(tokens: Float[np.ndarray, "L T"], layout: Layout) -> UInt8[np.nd
     return (np.rint(picture * 15) * 17).astype(np.uint8)[None]  # 16 levels: a small file
 
 
+def feature_picture(
+    tokens: Float[np.ndarray, "L T"], truth: Float[np.ndarray, "N L T"], layout: Layout
+) -> UInt8[np.ndarray, "3 H W"]:
+    """A teacher's tokens in colour: their first three principal components over the tokens `truth` of all images."""
+    known = np.nan_to_num(truth.reshape(-1, truth.shape[-1]))
+    mean = known.mean(0)
+    _, lengths, directions = np.linalg.svd(known - mean, full_matrices=False)
+    deviations = lengths[:3] / math.sqrt(len(known)) + 1e-6
+    colours = np.zeros((len(tokens), 3))
+    colours[:, : len(deviations)] = (np.nan_to_num(tokens) - mean) @ directions[:3].T / deviations
+    picture = (colours / 4 + 0.5).clip(0, 1) * 255  # two deviations to either side
+    return np.rint(unpatchify(np.tile(picture, layout.patch_size**2), layout.grid, layout.patch_size)).astype(np.uint8)
+
+
 def places(hidden: Bool[np.ndarray, " L"], grid: tuple[int, int], shape: tuple[int, ...]) -> Bool[np.ndarray, "H W"]:
     """Which pixels of a picture of `shape` (..., H, W) belong to hidden tokens."""
     return np.kron(hidden.reshape(grid), np.ones((shape[-2] // grid[0], shape[-1] // grid[1]), bool))
@@ -371,12 +385,16 @@ def sample_rows(tensors: Mapping[str, np.ndarray], layout: Layout) -> list[list[
     budget = PICTURE_BUDGET
 
     def show(tokens: np.ndarray, image: np.ndarray) -> np.ndarray:
-        return hog_picture(tokens, layout) if layout.target == "hog" else pixel_picture(tokens, image, layout)
+        if layout.target == "hog":
+            return hog_picture(tokens, layout)
+        if layout.target.endswith("pixels"):
+            return pixel_picture(tokens, image, layout)
+        return feature_picture(tokens, tensors["target"], layout)
 
     columns = (tensors[name] for name in ("images", "masked", "target", "predicted"))
     for image, masked, target, predicted in zip(*columns, strict=True):
         truth = show(target, image)
-        known = truth // 3 if layout.target == "hog" else image
+        known = image if layout.target.endswith("pixels") else truth // 3
         shots = [("Image", "as it was given", image), ("Target", "the target at every token", truth)]
         for view, (hidden, guess) in enumerate(zip(masked.astype(bool), predicted, strict=True), 1):
             seen = np.where(places(hidden, layout.grid, image.shape), np.uint8(128), image)

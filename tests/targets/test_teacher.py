@@ -1,0 +1,187 @@
+"""A frozen network as the target."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+import dmjd
+from dmjd.cli import main
+from dmjd.targets import HOG, Pixels, Teacher
+from dmjd.targets.teacher import whiten
+
+
+def vit(image_size=32, patch_size=8, **arguments):
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=image_size, patch_size=patch_size, embed_dim=24, depth=3, num_heads=2,
+        num_classes=0, pretrained_cfg_overlay={"input_size": (arguments.get("in_chans", 3), image_size, image_size)},
+        **arguments,
+    )  # fmt: skip
+
+
+def convolutional():
+    torch.manual_seed(0)
+    overlay = {"input_size": (3, 64, 64)}
+    return timm.create_model("resnet10t", num_classes=0, pretrained_cfg_overlay=overlay)
+
+
+def images(side=32, batch_size=2):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (batch_size, 3, side, side), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("network", "width"),
+    [
+        (vit, 24),
+        (lambda: vit(class_token=True, reg_tokens=2), 24),
+        (lambda: vit(class_token=False, global_pool="avg"), 24),
+        (convolutional, 512),
+    ],
+    ids=["vit", "class and register tokens", "no prefix", "convolutional"],
+)
+@pytest.mark.parametrize("grid", [(8, 8), (3, 5)])
+def test_teacher__any_network_gives_whitened_tokens_on_the_students_grid(network, width, grid):
+    teacher = Teacher(network(), grid)
+    with torch.no_grad():
+        target = teacher(images())
+    assert target.shape == (2, grid[0] * grid[1], teacher.dim) == (2, grid[0] * grid[1], width)
+    torch.testing.assert_close(target.mean(-1), torch.zeros(target.shape[:2]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(target.var(-1, correction=0), torch.ones(target.shape[:2]), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("side", [7, 14])
+def test_teacher__grids_of_7_and_14_are_brought_to_8_in_raster_order(side):
+    network = vit(image_size=side * 8)
+    target = Teacher(network, (8, 8))(images(side * 8)[:1])
+    pixels = (images(side * 8)[:1] / 255 - 0.5) / 0.5
+    (features,) = network.forward_intermediates(pixels, indices=[-1], intermediates_only=True)
+    expected = F.interpolate(features, (8, 8), mode="bilinear", antialias=True)
+    for row, column in ((0, 0), (0, 7), (3, 5), (7, 0)):
+        torch.testing.assert_close(target[0, row * 8 + column], whiten(expected[0, :, row, column]))
+
+
+def test_teacher__on_its_own_grid_tokens_are_its_own_whitened():
+    network = vit()
+    target = Teacher(network, (4, 4))(images())
+    (tokens,) = network.forward_intermediates(
+        (images() / 255 - 0.5) / 0.5, indices=[-1], intermediates_only=True, output_fmt="NLC"
+    )
+    torch.testing.assert_close(target, whiten(tokens))
+    assert not torch.allclose(target, target.flip(1), atol=0.1)  # another order of tokens would be noticed
+
+
+def test_teacher__several_layers_are_whitened_and_averaged():
+    network = vit()
+    single = [Teacher(network, (4, 4), layers=[layer])(images()) for layer in (0, 2)]
+    both = Teacher(network, (4, 4), layers=[0, -1])(images())
+    torch.testing.assert_close(both, whiten((single[0] + single[1]) / 2))
+
+
+def test_teacher__images_of_another_size_are_resized_to_its_own():
+    assert Teacher(vit(), (4, 4))(images(48)).shape == (2, 16, 24)
+    flat = torch.full((1, 3, 48, 48), 77, dtype=torch.uint8)
+    teacher = Teacher(vit(), (4, 4))
+    torch.testing.assert_close(teacher(flat), teacher(flat[..., :32, :32]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("network", "layers", "in_chans"),
+    [(lambda: vit(in_chans=1), [-1], 3), (vit, [7], 3), (convolutional, [1, 3], 3), (vit, [-1], 1)],
+    ids=["channels", "no such layer", "unequal widths", "grey"],
+)
+def test_teacher__what_cannot_be_is_a_value_error(network, layers, in_chans):
+    with pytest.raises(ValueError, match="teacher"):
+        Teacher(network(), (4, 4), layers=layers, in_chans=in_chans)
+
+
+def small(**overrides):
+    torch.manual_seed(0)
+    return dmjd.build(
+        "dm", "tiny", image_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2,
+        decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, **overrides,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory):
+    from dmjd.backbones.files import save_backbone
+    from dmjd.backbones.vit import create_vit
+
+    torch.manual_seed(3)
+    encoder = create_vit("tiny", image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
+    path = tmp_path_factory.mktemp("teacher") / "backbone.safetensors"
+    save_backbone(path, encoder.backbone, encoder.architecture, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    return path
+
+
+def test_dmjd__views_of_an_image_share_their_teachers_targets(teacher_file):
+    model = small(masked_target=str(teacher_file), visible_weight=1.0)
+    first, second = (
+        dmjd.block_masks(2, (4, 4), num_views=2, mask_ratio=0.5, generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 1)
+    )
+    for masked in (first, second):
+        said = model.predict(images(), masked)
+        full = model.target(images())
+        hidden = masked.flatten(0, 1)
+        for row in range(4):
+            torch.testing.assert_close(said.masked_target[row], full[row // 2][hidden[row]])
+            torch.testing.assert_close(said.visible_target[row], full[row // 2][~hidden[row]])
+
+
+def test_dmjd__each_branch_has_its_own_target_and_loss(teacher_file):
+    model = small(
+        masked_target="normalized_pixels", visible_target=str(teacher_file), visible_weight=0.5, visible_loss="cosine"
+    )
+    assert isinstance(model.target, Pixels)
+    assert isinstance(model.visible_target, Teacher)
+    masked = dmjd.block_masks(2, (4, 4), num_views=2, mask_ratio=0.5)
+    said, losses = model.predict(images(), masked), model(images(), masked)
+    assert (said.masked.shape[-1], said.visible.shape[-1]) == (8 * 8 * 3, 24)
+    cosine = (1 - F.cosine_similarity(said.visible, said.visible_target, dim=-1)).mean()
+    torch.testing.assert_close(losses.visible, cosine)
+    torch.testing.assert_close(losses.total, losses.masked + 0.5 * cosine)
+
+
+def test_dmjd__without_a_visible_branch_its_target_is_not_made():
+    model = small(visible_weight=0.0, visible_target="pixels")
+    assert isinstance(model.target, HOG)
+    assert model.visible_target is None
+
+
+def test_dmjd__a_teacher_is_neither_trained_nor_saved_but_moves_along(teacher_file):
+    plain, taught = small(masked_target="hog"), small(masked_target=str(teacher_file))
+    names = {name for name in taught.state_dict() if "target" in name}
+    assert not names
+    assert {name for name, _ in taught.named_parameters()} == {name for name, _ in plain.named_parameters()}
+    taught.double()
+    assert next(taught.target._network[0].parameters()).dtype == torch.float64
+    taught.train()
+    assert not taught.target._network[0].training
+
+
+def test_pretrain__with_a_teacher_on_one_branch_it_learns_resumes_and_reports(teacher_file, tmp_path):
+    for number in range(24):
+        path = tmp_path / "photos" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    flags = """--model.image_size 32 --model.patch_size 8 --model.embed_dim 16 --model.depth 1 --model.num_heads 2
+    --decoder.embed_dim 16 --decoder.depth 1 --decoder.num_heads 2 --batch_size 8 --workers 0 --device cpu
+    --optim.warmup_epochs 0 --monitor.log_every 1 --visible.loss cosine --optim.blr 0.1 --steps 8"""
+    out = tmp_path / "run"
+    words = ["pretrain", *flags.split(), "--data", str(tmp_path / "photos"), "--out", str(out)]
+    assert main([*words, "--masked.target", str(teacher_file), "--visible.target", "hog"]) == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
+    saved = load_file(next(out.glob("checkpoints/*/model.safetensors")))
+    assert not any(name.startswith("target") for name in saved)
+    assert "principal components" in (out / "report.html").read_text()
+    assert main(["pretrain", "--data", str(tmp_path / "photos"), "--out", str(out), "--resume"]) == 0
