@@ -17,7 +17,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 BackboneName = Literal["vit", "convvit"]
 BackboneSize = Literal["tiny", "small", "base", "large"]
-TARGETS = ("hog", "pixels", "normalized_pixels")
+TARGETS = ("hog", "pixels", "normalized_pixels", "ema")
 LossName = Literal["l2", "l1", "smooth_l1", "cosine"]
 
 
@@ -142,7 +142,8 @@ class Masked:
     """The masked branch: predicts hidden tokens."""
 
     target: str = "hog"
-    """What is predicted: hog, pixels, normalized_pixels, or a frozen teacher: timm:NAME or a backbone.safetensors."""
+    """What is predicted: hog, pixels, normalized_pixels, ema (the running mean of the backbone itself), or a frozen
+    teacher: timm:NAME or a backbone.safetensors."""
     loss: LossName = "l2"
     """Loss on hidden tokens: l2, l1, smooth_l1, cosine."""
 
@@ -184,10 +185,16 @@ class Hog:
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """Frozen teachers among the targets."""
+    """Networks among the targets."""
 
     layers: tuple[int, ...] = (-1,)
     """Maps whose mean is the target, by timm's numbers, negative ones from the end; give the flag once for each."""
+    decay: tuple[float, float] = (0.996, 0.9999)
+    """Share of the running mean (ema) that a step keeps, at the start and at the end of the run."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay[0] <= self.decay[1] <= 1:
+            raise ConfigError(f"teacher.decay {self.decay}: low before high, within 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,14 @@ from typing import Any
 import yaml
 
 from dmjd import config
+from dmjd.backbones import Encoder
 from dmjd.backbones.convvit import ConvViTEncoder, create_convvit
 from dmjd.backbones.files import open_backbone
 from dmjd.backbones.vit import ViT, create_vit
 from dmjd.heads import Decoder, LinearHead, Projector
 from dmjd.masking import mask_counts
 from dmjd.method import DMJD
-from dmjd.targets import HOG, Pixels, Target, Teacher
+from dmjd.targets import HOG, MeanTeacher, Pixels, Target, Teacher
 
 # Sections of the settings that a model is made of.
 SECTIONS = ("model", "masking", "masked", "visible", "hog", "teacher", "decoder")
@@ -77,9 +78,9 @@ def from_settings(settings: config.Pretrain) -> DMJD:
     )  # raises where no such masks exist
     encoder = create_encoder(model)
     mean, std = STATISTICS[model.in_chans]
-    target = create_target(settings.masked.target, settings)
-    visible = settings.visible
-    own = create_target(visible.target, settings) if visible.weight and visible.target else None
+    target, visible = create_target(settings.masked.target, settings, encoder), settings.visible
+    differs = visible.weight and visible.target not in (None, settings.masked.target)
+    own = create_target(visible.target, settings, encoder) if differs and visible.target else None
     head = (
         LinearHead(encoder.embed_dim, target.dim)
         if decoder.depth == 0
@@ -110,8 +111,8 @@ def from_settings(settings: config.Pretrain) -> DMJD:
     )
 
 
-def create_target(name: str, settings: config.Pretrain) -> Target:
-    """Create a target by name.
+def create_target(name: str, settings: config.Pretrain, encoder: Encoder) -> Target:
+    """Create a target by name, for an encoder.
 
     Raises:
         ValueError: If it does not go together with the other settings.
@@ -123,8 +124,12 @@ def create_target(name: str, settings: config.Pretrain) -> Target:
         return HOG(model.patch_size, in_chans=model.in_chans, cell_size=settings.cell_size)
     if name in ("pixels", "normalized_pixels"):
         return Pixels(model.patch_size, mean=mean, std=std, standardize=name == "normalized_pixels")
+    layers = settings.teacher.layers
+    if name == "ema":
+        wants = {"input_size": (model.in_chans, *model.image_hw), "mean": mean, "std": std}
+        return MeanTeacher(encoder.backbone, model.grid, wants, layers=layers, decay=settings.teacher.decay)
     network, _ = open_backbone(name)
-    return Teacher(network, model.grid, layers=settings.teacher.layers, in_chans=model.in_chans)
+    return Teacher(network, model.grid, layers=layers, in_chans=model.in_chans)
 
 
 def create_encoder(model: config.Model) -> ViT | ConvViTEncoder:

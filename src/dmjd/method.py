@@ -21,7 +21,7 @@ from dmjd.backbones import Encoder
 from dmjd.heads import Decoder, LinearHead, Projector
 from dmjd.losses import LossName, regression_loss
 from dmjd.masking import split, take
-from dmjd.targets import Target
+from dmjd.targets import MeanTeacher, Target
 
 
 class Predictions(NamedTuple):
@@ -116,6 +116,12 @@ class DMJD(nn.Module):
     def normalize(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Bring pixels of 0..255 to what the encoder takes."""
         return (images / 255 - self.mean) / self.std
+
+    def follow(self, progress: float) -> None:
+        """Let targets that are a running mean of the backbone follow it; `progress` is the share of the run done."""
+        for target in (self.target, self.visible_target):
+            if isinstance(target, MeanTeacher):
+                target.follow(self.encoder.backbone, progress)
 
     def predict(self, images: Num[Tensor, "B C H W"], masked: Bool[Tensor, "B V L"]) -> Predictions:
         """Run both branches; arguments as in `forward`."""

@@ -1,6 +1,7 @@
 """A frozen network as the target."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 import dmjd
 from dmjd.cli import main
-from dmjd.targets import HOG, Pixels, Teacher
+from dmjd.targets import HOG, MeanTeacher, Pixels, Teacher
 from dmjd.targets.teacher import whiten
 
 
@@ -185,3 +186,63 @@ def test_pretrain__with_a_teacher_on_one_branch_it_learns_resumes_and_reports(te
     assert not any(name.startswith("target") for name in saved)
     assert "principal components" in (out / "report.html").read_text()
     assert main(["pretrain", "--data", str(tmp_path / "photos"), "--out", str(out), "--resume"]) == 0
+
+
+def test_mean_teacher__after_n_steps_it_is_the_closed_form():
+    torch.manual_seed(0)
+    student = vit()
+    teacher = MeanTeacher(student, (4, 4), student.pretrained_cfg, decay=(0.5, 0.9))
+    name, weight = next(iter(student.named_parameters()))
+    mean = weight.detach().clone()
+    for step in range(1, 5):
+        with torch.no_grad():
+            weight += torch.randn_like(weight)
+        decay = 0.5 + 0.4 * step / 4
+        mean = decay * mean + (1 - decay) * weight.detach()
+        teacher.follow(student, step / 4)
+    torch.testing.assert_close(teacher.network.state_dict()[name], mean)
+
+
+def test_dmjd__its_own_mean_is_saved_and_not_trained():
+    model = small(masked_target="ema", visible_weight=1.0)
+    assert isinstance(model.target, MeanTeacher)
+    assert model.visible_target is None
+    assert any(name.startswith("target.network") for name in model.state_dict())
+    assert not any(name.startswith("target") for name, p in model.named_parameters() if p.requires_grad)
+    model.train()
+    assert not model.target.network.training
+    before = model.target(images())
+    with torch.no_grad():
+        weight = model.encoder.backbone.blocks[0].mlp.fc1.weight
+        weight += torch.randn_like(weight)
+    torch.testing.assert_close(model.target(images()), before)
+    model.follow(0.0)
+    assert (model.target(images()) - before).abs().max() > 1e-4
+
+
+def test_dmjd__one_mean_serves_both_branches():
+    assert small(masked_target="ema", visible_weight=1.0, visible_target="ema").visible_target is None
+
+
+def test_pretrain__with_its_own_mean_a_stopped_run_resumes_to_the_last_bit(tmp_path):
+    for number in range(24):
+        path = tmp_path / "photos" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    flags = """--model.image_size 32 --model.patch_size 8 --model.embed_dim 16 --model.depth 2 --model.num_heads 2
+    --decoder.embed_dim 16 --decoder.depth 1 --decoder.num_heads 2 --batch_size 8 --workers 0 --device cpu --steps 6
+    --optim.warmup_epochs 0 --monitor.log_every 1 --monitor.saves 3 --masked.target ema --teacher.decay 0.5 0.9
+    --teacher.layers 0 --teacher.layers 1"""
+    words = ["pretrain", *flags.split(), "--data", str(tmp_path / "photos"), "--out"]
+    runs = [tmp_path / "unbroken", tmp_path / "stopped"]
+    assert all(main([*words, str(out)]) == 0 for out in runs)
+    # As if killed after step 4: what came later is gone.
+    shutil.rmtree(runs[1] / "checkpoints" / "step-00000006")
+    (runs[1] / "summary.json").unlink()
+    assert main(["pretrain", "--data", str(tmp_path / "photos"), "--out", str(runs[1]), "--resume"]) == 0
+    losses = [
+        [line["loss"] for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+        for out in runs
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6

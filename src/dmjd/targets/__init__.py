@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dmjd.targets.hog import HOG, hog
 from dmjd.targets.pixels import Pixels
-from dmjd.targets.teacher import Teacher
+from dmjd.targets.teacher import MeanTeacher, Teacher
 
-__all__ = ["HOG", "Pixels", "Target", "Teacher", "hog"]
+__all__ = ["HOG", "MeanTeacher", "Pixels", "Target", "Teacher", "hog"]
 
 
 @runtime_checkable

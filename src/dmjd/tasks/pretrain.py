@@ -123,7 +123,7 @@ def train_steps(
         clip_grad=optim.clip_grad,
         autocast=choose_precision(settings.precision, device),
     )
-    for _ in record.follow(
+    for step in record.follow(
         done,
         "pretrain",
         start=start,
@@ -135,7 +135,7 @@ def train_steps(
         model=model,
         optimizer=optimizer,
     ):
-        pass
+        model.follow(step.number / steps)
 
 
 def finish(
