@@ -96,7 +96,7 @@ def labelled(settings: Judge, backbone: Opened) -> Parts:
         raise DataError(
             f"no labels; {settings.data}; needs two classes or more, as folders PART/CLASS/IMAGE or CLASS/IMAGE"
         )
-    unknown = held_out.classes[len(train.classes) :]
+    unknown = [held_out.classes[label] for label in sorted({*held_out.labels} - {*train.labels})]
     if unknown:
         raise DataError(f"held-out classes without training images: {', '.join(unknown)}; {settings.data}; add some")
     if isinstance(settings, Few):

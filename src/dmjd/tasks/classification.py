@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +75,9 @@ class Result:
             writer.writeheader()
             writer.writerows(rows)
             write_atomically(out / "per_class.csv", table.getvalue())
-            self.picture().savefig(out / "confusion.png", dpi=110)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph")  # the table has names that the picture's font has not
+                self.picture().savefig(out / "confusion.png", dpi=110)
             lines = read_metrics(out / "metrics.jsonl")
             page = {
                 "name": out.resolve().name,
@@ -119,7 +122,9 @@ class Result:
         shown = axes.imshow(counts / counts.sum(axis=1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)
         axes.set(xlabel="predicted", ylabel="true")
         if named:
-            axes.set_xticks(range(len(self.classes)), self.classes, rotation=90)
-            axes.set_yticks(range(len(self.classes)), self.classes)
+            # Folders may be called anything: no mathematics, nothing that is not text.
+            names = [name.encode(errors="backslashreplace").decode() for name in self.classes]
+            axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
+            axes.set_yticks(range(len(names)), names, parse_math=False)
         figure.colorbar(shown, label="share of the true class")
         return figure
