@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from timm.data import create_transform
+from timm.data.auto_augment import posterize
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchvision.transforms.v2.functional import to_pil_image
@@ -40,21 +41,29 @@ class Transform:
 def training_transform(backbone: Opened, augment: Augment) -> Transform:
     """Make timm's training transform for a backbone's input."""
     mean, std = backbone.statistics
-    return Transform(
-        create_transform(
-            (backbone.in_chans, *backbone.image_hw),
-            is_training=True,
-            scale=augment.scale,
-            hflip=0.5 if augment.flip else 0.0,
-            color_jitter=None,
-            auto_augment=None if augment.auto_augment == "none" else augment.auto_augment,
-            interpolation="bicubic",
-            mean=tuple(mean),
-            std=tuple(std),
-            re_prob=augment.random_erasing,
-            re_mode="pixel",
-        )
+    transform = create_transform(
+        (backbone.in_chans, *backbone.image_hw),
+        is_training=True,
+        scale=augment.scale,
+        hflip=0.5 if augment.flip else 0.0,
+        color_jitter=None,
+        auto_augment=None if augment.auto_augment == "none" else augment.auto_augment,
+        interpolation="bicubic",
+        mean=tuple(mean),
+        std=tuple(std),
+        re_prob=augment.random_erasing,
+        re_mode="pixel",
     )
+    for step in transform.transforms:
+        for operation in getattr(step, "ops", ()):
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = keep_a_bit
+    return Transform(transform)
+
+
+def keep_a_bit(image: Any, bits: int, **rest: Any) -> Any:
+    """Posterize as timm does, but never to 0 bits, which Pillow refuses since version 13."""
+    return posterize(image, max(bits, 1), **rest)
 
 
 def supervise(

@@ -1,0 +1,228 @@
+"""What labels make of a backbone, end to end on small files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+
+import dmjd
+from dmjd.cli import main
+from dmjd.data.sources import few_labels
+from dmjd.engine.metrics import logistic_regression
+from dmjd.tasks.linear import choose_penalty
+
+KEYS = {"top1", "top1_low", "top1_high", "top5", "mean_class_accuracy", "images", "train_images", "seconds"}
+LIGHT = "--steps 6 --batch_size 8 --workers 0 --device cpu --log.log_every 1 --log.evals 1"
+
+
+def said(capsys):
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found.keys() >= KEYS
+    return found
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def words(verb, backbone, data, out, flags=""):
+    return [verb, "--backbone", str(backbone), "--data", str(data), "--out", str(out), *flags.split()]
+
+
+# -- few labels --------------------------------------------------------------------------------------------------------
+
+
+def test_few_labels__keep_one_of_each_class_and_are_nested():
+    labels = [0] * 50 + [1] * 10 + [2]
+    hundredth, tenth, half = (set(few_labels(labels, 3, fraction=share)) for share in (0.01, 0.1, 0.5))
+    assert [sum(labels[i] == label for i in tenth) for label in (0, 1, 2)] == [5, 1, 1]
+    assert hundredth < tenth < half
+    assert {labels[i] for i in hundredth} == {0, 1, 2}
+    assert set(few_labels(labels, 4, fraction=0.1)) != tenth
+    assert len(few_labels(labels, 3, shots=4)) == 4 + 4 + 1
+    assert few_labels(labels, 3) == list(range(61))
+
+
+# -- linear ------------------------------------------------------------------------------------------------------------
+
+
+def test_logistic_regression__is_scikit_learns_and_unseen_classes_get_nothing():
+    from sklearn.linear_model import LogisticRegression
+
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(80, 6, generator=generator), torch.randn(20, 6, generator=generator)
+    labels = (bank[:, 0] > 0).long() * 3
+    shares = logistic_regression(bank, labels, queries, num_classes=5, penalty=2.0)
+    mean, deviation = bank.double().mean(0), bank.double().std(0, correction=0)
+    reference = LogisticRegression(C=0.5, tol=1e-6).fit(((bank - mean) / deviation).numpy(), labels.numpy())
+    expected = torch.from_numpy(reference.predict_proba(((queries - mean) / deviation).numpy())).float()
+    torch.testing.assert_close(shares[:, [0, 3]], expected, atol=2e-2, rtol=0)
+    assert (shares[:, [1, 2, 4]] == 0).all()
+
+
+def test_choose_penalty__noisy_labels_get_a_large_one_and_single_images_the_default():
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(400, 60, generator=generator), torch.arange(400) % 2
+    features[:, 0] += labels * 1.5
+    assert choose_penalty(features, labels, 0) > 1
+    assert choose_penalty(torch.eye(3), torch.arange(3), 0) == 1.0
+
+
+@pytest.mark.parametrize("flags", ["", "--shots 2", "--fraction 0.5", "--layers -1 --layers 0", "--untrained"])
+def test_linear__classifies_and_writes_its_result(backbones, colours, tmp_path, capsys, flags):
+    assert main(words("linear", backbones["vit"], colours, tmp_path / "out", flags)) == 0
+    found = said(capsys)
+    assert found["images"] == 12
+    assert found["train_images"] == {"--shots 2": 6, "--fraction 0.5": 12}.get(flags, 24)
+    for name in ("result.json", "report.html", "per_class.csv", "confusion.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+def test_linear__by_the_papers_recipe_it_trains_refuses_to_overwrite_and_resumes(backbones, colours, tmp_path, capsys):
+    flags = f"--recipe paper --blr 1 --warmup_epochs 0 {LIGHT} --steps 30"
+    flags = flags.replace("--steps 6 ", "")
+    command = words("linear", backbones["vit"], colours, tmp_path / "out", flags)
+    assert main(command) == 0
+    first = said(capsys)
+    assert len(set(losses(tmp_path / "out"))) == 30
+    assert main(command) == 2
+    assert main([*command, "--resume"]) == 0
+    assert {**said(capsys), "seconds": 0} == {**first, "seconds": 0}
+
+
+def test_linear__layers_that_are_not_there_are_one_line(backbones, colours, tmp_path, capsys):
+    assert main(words("linear", backbones["vit"], colours, tmp_path / "out", "--layers 99")) == 2
+    assert "--layers" in capsys.readouterr().err
+
+
+# -- finetune ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["vit", "convvit"])
+def test_finetune__learns_colours_and_plain_timm_loads_the_result(backbones, colours, tmp_path, capsys, kind):
+    out = tmp_path / "out"
+    flags = f"{LIGHT.replace('--steps 6', '--steps 40')} --optim.blr 0.1 --layer_decay 1 --optim.warmup_epochs 1"
+    assert main(words("finetune", backbones[kind], colours, out, flags)) == 0
+    found = said(capsys)
+    assert found["top1"] > 0.6
+    assert found["best_top1"] >= found["top1"]
+    for name in ("best.safetensors", "last.safetensors"):
+        with safe_open(out / name, "pt") as file:
+            recipe = file.metadata()
+        plain = timm.create_model(
+            recipe["architecture"],
+            **json.loads(recipe["model_args"]),
+            pretrained_cfg_overlay=json.loads(recipe["pretrained_cfg"]),
+            checkpoint_path=str(out / name),
+        ).eval()
+        ours, images = dmjd.load_backbone(out / name), torch.randn(2, 3, 32, 32)
+        assert ours(images).shape == (2, 3)
+        torch.testing.assert_close(plain(images), ours(images))
+    assert main(["knn", "--backbone", str(out / "last.safetensors"), "--data", str(colours)]) == 0
+    assert said(capsys)["top1"] > 0.6
+
+
+RANDOM = (
+    "--drop_path 0.2 --ema 0.5 --augment.mixup 0.8 --augment.cutmix 1 --augment.random_erasing 0.5 "
+    "--augment.auto_augment rand-m9-mstd0.5-inc1 --log.saves 15"
+)
+
+
+def test_finetune__stopped_and_resumed_it_ends_as_if_unbroken(backbones, colours, tmp_path):
+    flags = f"{LIGHT.replace('--steps 6', '--steps 30')} {RANDOM}"
+    unbroken, stopped = tmp_path / "unbroken", tmp_path / "stopped"
+    assert main(words("finetune", backbones["vit"], colours, unbroken, flags)) == 0
+    command = [sys.executable, "-m", "dmjd.cli", *words("finetune", backbones["vit"], colours, stopped, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+    ) as run:
+        next(line for line in run.stderr if line.endswith("saved\n"))
+        run.send_signal(signal.SIGTERM)
+        run.communicate(timeout=120)
+    assert run.returncode == 143
+    assert len(losses(stopped)) < 30
+    assert main([*words("finetune", backbones["vit"], colours, stopped, flags), "--resume"]) == 0
+    assert losses(stopped) == losses(unbroken)
+    assert (stopped / "last.safetensors").stat().st_size == (unbroken / "last.safetensors").stat().st_size
+
+
+def test_finetune__two_workers_train_what_none_does(backbones, colours, tmp_path):
+    flags = f"{LIGHT} {RANDOM}"
+    assert main(words("finetune", backbones["vit"], colours, tmp_path / "0", flags)) == 0
+    assert (
+        main(words("finetune", backbones["vit"], colours, tmp_path / "2", flags.replace("workers 0", "workers 2"))) == 0
+    )
+    assert losses(tmp_path / "0") == losses(tmp_path / "2")
+
+
+@pytest.fixture(scope="module")
+def usual(backbones, colours, tmp_path_factory):
+    out = tmp_path_factory.mktemp("usual") / "out"
+    assert main(words("finetune", backbones["vit"], colours, out, LIGHT)) == 0
+    return losses(out)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--seed 1",
+        "--untrained",
+        "--shots 3",
+        "--layer_decay 0.1",
+        "--drop_path 0.9",
+        "--augment.scale 0.1 0.2",
+        "--augment.no-flip",
+        "--augment.auto_augment rand-m9-mstd0.5-inc1",
+        "--augment.random_erasing 0.9",
+        "--augment.mixup 0.8",
+        "--augment.cutmix 1.0",
+        "--augment.label_smoothing 0.3",
+        "--optim.blr 0.1",
+        "--optim.weight_decay 50 --optim.blr 0.1",
+        "--optim.warmup_epochs 0",
+        "--optim.clip_grad 1e-9",
+        "--optim.name lion",
+        "--precision bf16",
+    ],
+)
+def test_finetune__every_setting_changes_the_losses(backbones, colours, tmp_path, usual, flags):
+    assert main(words("finetune", backbones["vit"], colours, tmp_path / "out", f"{LIGHT} {flags}")) == 0
+    assert losses(tmp_path / "out") != usual
+
+
+def test_finetune__a_grey_backbone_takes_colour_images_and_augmentation(backbones, colours, tmp_path, capsys):
+    flags = f"{LIGHT} --augment.auto_augment rand-m9-mstd0.5-inc1"
+    assert main(words("finetune", backbones["grey"], colours, tmp_path / "out", flags)) == 0
+    assert said(capsys)["images"] == 12
+
+
+def test_finetune__an_untrained_model_of_timm_is_a_backbone_too(colours, tmp_path, capsys):
+    flags = f"{LIGHT.replace('--steps 6', '--steps 1')} --untrained"
+    assert main(words("finetune", "timm:resnet10t", colours, tmp_path / "out", flags)) == 0
+    assert dmjd.load_backbone(tmp_path / "out" / "last.safetensors").num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--batch_size 7 --augment.mixup 0.8", "even"),
+        ("--fraction 1.5", "fraction 1.5"),
+        ("--fraction 0.5 --shots 2", "shots 2"),
+        ("--preset quik", "did you mean quick?"),
+        ("--ema 1", "ema 1"),
+        ("--augment.scale 0.9 0.1", "augment.scale"),
+    ],
+)
+def test_finetune__what_cannot_be_is_one_line(backbones, colours, tmp_path, capsys, flags, reason):
+    assert main(words("finetune", backbones["vit"], colours, tmp_path / "out", flags)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert reason in line
