@@ -283,10 +283,14 @@ class Monitor(Log):
 
     max_images: int = 2000
     """Images per part (training, held out) that an evaluation looks at."""
+    max_share: float = 0.05
+    """Images that all evaluations during the run look at, over those that training reads: a short run has fewer
+    evaluations. One costs up to as much time as training on an image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, self, "max_images")
+        at_least(0, self, "max_share")
 
 
 @dataclass(frozen=True, kw_only=True)

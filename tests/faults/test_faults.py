@@ -42,6 +42,7 @@ TINY = {
     "monitor.saves": 15,
     "monitor.evals": 1,
     "monitor.max_images": 32,
+    "monitor.max_share": 100.0,
     "workers": 0,
     "device": "cpu",
 }

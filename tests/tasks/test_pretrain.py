@@ -23,6 +23,7 @@ TINY = {
     "monitor.evals": 1,
     "monitor.saves": 2,
     "monitor.max_images": 16,
+    "monitor.max_share": 100.0,
     "model.image_size": 32,
     "model.patch_size": 8,
     "model.embed_dim": 32,
@@ -142,6 +143,15 @@ def test_pretrain__monitor_settings_change_what_is_written(photos, tmp_path):
     assert [line["step"] for line in lines if "knn_top1" in line] == [0, 4]
     saved = sorted(path.name for path in (tmp_path / "other" / "checkpoints").iterdir())
     assert saved == ["step-00000003", "step-00000004"]
+
+
+def test_pretrain__evaluations_look_at_no_larger_share_of_the_images_than_they_may(photos, tmp_path):
+    evaluated = {}
+    for share in (0.05, 0.1, 0.2, 1.0):  # an evaluation looks at 4 training and both held-out images
+        flags = f"--steps 10 --monitor.evals 3 --monitor.max_images 4 --monitor.max_share {share}"
+        lines = pretrain(photos, tmp_path / str(share), flags)
+        evaluated[share] = len([line for line in lines if "knn_top1" in line]) - 2  # before and after the run
+    assert evaluated == {0.05: 0, 0.1: 1, 0.2: 2, 1.0: 3}  # of 80 images
 
 
 def test_pretrain__epochs_count_passes_over_the_images(photos, tmp_path):

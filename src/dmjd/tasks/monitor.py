@@ -27,6 +27,12 @@ def evenly(count: int, most: int) -> list[int]:
     return np.linspace(0, count - 1, min(count, most), dtype=int).tolist() if count else []
 
 
+def num_measured(parts: Parts, max_images: int) -> int:
+    """Count the images that `measure` looks at."""
+    looked_at = [parts.held_out] if parts.train.labels is None else [*parts]
+    return sum(min(len(images), max_images) for images in looked_at)
+
+
 def measure(
     model: DMJD, parts: Parts, image_hw: tuple[int, int], *, max_images: int, device: torch.device, probe: bool = False
 ) -> dict[str, float]:

@@ -24,7 +24,7 @@ from dmjd.errors import ConfigError
 from dmjd.factory import from_settings
 from dmjd.masking import block_masks
 from dmjd.method import DMJD
-from dmjd.tasks.monitor import measure, write_samples
+from dmjd.tasks.monitor import measure, num_measured, write_samples
 from dmjd.tasks.report import write_report
 
 # What may differ between a run and its resumption: none of it changes a loss on the same kind of device.
@@ -63,10 +63,22 @@ def pretrain(settings: Pretrain) -> None:
     with memory_errors("give more --optim.accumulation or a smaller --batch_size"):
         max_images = settings.monitor.max_images
         evaluate = partial(measure, model, parts, settings.model.image_hw, max_images=max_images, device=device)
+        affordable = settings.monitor.max_share * steps * settings.batch_size / num_measured(parts, max_images)
         if start == 0:
             record.summary["untrained"] = record.evaluate(0, partial(evaluate, probe=True))
         samples = training_samples(settings, parts.train)
-        train_steps(settings, model, optimizer, samples, record, evaluate, start=start, steps=steps, device=device)
+        train_steps(
+            settings,
+            model,
+            optimizer,
+            samples,
+            record,
+            evaluate,
+            evaluations=min(settings.monitor.evals, int(affordable)),
+            start=start,
+            steps=steps,
+            device=device,
+        )
         finish(settings, model, samples, parts, record, evaluate, steps=steps, device=device)
 
 
@@ -95,6 +107,7 @@ def train_steps(
     record: Record,
     evaluate: Callable[[], dict[str, float]],
     *,
+    evaluations: int,
     start: int,
     steps: int,
     device: torch.device,
@@ -129,7 +142,7 @@ def train_steps(
         start=start,
         steps=steps,
         log_every=settings.monitor.log_every,
-        evaluations=settings.monitor.evals,
+        evaluations=evaluations,
         evaluate=evaluate,
         saves=settings.monitor.saves,
         model=model,
