@@ -195,8 +195,9 @@ LAYERS = [
     {"config", "data"},
     {"method"},
     {"heads"},
+    {"targets"},
     {"backbones"},
-    {"targets", "losses", "masking"},
+    {"losses", "masking"},
     {"errors"},
 ]
 

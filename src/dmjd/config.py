@@ -46,18 +46,24 @@ def one_of(choices: Any, settings: Any, *names: str) -> None:
             raise ConfigError(f"{section}.{name} {value!r}; choose one of {', '.join(get_args(choices))}")
 
 
+def target_names(name: str) -> list[str]:
+    """List the targets that a name stands for: `hog+ema` is two, a file's name is one."""
+    return [name] if Path(name).is_file() else name.split("+")
+
+
 def check_target(settings: Any) -> None:
-    """Refuse a target that is no built-in one, no `timm:NAME` and no file.
+    """Refuse a target that is no built-in one, no network by name and no file.
 
     Raises:
         ConfigError: If it is none of them; the message names the nearest.
     """
-    name = settings.target
-    if name is None or name in TARGETS or name.startswith("timm:") or Path(name).is_file():
-        return
-    nearest = get_close_matches(name, TARGETS, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"{', '.join(TARGETS)}, timm:NAME or a backbone.safetensors"
-    raise ConfigError(f"{type(settings).__name__.lower()}.target {name!r}; {hint}")
+    for name in target_names(settings.target or ""):
+        if name in ("", *TARGETS) or name.startswith(("timm:", "hf:")) or Path(name).is_file():
+            continue
+        nearest = get_close_matches(name, TARGETS, n=1)
+        rest = "timm:NAME, hf:NAME or a backbone.safetensors"
+        hint = f"did you mean {nearest[0]}?" if nearest else f"{', '.join(TARGETS)}, {rest}"
+        raise ConfigError(f"{type(settings).__name__.lower()}.target {name!r}; {hint}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +149,8 @@ class Masked:
 
     target: str = "hog"
     """What is predicted: hog, pixels, normalized_pixels, ema (the running mean of the backbone itself), or a frozen
-    teacher: timm:NAME or a backbone.safetensors."""
+    teacher: timm:NAME, hf:NAME (a name or folder that Hugging Face transformers loads) or a backbone.safetensors.
+    Several with + between them: the losses are summed."""
     loss: LossName = "l2"
     """Loss on hidden tokens: l2, l1, smooth_l1, cosine."""
 
@@ -164,6 +171,9 @@ class Visible:
     """Loss on visible tokens: l2, l1, smooth_l1, cosine."""
     beta: float = 2.0
     """Where smooth_l1, on either branch, turns from quadratic to linear, in units of the target."""
+    aligned: bool = True
+    """Compare a visible token with its own target. The released program of the paper compares it with that of another
+    visible token of the view: off for that ablation only."""
 
     def __post_init__(self) -> None:
         at_least(0, self, "weight")
@@ -191,6 +201,10 @@ class Teacher:
     """Maps whose mean is the target, by timm's numbers, negative ones from the end; give the flag once for each."""
     decay: tuple[float, float] = (0.996, 0.9999)
     """Share of the running mean (ema) that a step keeps, at the start and at the end of the run."""
+    bf16: bool = False
+    """A frozen teacher computes in bf16 even where the run does not: faster on CPUs that have it."""
+    cache: Path | None = None
+    """Folder where a frozen teacher's targets are kept, for later epochs and other runs; needs crop.variants."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay[0] <= self.decay[1] <= 1:
@@ -229,8 +243,11 @@ class Crop:
     """Smallest and largest width over height."""
     flip: bool = True
     """Mirror every other image."""
+    variants: int | None = None
+    """Different crops of an image: epoch e shows crop e mod variants. Default: another crop every epoch."""
 
     def __post_init__(self) -> None:
+        at_least(1, self, "variants")
         if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
             raise ConfigError(
                 f"crop.scale {self.scale} and crop.ratio {self.ratio}: low before high, scale within 0 and 1"
@@ -347,6 +364,8 @@ class Pretrain(Run):
             raise ConfigError(
                 f"batch_size {self.batch_size} is no multiple of optim.accumulation {self.optim.accumulation}"
             )
+        if self.teacher.cache and not self.crop.variants:
+            raise ConfigError("teacher.cache keeps the targets of crops that come again: set crop.variants, such as 2")
         if self.model.mask_token != (self.decoder.depth == 0):
             raise ConfigError("model.mask_token and decoder.depth 0 (a linear head) belong together: set both or none")
 

@@ -1,20 +1,24 @@
 """From settings to a model."""
 
+from copy import deepcopy
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 import yaml
 
 from dmjd import config
 from dmjd.backbones import Encoder
 from dmjd.backbones.convvit import ConvViTEncoder, create_convvit
 from dmjd.backbones.files import open_backbone
+from dmjd.backbones.huggingface import HuggingFace
+from dmjd.backbones.maps import Maps
 from dmjd.backbones.vit import ViT, create_vit
 from dmjd.heads import Decoder, LinearHead, Projector
 from dmjd.masking import mask_counts
 from dmjd.method import DMJD
-from dmjd.targets import HOG, MeanTeacher, Pixels, Target, Teacher
+from dmjd.targets import HOG, MeanTeacher, Pixels, Several, Target, Teacher
 
 # Sections of the settings that a model is made of.
 SECTIONS = ("model", "masking", "masked", "visible", "hog", "teacher", "decoder")
@@ -112,24 +116,27 @@ def from_settings(settings: config.Pretrain) -> DMJD:
 
 
 def create_target(name: str, settings: config.Pretrain, encoder: Encoder) -> Target:
-    """Create a target by name, for an encoder.
+    """Create a target by name, or several by names with `+` between them, for an encoder.
 
     Raises:
         ValueError: If it does not go together with the other settings.
         CheckpointError: If a teacher does not load.
     """
-    model = settings.model
+    if len(names := config.target_names(name)) > 1:
+        return Several([create_target(part, settings, encoder) for part in names])
+    model, teacher = settings.model, settings.teacher
     mean, std = STATISTICS[model.in_chans]
     if name == "hog":
         return HOG(model.patch_size, in_chans=model.in_chans, cell_size=settings.cell_size)
     if name in ("pixels", "normalized_pixels"):
         return Pixels(model.patch_size, mean=mean, std=std, standardize=name == "normalized_pixels")
-    layers = settings.teacher.layers
     if name == "ema":
         wants = {"input_size": (model.in_chans, *model.image_hw), "mean": mean, "std": std}
-        return MeanTeacher(encoder.backbone, model.grid, wants, layers=layers, decay=settings.teacher.decay)
-    network, _ = open_backbone(name)
-    return Teacher(network, model.grid, layers=layers, in_chans=model.in_chans)
+        student = Maps(deepcopy(encoder.backbone), layers=teacher.layers, in_chans=model.in_chans, wants=wants)
+        return MeanTeacher(student, model.grid, decay=teacher.decay)
+    network = HuggingFace(name.removeprefix("hf:")) if name.startswith("hf:") else open_backbone(name)[0]
+    network.to(memory_format=torch.channels_last)  # convolutions are faster so
+    return Teacher(Maps(network, layers=teacher.layers, in_chans=model.in_chans, bf16=teacher.bf16), model.grid)
 
 
 def create_encoder(model: config.Model) -> ViT | ConvViTEncoder:

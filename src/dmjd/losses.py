@@ -1,6 +1,6 @@
 """The regression losses of the two branches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -27,7 +27,12 @@ LOSSES: dict[LossName, Callable[..., Tensor]] = {
 
 
 def regression_loss(
-    predicted: Float[Tensor, "N S T"], target: Float[Tensor, "N S T"], name: LossName, *, beta: float = 2.0
+    predicted: Float[Tensor, "N S T"],
+    target: Float[Tensor, "N S T"],
+    name: LossName,
+    *,
+    beta: float = 2.0,
+    dims: Sequence[int] = (),
 ) -> Float[Tensor, ""]:
     """Compare predictions and targets token by token, in float32 whatever the precision of the model.
 
@@ -36,6 +41,9 @@ def regression_loss(
         target: Their targets.
         name: `l2` (squared error), `l1`, `smooth_l1` or `cosine` (1 - cosine of the angle).
         beta: Where smooth-L1 turns from quadratic to linear, in units of the target (official DMJD: 2).
+        dims: Widths of several targets that lie side by side, whose losses are summed; default: one target.
     """
     options = {"beta": beta} if name == "smooth_l1" else {}
-    return LOSSES[name](predicted.float(), target.float(), **options)
+    widths = list(dims) or [target.shape[-1]]
+    parts = zip(predicted.float().split(widths, dim=-1), target.float().split(widths, dim=-1), strict=True)
+    return torch.stack([LOSSES[name](said, true, **options) for said, true in parts]).sum()

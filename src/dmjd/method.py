@@ -103,14 +103,16 @@ class DMJD(nn.Module):
             ValueError: If the views hide different numbers of tokens.
         """
         said = self.predict(images, masked)
-        masked_loss = regression_loss(said.masked, said.masked_target, self.masked_loss, beta=self.beta)
+        dims, own = (getattr(target, "dims", ()) for target in (self.target, self.visible_target))
+        masked_loss = regression_loss(said.masked, said.masked_target, self.masked_loss, beta=self.beta, dims=dims)
         if said.visible is None or said.visible_target is None:
             return Losses(masked_loss, masked_loss, torch.zeros_like(masked_loss))
         visible_NKT = said.visible
         if visible_order is not None:
             places_NK = torch.searchsorted(split(masked).visible.contiguous(), visible_order).to(images.device)
             visible_NKT = take(visible_NKT, places_NK)
-        visible_loss = regression_loss(visible_NKT, said.visible_target, self.visible_loss, beta=self.beta)
+        dims = dims if self.visible_target is None else own
+        visible_loss = regression_loss(visible_NKT, said.visible_target, self.visible_loss, beta=self.beta, dims=dims)
         return Losses(masked_loss + self.visible_weight * visible_loss, masked_loss, visible_loss)
 
     def normalize(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
@@ -119,9 +121,9 @@ class DMJD(nn.Module):
 
     def follow(self, progress: float) -> None:
         """Let targets that are a running mean of the backbone follow it; `progress` is the share of the run done."""
-        for target in (self.target, self.visible_target):
-            if isinstance(target, MeanTeacher):
-                target.follow(self.encoder.backbone, progress)
+        for module in self.modules():
+            if isinstance(module, MeanTeacher):
+                module.follow(self.encoder.backbone, progress)
 
     def predict(self, images: Num[Tensor, "B C H W"], masked: Bool[Tensor, "B V L"]) -> Predictions:
         """Run both branches; arguments as in `forward`."""

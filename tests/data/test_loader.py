@@ -1,6 +1,7 @@
 """Batches are a function of the seed and the step alone."""
 
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -54,6 +55,15 @@ def equal(some: list[Batch], others: list[Batch]) -> bool:
         and a.skipped == b.skipped
         for a, b in zip(some, others, strict=True)
     )
+
+
+def test_samples__with_so_many_variants_crops_come_again_and_masks_do_not(folder: Path) -> None:
+    samples = replace(samples_of(folder), variants=2)
+    crops, masks = zip(*(samples[epoch, 3][:2] for epoch in range(4)), strict=True)
+    assert torch.equal(crops[0], crops[2])
+    assert torch.equal(crops[1], crops[3])
+    assert not torch.equal(crops[0], crops[1])
+    assert not any(torch.equal(masks[0], mask) for mask in masks[1:])
 
 
 def test_samples__are_a_function_of_seed_epoch_and_index_alone(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -12,7 +13,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import dmjd
+from dmjd.backbones.huggingface import HuggingFace
+from dmjd.backbones.maps import Maps
 from dmjd.cli import main
+from dmjd.errors import CheckpointError, ConfigError
+from dmjd.losses import regression_loss
 from dmjd.targets import HOG, MeanTeacher, Pixels, Teacher
 from dmjd.targets.teacher import whiten
 
@@ -49,7 +54,7 @@ def images(side=32, batch_size=2):
 )
 @pytest.mark.parametrize("grid", [(8, 8), (3, 5)])
 def test_teacher__any_network_gives_whitened_tokens_on_the_students_grid(network, width, grid):
-    teacher = Teacher(network(), grid)
+    teacher = Teacher(Maps(network()), grid)
     with torch.no_grad():
         target = teacher(images())
     assert target.shape == (2, grid[0] * grid[1], teacher.dim) == (2, grid[0] * grid[1], width)
@@ -60,7 +65,7 @@ def test_teacher__any_network_gives_whitened_tokens_on_the_students_grid(network
 @pytest.mark.parametrize("side", [7, 14])
 def test_teacher__grids_of_7_and_14_are_brought_to_8_in_raster_order(side):
     network = vit(image_size=side * 8)
-    target = Teacher(network, (8, 8))(images(side * 8)[:1])
+    target = Teacher(Maps(network), (8, 8))(images(side * 8)[:1])
     pixels = (images(side * 8)[:1] / 255 - 0.5) / 0.5
     (features,) = network.forward_intermediates(pixels, indices=[-1], intermediates_only=True)
     expected = F.interpolate(features, (8, 8), mode="bilinear", antialias=True)
@@ -70,7 +75,7 @@ def test_teacher__grids_of_7_and_14_are_brought_to_8_in_raster_order(side):
 
 def test_teacher__on_its_own_grid_tokens_are_its_own_whitened():
     network = vit()
-    target = Teacher(network, (4, 4))(images())
+    target = Teacher(Maps(network), (4, 4))(images())
     (tokens,) = network.forward_intermediates(
         (images() / 255 - 0.5) / 0.5, indices=[-1], intermediates_only=True, output_fmt="NLC"
     )
@@ -80,15 +85,15 @@ def test_teacher__on_its_own_grid_tokens_are_its_own_whitened():
 
 def test_teacher__several_layers_are_whitened_and_averaged():
     network = vit()
-    single = [Teacher(network, (4, 4), layers=[layer])(images()) for layer in (0, 2)]
-    both = Teacher(network, (4, 4), layers=[0, -1])(images())
+    single = [Teacher(Maps(network, layers=[layer]), (4, 4))(images()) for layer in (0, 2)]
+    both = Teacher(Maps(network, layers=[0, -1]), (4, 4))(images())
     torch.testing.assert_close(both, whiten((single[0] + single[1]) / 2))
 
 
 def test_teacher__images_of_another_size_are_resized_to_its_own():
-    assert Teacher(vit(), (4, 4))(images(48)).shape == (2, 16, 24)
+    assert Teacher(Maps(vit()), (4, 4))(images(48)).shape == (2, 16, 24)
     flat = torch.full((1, 3, 48, 48), 77, dtype=torch.uint8)
-    teacher = Teacher(vit(), (4, 4))
+    teacher = Teacher(Maps(vit()), (4, 4))
     torch.testing.assert_close(teacher(flat), teacher(flat[..., :32, :32]), atol=1e-4, rtol=1e-4)
 
 
@@ -99,7 +104,7 @@ def test_teacher__images_of_another_size_are_resized_to_its_own():
 )
 def test_teacher__what_cannot_be_is_a_value_error(network, layers, in_chans):
     with pytest.raises(ValueError, match="teacher"):
-        Teacher(network(), (4, 4), layers=layers, in_chans=in_chans)
+        Maps(network(), layers=layers, in_chans=in_chans)
 
 
 def small(**overrides):
@@ -163,9 +168,9 @@ def test_dmjd__a_teacher_is_neither_trained_nor_saved_but_moves_along(teacher_fi
     assert not names
     assert {name for name, _ in taught.named_parameters()} == {name for name, _ in plain.named_parameters()}
     taught.double()
-    assert next(taught.target._network[0].parameters()).dtype == torch.float64
+    assert next(taught.target._maps[0].network.parameters()).dtype == torch.float64
     taught.train()
-    assert not taught.target._network[0].training
+    assert not taught.target._maps[0].network.training
 
 
 def test_pretrain__with_a_teacher_on_one_branch_it_learns_resumes_and_reports(teacher_file, tmp_path):
@@ -191,7 +196,7 @@ def test_pretrain__with_a_teacher_on_one_branch_it_learns_resumes_and_reports(te
 def test_mean_teacher__after_n_steps_it_is_the_closed_form():
     torch.manual_seed(0)
     student = vit()
-    teacher = MeanTeacher(student, (4, 4), student.pretrained_cfg, decay=(0.5, 0.9))
+    teacher = MeanTeacher(Maps(deepcopy(student)), (4, 4), decay=(0.5, 0.9))
     name, weight = next(iter(student.named_parameters()))
     mean = weight.detach().clone()
     for step in range(1, 5):
@@ -200,17 +205,17 @@ def test_mean_teacher__after_n_steps_it_is_the_closed_form():
         decay = 0.5 + 0.4 * step / 4
         mean = decay * mean + (1 - decay) * weight.detach()
         teacher.follow(student, step / 4)
-    torch.testing.assert_close(teacher.network.state_dict()[name], mean)
+    torch.testing.assert_close(teacher.maps.network.state_dict()[name], mean)
 
 
 def test_dmjd__its_own_mean_is_saved_and_not_trained():
     model = small(masked_target="ema", visible_weight=1.0)
     assert isinstance(model.target, MeanTeacher)
     assert model.visible_target is None
-    assert any(name.startswith("target.network") for name in model.state_dict())
+    assert any(name.startswith("target.maps.network") for name in model.state_dict())
     assert not any(name.startswith("target") for name, p in model.named_parameters() if p.requires_grad)
     model.train()
-    assert not model.target.network.training
+    assert not model.target.maps.network.training
     before = model.target(images())
     with torch.no_grad():
         weight = model.encoder.backbone.blocks[0].mlp.fc1.weight
@@ -246,3 +251,92 @@ def test_pretrain__with_its_own_mean_a_stopped_run_resumes_to_the_last_bit(tmp_p
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 6
+
+
+def test_teacher__in_bf16_its_targets_are_nearly_the_same_whatever_is_around(teacher_file):
+    plain, fast = (small(masked_target=str(teacher_file), teacher_bf16=bf16).target for bf16 in (False, True))
+    exact, rough = plain(images()), fast(images())
+    assert 0 < (exact - rough).abs().mean() < 0.02
+    assert rough.dtype == torch.float32
+
+
+def test_dmjd__several_targets_are_predicted_side_by_side_and_their_losses_summed(teacher_file):
+    model = small(masked_target=f"hog+{teacher_file}", visible_target="pixels+ema", visible_weight=0.5)
+    masked = dmjd.block_masks(2, (4, 4), num_views=2, mask_ratio=0.5)
+    said, losses = model.predict(images(), masked), model(images(), masked)
+    hog, teacher = said.masked_target.split([4 * 9 * 3, 24], dim=-1)
+    torch.testing.assert_close(model.target(images())[..., : 4 * 9 * 3], HOG(8, cell_size=4)(images()))
+    each = [
+        regression_loss(predicted, true, "l2")
+        for predicted, true in zip(said.masked.split([4 * 9 * 3, 24], dim=-1), (hog, teacher), strict=True)
+    ]
+    torch.testing.assert_close(losses.masked, each[0] + each[1])
+    assert losses.masked > regression_loss(said.masked, said.masked_target, "l2")
+    assert said.visible.shape[-1] == 8 * 8 * 3 + 16
+    torch.testing.assert_close(losses.total, losses.masked + 0.5 * losses.visible)
+    before = model.visible_target(images())[..., -16:]
+    with torch.no_grad():
+        weight = model.encoder.backbone.blocks[0].mlp.fc1.weight
+        weight += torch.randn_like(weight)
+    model.follow(0.0)
+    assert (model.visible_target(images())[..., -16:] - before).abs().max() > 1e-4  # a mean among several follows
+
+
+def write_huggingface(folder, kind):
+    import transformers as hf
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    tokens = {**shape, "image_size": 32, "patch_size": 8}
+    text = hf.CLIPTextConfig(**shape, vocab_size=10, max_position_embeddings=8)
+    model = {
+        "vit": lambda: hf.ViTModel(hf.ViTConfig(**tokens)),
+        "registers": lambda: hf.Dinov2WithRegistersModel(
+            hf.Dinov2WithRegistersConfig(**tokens, num_register_tokens=3, mlp_ratio=2)
+        ),
+        "clip": lambda: hf.CLIPModel(
+            hf.CLIPConfig(text_config=text.to_dict(), vision_config=hf.CLIPVisionConfig(**tokens).to_dict())
+        ),
+        "convolutional": lambda: hf.ResNetModel(
+            hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 24], depths=[1, 1], layer_type="basic")
+        ),
+    }[kind]()
+    model.save_pretrained(folder)
+    hf.ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.4] * 3, image_std=[0.3] * 3).save_pretrained(
+        folder
+    )
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers' own
+@pytest.mark.parametrize("kind", ["vit", "registers", "clip", "convolutional"])
+def test_huggingface__vision_models_of_a_folder_are_teachers(kind, tmp_path):
+    model = write_huggingface(tmp_path, kind)
+    teacher = small(masked_target=f"hf:{tmp_path}").target
+    pixels = (images() / 255 - 0.4) / 0.3
+    with torch.no_grad():
+        target = teacher(images())
+        own = getattr(model, "vision_model", model).eval()(pixel_values=pixels, output_hidden_states=True)
+    assert target.shape == (2, 16, 24)
+    last = own.hidden_states[-1]
+    if kind != "convolutional":
+        torch.testing.assert_close(target, whiten(last[:, -16:]))  # class and register tokens are no target
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_huggingface__what_does_not_load_is_one_line(tmp_path):
+    with pytest.raises(CheckpointError, match=r"transformers cannot load it .*; hf:.*; check name"):
+        HuggingFace(str(tmp_path / "nothing"))
+    import transformers as hf
+
+    hf.ViTImageProcessor(size={"longest_edge": 32}).save_pretrained(tmp_path)
+    hf.ViTModel(
+        hf.ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="names no input size"):
+        HuggingFace(str(tmp_path))
+
+
+def test_teacher__a_folder_of_timm_is_named_as_timm_names_it(tmp_path):
+    timm.models.save_for_hf(vit(), tmp_path)
+    assert small(masked_target=f"timm:local-dir:{tmp_path}").target(images()).shape == (2, 16, 24)

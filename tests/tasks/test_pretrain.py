@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -94,6 +95,19 @@ def test_pretrain__writes_the_run_directory_it_promises(run):
     assert [line["step"] for line in lines if "knn_top1" in line] == [0, 2, 4]
 
 
+def test_pretrain__the_share_of_time_for_targets_is_logged(photos, tmp_path):
+    timm.models.save_for_hf(timm.create_model("resnet10t"), tmp_path / "teacher")
+    shares = {
+        name: [line["target_share"] for line in pretrain(photos, tmp_path / name, flags) if "loss" in line]
+        for name, flags in {
+            "pixels": "--masked.target pixels --visible.weight 0",
+            "network": f"--masked.target timm:local-dir:{tmp_path / 'teacher'} --visible.weight 0",
+        }.items()
+    }
+    assert all(0 < share < 1 for values in shares.values() for share in values)
+    assert min(shares["network"]) > max(shares["pixels"])
+
+
 def test_pretrain__learning_rate_follows_the_rule(run):
     _, lines = run
     first = next(line["lr"] for line in lines if "lr" in line)
@@ -117,6 +131,7 @@ def test_pretrain__the_same_seed_gives_the_same_losses(run, photos, tmp_path):
         "--crop.scale 0.1 0.2",
         "--crop.ratio 1 1",
         "--crop.no-flip",
+        "--crop.variants 1 --steps 5 --batch_size 38",
         "--optim.name lion",
         "--optim.blr 1e-2",
         "--optim.betas 0.5 0.6",
@@ -127,6 +142,7 @@ def test_pretrain__the_same_seed_gives_the_same_losses(run, photos, tmp_path):
         "--precision bf16",
         "--model.in_chans 1",
         "--visible.weight 0.5",
+        "--visible.no-aligned",
         "--masked.target pixels",
         "--hog.cell_size 8",
         "--model.backbone convvit",

@@ -54,7 +54,9 @@ def load_backbone(path: str | Path) -> nn.Module:
 
 
 def open_backbone(name: str, *, pretrained: bool = True, drop_path_rate: float = 0.0) -> tuple[nn.Module, Architecture]:
-    """Make a backbone for a task, by its file or by name with timm's own weights (`timm:NAME`), without a classifier.
+    """Make a backbone for a task, by its file or by timm's name, without a classifier.
+
+    `timm:NAME` is a model with timm's weights; NAME may be `hf-hub:OWNER/MODEL` or `local-dir:FOLDER`, as in timm.
 
     Args:
         name: What to open.
@@ -92,7 +94,8 @@ def put_head(model: nn.Module, architecture: Architecture, num_classes: int) -> 
 
 def _fetch(model: str, given: str, pretrained: bool, extra: dict[str, Any]) -> tuple[nn.Module, Architecture]:
     """Make a model of timm."""
-    if model not in timm.list_models(model.partition(".")[0]) and model not in timm.list_pretrained(model):
+    hub = model.startswith(("hf-hub:", "local-dir:"))  # timm's own prefixes, for a hub and for a folder
+    if not hub and model not in timm.list_models(model.partition(".")[0]) and model not in timm.list_pretrained(model):
         raise CheckpointError(f"timm has no such model; {given}; see timm.list_models()")
     try:
         return timm.create_model(model, pretrained=pretrained, **extra), (model, {})

@@ -68,13 +68,17 @@ class Samples(Dataset[Sample]):
     crop: Callable[..., UInt8[Tensor, "C h w"]]  # of (image, generator=)
     draw: Callable[..., Bool[Tensor, "1 V L"]]  # of (generator=)
     seed: int
+    variants: int | None = None  # different crops of an image; None: another one every epoch
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """Make one sample."""
         epoch, index = key
         generator = Generator().manual_seed(mix(self.seed, epoch, index))
+        of_crop = generator
+        if self.variants:
+            of_crop = Generator().manual_seed(mix(self.seed, index, epoch % self.variants))
         image, read, skipped = read_or_substitute(self.images, index)
-        return self.crop(image, generator=generator), self.draw(generator=generator)[0], read, skipped
+        return self.crop(image, generator=of_crop), self.draw(generator=generator)[0], read, skipped
 
 
 class LabelledBatch(NamedTuple):

@@ -106,8 +106,12 @@ class Record:
         self.write(counters | measured)
         return measured
 
-    def log(self, step: Step) -> dict[str, Any]:
+    def log(self, step: Step, gauge: Callable[[float], dict[str, float]]) -> dict[str, Any]:
         """Write a step down; here the loop waits for the device.
+
+        Args:
+            step: What was done.
+            gauge: Adds to the line what it has seen in the seconds since the last one.
 
         Raises:
             NonFiniteError: If loss or gradient are no numbers.
@@ -125,6 +129,7 @@ class Record:
         }
         now, since = time.perf_counter(), self.logged or (step.start, step.began)
         line["images_per_second"] = round((step.number - since[0]) * self.batch_size / (now - since[1]), 2)
+        line |= gauge(now - since[1])
         self.logged = (step.number, now)
         self.write(line)
         if not (step.losses["loss"].isfinite() and step.grad_norm.isfinite()):
@@ -164,6 +169,7 @@ class Record:
         saves: int,
         model: nn.Module,
         optimizer: Optimizer,
+        gauge: Callable[[float], dict[str, float]] = lambda seconds: {},
     ) -> Iterator[Step]:
         """Follow a run step by step: show a bar, log, evaluate and save on the way, stop for a signal, pass steps on.
 
@@ -178,6 +184,7 @@ class Record:
             saves: How many checkpoints; the last step has one in any case.
             model: What a checkpoint holds.
             optimizer: What a checkpoint holds.
+            gauge: Adds to a line what it has seen in the seconds since the last one.
 
         Raises:
             DataError: If too many files do not decode.
@@ -191,7 +198,7 @@ class Record:
                 yield step
                 self.skip(step.skipped)
                 if step.number % log_every == 0 or step.number in evaluate_at | {steps}:
-                    line = self.log(step)
+                    line = self.log(step, gauge)
                     losses = {key.removeprefix("loss_"): f"{line[key]:.4f}" for key in step.losses}
                     bar.set_postfix({**losses, "images/s": f"{line['images_per_second']:.0f}"}, refresh=False)
                 if step.number in evaluate_at:
@@ -199,6 +206,7 @@ class Record:
                     self.evaluate(step.number, evaluate)
                     taken = self.summary.get("monitor_seconds", 0.0) + time.perf_counter() - began
                     self.summary["monitor_seconds"] = round(taken, 1)
+                    self.logged = (step.number, time.perf_counter())
                 if step.number in save_at or stop:
                     self.save(step, model=model, optimizer=optimizer)
                 bar.update()

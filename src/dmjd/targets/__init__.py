@@ -10,9 +10,10 @@ from torch import Tensor
 
 from dmjd.targets.hog import HOG, hog
 from dmjd.targets.pixels import Pixels
+from dmjd.targets.several import Several
 from dmjd.targets.teacher import MeanTeacher, Teacher
 
-__all__ = ["HOG", "MeanTeacher", "Pixels", "Target", "Teacher", "hog"]
+__all__ = ["HOG", "MeanTeacher", "Pixels", "Several", "Target", "Teacher", "hog"]
 
 
 @runtime_checkable

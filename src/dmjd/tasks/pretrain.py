@@ -2,11 +2,14 @@
 
 import json
 import shlex
+import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dmjd.backbones.files import save_backbone
@@ -16,13 +19,15 @@ from dmjd.data.loader import Batch, Positions, Samples, collate, train_batches
 from dmjd.data.sources import Images, Parts
 from dmjd.data.transforms import random_crop
 from dmjd.engine import checkpoint
+from dmjd.engine.cache import keep_targets
 from dmjd.engine.devices import choose_device, choose_precision, memory_errors
 from dmjd.engine.loop import train
 from dmjd.engine.optim import create_optimizer, warmup_cosine, warmup_steps
 from dmjd.engine.record import Record, refuse_second_run
+from dmjd.engine.stopwatch import Stopwatch
 from dmjd.errors import ConfigError
 from dmjd.factory import from_settings
-from dmjd.masking import block_masks
+from dmjd.masking import block_masks, split
 from dmjd.method import DMJD
 from dmjd.tasks.monitor import measure, num_measured, write_samples
 from dmjd.tasks.report import write_report
@@ -60,6 +65,8 @@ def pretrain(settings: Pretrain) -> None:
         record.begin(to_yaml(settings))
     if parts.train.held:
         record.skip({parts.train.names[index]: reason for index, reason in parts.train.held.bad.items()})
+    if settings.teacher.cache:
+        keep(settings, model, num_crops=len(parts.train) * (settings.crop.variants or 1))
     with memory_errors("give more --optim.accumulation or a smaller --batch_size"):
         max_images = settings.monitor.max_images
         evaluate = partial(measure, model, parts, settings.model.image_hw, max_images=max_images, device=device)
@@ -99,6 +106,21 @@ def create(settings: Pretrain, device: torch.device) -> tuple[DMJD, Optimizer]:
         raise ConfigError(str(error)) from None
 
 
+def keep(settings: Pretrain, model: DMJD, *, num_crops: int) -> None:
+    """Keep the targets of frozen teachers on disk, and say how much space that takes.
+
+    Raises:
+        ConfigError: If there is no frozen teacher.
+        StorageError: If there is not that much space.
+    """
+    assert settings.teacher.cache
+    caches = keep_targets(model, settings.teacher.cache, precision=settings.precision)
+    if not caches:
+        raise ConfigError("no frozen teacher among the targets; --teacher.cache; leave it out")
+    for cache in caches:
+        print(cache.reserve(num_crops), file=sys.stderr)
+
+
 def train_steps(
     settings: Pretrain,
     model: DMJD,
@@ -119,9 +141,12 @@ def train_steps(
     batches = train_batches(samples, positions, collate, workers=settings.workers, pin_memory=device.type == "cuda")
 
     def objective(batch: Batch) -> dict[str, Tensor]:
-        losses = model(batch.images.to(device, non_blocking=True), batch.masked)  # masks stay here, see `masking.split`
+        images = batch.images.to(device, non_blocking=True)  # masks stay here, see `masking.split`
+        losses = model(images, batch.masked, None if settings.visible.aligned else shuffled_visible(batch.masked))
         return {"loss": losses.total, "loss_masked": losses.masked, "loss_visible": losses.visible}
 
+    targets: list[Any] = [model.target, model.visible_target]
+    stopwatch = Stopwatch((target for target in targets if isinstance(target, nn.Module)), device)
     model.train()
     done = train(
         objective,
@@ -147,8 +172,15 @@ def train_steps(
         saves=settings.monitor.saves,
         model=model,
         optimizer=optimizer,
+        gauge=lambda seconds: {"target_share": round(stopwatch.read() / seconds, 4)},
     ):
         model.follow(step.number / steps)
+
+
+def shuffled_visible(masked: Bool[Tensor, "B V L"]) -> Int[Tensor, "N K"]:
+    """Draw an order of the visible tokens of every view."""
+    visible_NK = split(masked).visible
+    return visible_NK.gather(1, torch.rand(visible_NK.shape).argsort(dim=1))
 
 
 def finish(
@@ -212,4 +244,5 @@ def training_samples(settings: Pretrain, images: Images) -> Samples:
             predict_ratio=masking.predict_ratio,
         ),
         settings.seed,
+        crop.variants,
     )

@@ -1,0 +1,70 @@
+"""A vision model of Hugging Face transformers behind timm's interface, to be a teacher."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dmjd.errors import CheckpointError, ConfigError
+
+
+class HuggingFace(nn.Module):
+    """The vision part of a model that transformers loads: ViTs (with class and register tokens) and convolutional ones.
+
+    Input size, mean and standard deviation are those of the model's own image processor.
+
+    Args:
+        name: A name on the hub, or a folder.
+
+    Raises:
+        CheckpointError: If it cannot be loaded.
+        ConfigError: If transformers is not installed, or the model is no vision model of a known kind.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        try:
+            from transformers import AutoImageProcessor, AutoModel
+        except ImportError:
+            raise ConfigError(f"transformers is not installed; hf:{name}; pip install 'dmjd[hf]'") from None
+        try:
+            model: Any = AutoModel.from_pretrained(name)
+            processor: Any = AutoImageProcessor.from_pretrained(name)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"transformers cannot load it ({reason}); hf:{name}; check name and network"
+            ) from None
+        self.model = getattr(model, "vision_model", model)  # of CLIP, SigLIP and their like
+        config = getattr(model.config, "vision_config", model.config)
+        self.patch_size: int | None = getattr(config, "patch_size", None)
+        size = dict(getattr(processor, "crop_size", None) or processor.size)
+        height, width = (size.get(side) or size.get("shortest_edge") for side in ("height", "width"))
+        if not (height and width):
+            raise ConfigError(f"its image processor names no input size ({size}); hf:{name}; choose another teacher")
+        self.pretrained_cfg = {
+            "input_size": (getattr(config, "num_channels", 3), height, width),
+            "mean": tuple(processor.image_mean),
+            "std": tuple(processor.image_std),
+        }
+
+    def forward_intermediates(
+        self, images: Float[Tensor, "B C H W"], *, indices: Sequence[int], **how: Any
+    ) -> list[Float[Tensor, "B D h w"]]:
+        """Compute the maps of layers (0 is the first block or stage), as in timm; `how` is always maps alone.
+
+        Raises:
+            ValueError: If the model's output is neither maps nor tokens of square patches.
+        """
+        output = self.model(pixel_values=images, output_hidden_states=True)
+        states = getattr(output, "reshaped_hidden_states", None) or output.hidden_states
+        return [self._as_map(states[1:][index], images.shape[-2:]) for index in indices]  # 0 is the embedding
+
+    def _as_map(self, state: Tensor, image_hw: Sequence[int]) -> Float[Tensor, "B D h w"]:
+        if state.ndim == 4:
+            return state
+        if self.patch_size is None:
+            raise ValueError("its tokens have no patch size")
+        height, width = (side // self.patch_size for side in image_hw)
+        return state[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))  # class, registers come first

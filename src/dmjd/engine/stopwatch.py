@@ -1,0 +1,44 @@
+"""How long parts of a model compute."""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Stopwatch:
+    """Sums the seconds that modules spend in their forward pass.
+
+    On a GPU the marks are events in its queue: nothing waits for it until `read`.
+
+    Args:
+        modules: What is timed; none within another.
+        device: Where they compute.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[torch.cuda.Event | float] = []  # start and end in turns
+        for module in modules:
+            module.register_forward_pre_hook(lambda *_: self._mark())
+            module.register_forward_hook(lambda *_: self._mark())
+
+    def _mark(self) -> None:
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def read(self) -> float:
+        """Return the seconds since the last reading; a GPU's queue is waited for."""
+        if self.on_gpu and self.marks:
+            torch.cuda.synchronize()
+        starts, ends, self.marks = self.marks[::2], self.marks[1::2], []
+        pairs: Any = zip(starts, ends, strict=True)
+        if self.on_gpu:
+            return sum((start.elapsed_time(end) / 1000 for start, end in pairs), 0.0)  # events count milliseconds
+        return sum((end - start for start, end in pairs), 0.0)

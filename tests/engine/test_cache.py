@@ -1,0 +1,112 @@
+"""Targets of a frozen teacher that are kept on disk."""
+
+import json
+import sqlite3
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from dmjd.backbones.maps import Maps
+from dmjd.cli import main
+from dmjd.engine.cache import CachedTarget
+from dmjd.errors import StorageError
+from dmjd.targets import Teacher
+
+TINY = """--model.image_size 32 --model.patch_size 8 --model.embed_dim 16 --model.depth 1 --model.num_heads 2
+--decoder.embed_dim 16 --decoder.depth 1 --decoder.num_heads 2 --batch_size 8 --workers 0 --device cpu
+--optim.warmup_epochs 0 --monitor.log_every 1 --steps 9"""
+
+
+def teacher(seed: int = 0, layers: tuple[int, ...] = (-1,)) -> Teacher:
+    torch.manual_seed(seed)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
+    network = timm.create_model("vit_tiny_patch16_224", **shape, pretrained_cfg_overlay={"input_size": (3, 32, 32)})
+    return Teacher(Maps(network, layers=layers), (4, 4))
+
+
+def images(count: int = 3) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def rows(cache: CachedTarget) -> int:
+    return int(sqlite3.connect(cache.path).execute("SELECT count(*) FROM targets").fetchone()[0])
+
+
+def test_cache__targets_are_the_teachers_and_crops_seen_before_are_not_computed_again(tmp_path):
+    own = teacher()
+    cache = CachedTarget(own, tmp_path, precision="fp32")
+    expected = own(images())
+    first = cache(images()[:2])
+    torch.testing.assert_close(first, expected[:2], atol=2e-3, rtol=2e-3)  # float16
+    assert rows(cache) == 2
+    with torch.no_grad():
+        for weight in own._maps[0].network.parameters():
+            weight.zero_()  # whatever is computed from now on is wrong
+    again = cache(images()[[1, 0]])
+    assert torch.equal(again, first[[1, 0]])
+    mixed = cache(images()[[0, 2]])
+    assert torch.equal(mixed[0], first[0])
+    assert not torch.allclose(mixed[1], expected[2], atol=1e-2)
+    assert rows(cache) == 3
+
+
+def test_cache__another_teacher_or_precision_has_another_file(tmp_path):
+    given = [(teacher(), "fp32"), (teacher(1), "fp32"), (teacher(layers=(0, 1)), "fp32"), (teacher(), "bf16")]
+    assert len({CachedTarget(each, tmp_path, precision=precision).path for each, precision in given}) == 4
+    assert CachedTarget(teacher(), tmp_path, precision="fp32").path in tmp_path.iterdir()
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (12, 20)], ids=["small", "large"])
+def test_cache__the_estimate_is_the_size_of_the_file(grid, tmp_path):
+    cache = CachedTarget(Teacher(teacher()._maps[0], grid), tmp_path, precision="fp32")
+    for start in range(0, 2000, 500):
+        cache(torch.randint(0, 256, (500, 3, 32, 32), generator=torch.Generator().manual_seed(start)).byte())
+    cache.database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert 0.8 < cache.path.stat().st_size / cache.bytes_for(2000) <= 1
+
+
+def test_cache__a_disk_too_small_and_a_file_that_is_no_cache_are_one_line(tmp_path):
+    cache = CachedTarget(teacher(), tmp_path, precision="fp32")
+    with pytest.raises(StorageError, match=r"needs .* GB, .* GB are free; .*; choose another --teacher.cache"):
+        cache.reserve(10**13)
+    cache.database.close()
+    cache.path.write_bytes(b"no database" * 1000)
+    with pytest.raises(StorageError, match=r"no usable cache of targets .*; remove it"):
+        CachedTarget(teacher(), tmp_path, precision="fp32")
+
+
+def test_pretrain__with_kept_targets_a_second_run_loses_the_same_and_computes_none(tmp_path, capsys):
+    for number in range(24):
+        path = tmp_path / "photos" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    timm.models.save_for_hf(teacher()._maps[0].network, tmp_path / "teacher")
+    words = [
+        *TINY.split(),
+        "--data",
+        str(tmp_path / "photos"),
+        "--masked.target",
+        f"hog+timm:local-dir:{tmp_path}/teacher",
+    ]
+    words += ["--crop.variants", "2", "--teacher.cache", str(tmp_path / "kept")]
+    losses, files = [], []
+    for name in ("first", "second"):
+        assert main(["pretrain", *words, "--out", str(tmp_path / name)]) == 0
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["loss"] for line in lines if "loss" in line])
+        (file,) = (tmp_path / "kept").glob("*.sqlite")
+        files.append(sqlite3.connect(file).execute("SELECT crop FROM targets ORDER BY crop").fetchall())
+    assert losses[0] == losses[1]
+    trained_on = 24 - 1  # one is held out
+    assert files[0] == files[1]
+    assert 2 * trained_on <= len(files[0]) <= 2 * trained_on + 1  # and the held-out one is in the report
+    assert "targets of 46 crops are kept in" in capsys.readouterr().err
+
+
+def test_pretrain__a_cache_without_a_frozen_teacher_is_refused(tmp_path, capsys):
+    words = [*TINY.split(), "--data", "shapes", "--crop.variants", "2", "--teacher.cache", str(tmp_path / "kept")]
+    assert main(["pretrain", *words, "--out", str(tmp_path / "run")]) == 2
+    assert "no frozen teacher among the targets; --teacher.cache; leave it out" in capsys.readouterr().err
