@@ -52,13 +52,13 @@ def target_names(name: str) -> list[str]:
 
 
 def check_target(settings: Any) -> None:
-    """Refuse a target that is no built-in one, no network by name and no file.
+    """Refuse a target that is no built-in one, no network by name and no backbone file.
 
     Raises:
         ConfigError: If it is none of them; the message names the nearest.
     """
     for name in target_names(settings.target or ""):
-        if name in ("", *TARGETS) or name.startswith(("timm:", "hf:")) or Path(name).is_file():
+        if name in ("", *TARGETS) or name.startswith(("timm:", "hf:")) or name.endswith(".safetensors"):
             continue
         nearest = get_close_matches(name, TARGETS, n=1)
         rest = "timm:NAME, hf:NAME or a backbone.safetensors"
@@ -335,7 +335,8 @@ class Pretrain(Run):
     workers: int | None = None
     """Processes that load images. Default: none for sets in memory, else one per core but one."""
     preset: str = "quick"
-    """Recipe: mae, maskfeat, convmae, fastconvmae, dm, dmjd; for 2 cores quick, quick-convmae, -fastconvmae, -dmjd."""
+    """Recipe: mae, maskfeat, convmae, fastconvmae, dm, dmjd, dmjd-clip, dmjd-dino, data2vec; for 2 cores quick and
+    quick-convmae, -fastconvmae, -dmjd, -teacher."""
     config: Path | None = None
     """YAML file that overrides the preset."""
     epochs: float = 400

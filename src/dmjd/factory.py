@@ -51,7 +51,12 @@ def build(preset: str, size: str = "base", *, image_size: int | tuple[int, int] 
             places[f"{section}_{setting.name}"] = (section, setting.name)
             places.setdefault(setting.name, (section, setting.name))
     recipe = yaml.safe_load(path.read_text())
-    values = {section: dict(recipe.get(section, {})) for section in sections}
+    values = {
+        section: {key: tuple(value) if isinstance(value, list) else value for key, value in recipe[section].items()}
+        for section in sections
+        if section in recipe
+    }
+    values = {section: {} for section in sections} | values
     if size != recipe["model"]["size"]:  # another size than the preset's: what the preset changes of its own goes
         values["model"] = {key: value for key, value in values["model"].items() if key not in SHAPE}
     side = image_size if isinstance(image_size, int) else "x".join(map(str, image_size))
