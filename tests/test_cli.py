@@ -103,6 +103,7 @@ BAD = {  # command line: what its error line has to say
     "pretrain --masked.loss l3": "--masked.loss",
     "pretrain --visible.weight -1": "visible.weight -1",
     "pretrain --hog.cell_size 0": "hog.cell_size 0",
+    "pretrain --hog.variant dalal": "--hog.variant",
     "pretrain --decoder.num_heads 0": "decoder.num_heads 0",
     "pretrain --decoder.embed_dim 0": "decoder.embed_dim 0",
     "pretrain --decoder.embed_dim 97": "decoder.embed_dim 97",

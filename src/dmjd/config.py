@@ -19,6 +19,7 @@ BackboneName = Literal["vit", "convvit"]
 BackboneSize = Literal["tiny", "small", "base", "large"]
 TARGETS = ("hog", "pixels", "normalized_pixels", "ema")
 LossName = Literal["l2", "l1", "smooth_l1", "cosine"]
+HogVariant = Literal["dmjd", "maskfeat", "mmpretrain"]
 
 
 def at_least(lowest: int | float, settings: Any, *names: str) -> None:
@@ -186,11 +187,15 @@ class Visible:
 class Hog:
     """Histograms of oriented gradients."""
 
+    variant: HogVariant = "dmjd"
+    """dmjd: differences of neighbours, whitened; maskfeat: Sobel's gradients, over their norm; mmpretrain: the same in
+    Gaussian windows."""
     cell_size: int | None = None
     """Side of a cell in pixels. Default: 8 for patches of 16, 24 ..., else half a patch (all of an odd one)."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "cell_size")
+        one_of(HogVariant, self, "variant")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,7 +132,8 @@ def create_target(name: str, settings: config.Pretrain, encoder: Encoder) -> Tar
     model, teacher = settings.model, settings.teacher
     mean, std = STATISTICS[model.in_chans]
     if name == "hog":
-        return HOG(model.patch_size, in_chans=model.in_chans, cell_size=settings.cell_size)
+        variant = settings.hog.variant
+        return HOG(model.patch_size, in_chans=model.in_chans, cell_size=settings.cell_size, variant=variant)
     if name in ("pixels", "normalized_pixels"):
         return Pixels(model.patch_size, mean=mean, std=std, standardize=name == "normalized_pixels")
     if name == "ema":

@@ -18,16 +18,39 @@ def noise(*shape, seed=0):
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def slow_cells(image, cell):
+def slow_gradient(image, i, j, variant):
+    """Both arguments of atan2 at one pixel, in Python's own doubles."""
+    height, width = image.shape
+    if variant == "dmjd":
+        down = image[i + 1][j] - image[i - 1][j] if 0 < i < height - 1 else 0
+        across = image[i][j + 1] - image[i][j - 1] if 0 < j < width - 1 else 0
+        return float(down), float(across)
+
+    def at(row, column):  # reflected at the border
+        row, column = abs(row), abs(column)
+        return image[2 * height - 2 - row if row >= height else row][
+            2 * width - 2 - column if column >= width else column
+        ]
+
+    across = sum(weight * (at(i + k, j - 1) - at(i + k, j + 1)) for k, weight in ((-1, 1), (0, 2), (1, 1)))
+    down = sum(weight * (at(i - 1, j + k) - at(i + 1, j + k)) for k, weight in ((-1, 1), (0, 2), (1, 1)))
+    return float(across), float(down)
+
+
+def slow_cells(image, cell, variant="dmjd"):
     """HOG of one channel by loops, in Python's own doubles."""
     height, width = image.shape
+    pixels = image.double().numpy()
     cells = torch.zeros(height // cell, width // cell, 9, dtype=torch.float64)
     for i in range(height // cell * cell):
         for j in range(width // cell * cell):
-            down = float(image[i + 1, j]) - float(image[i - 1, j]) if 0 < i < height - 1 else 0.0
-            across = float(image[i, j + 1]) - float(image[i, j - 1]) if 0 < j < width - 1 else 0.0
-            angle = math.degrees(math.atan2(down, across)) % 180
-            cells[i // cell, j // cell, int(angle // 20) % 9] += math.hypot(down, across) / cell**2
+            rising, running = slow_gradient(pixels, i, j, variant)
+            angle = math.degrees(math.atan2(rising, running)) % 180
+            weight = 1 / cell**2 if variant == "dmjd" else 1
+            if variant == "mmpretrain":
+                near = [((place % (2 * cell)) - (2 * cell - 1) / 2) / cell for place in (i, j)]
+                weight = math.exp(-0.5 * (near[0] ** 2 + near[1] ** 2))
+            cells[i // cell, j // cell, int(angle // 20) % 9] += math.hypot(rising, running) * weight
     return cells
 
 
@@ -37,15 +60,47 @@ def slow_cells(image, cell):
     channels=st.integers(1, 4),
     cell=st.sampled_from([2, 4, 8]),
     levels=st.sampled_from([1, 2, 256]),
+    variant=st.sampled_from(["dmjd", "maskfeat", "mmpretrain"]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None)
-def test_hog__equals_a_slow_loop(rows, columns, channels, cell, levels, seed):
+@settings(max_examples=60, deadline=None)
+def test_hog__equals_a_slow_loop(rows, columns, channels, cell, levels, variant, seed):
     image = noise(1, channels, rows * cell, columns * cell, seed=seed).float()
-    image = (image * ((levels - 1) / 255)).round() * (255 // max(levels - 1, 1))
-    ours = hog_cells(image, cell)[0]
+    image = (image * ((levels - 1) / 255)).round() * (255 // max(levels - 1, 1))  # flat, black and white, grey
+    ours = hog_cells(image, cell, variant)[0]
     for channel in range(channels):
-        torch.testing.assert_close(ours[channel].double(), slow_cells(image[0, channel], cell), atol=1e-3, rtol=1e-5)
+        slow = slow_cells(image[0, channel], cell, variant)
+        torch.testing.assert_close(ours[channel].double(), slow, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["maskfeat", "mmpretrain"])
+def test_hog__other_variants_have_cells_of_norm_1_by_channel_bin_cell_row_cell_column(variant):
+    images = noise(2, 3, 32, 48)
+    cells = hog_cells(images, 8, variant)
+    token = hog(images, variant=variant)[1, 4].view(3, 9, 2, 2)  # second row, middle column
+    wanted = cells[1, 1, 3, 2]
+    torch.testing.assert_close(token[1, :, 1, 0], wanted / wanted.norm())
+    torch.testing.assert_close(hog(images * 0, variant=variant), torch.zeros(2, 6, 108))
+    assert HOG(variant=variant)(images).equal(hog(images, variant=variant))
+
+
+def test_hog__images_are_independent_of_the_batch_they_are_in():
+    images = noise(7, 1, 16, 32)
+    for variant in ("dmjd", "maskfeat", "mmpretrain"):
+        alone = torch.cat([hog(image[None], variant=variant) for image in images])
+        assert hog(images, variant=variant).equal(alone)
+
+
+def test_hog__needs_less_than_five_times_the_memory_of_its_images():
+    images = noise(32, 3, 64, 64)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        hog(images)
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    assert images.numel() < peak < 5 * 4 * images.numel()  # bytes of float32
 
 
 def test_hog__equals_scikit_image_without_block_normalisation():

@@ -145,6 +145,8 @@ def test_pretrain__the_same_seed_gives_the_same_losses(run, photos, tmp_path):
         "--visible.no-aligned",
         "--masked.target pixels",
         "--hog.cell_size 8",
+        "--hog.variant maskfeat",
+        "--hog.variant mmpretrain",
         "--model.backbone convvit",
     ],
 )

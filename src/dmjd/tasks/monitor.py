@@ -98,10 +98,13 @@ def write_samples(
         "predicted": predicted.unflatten(0, (len(images), -1)),
         "times_hidden": torch.stack(counted),
     }
+    variant = settings.hog.variant
     metadata = {
         "grid": "{} {}".format(*settings.model.grid),
         "patch_size": str(settings.model.patch_size),
-        "target": settings.masked.target,
+        "target": f"hog ({variant})"
+        if settings.masked.target == "hog" and variant != "dmjd"
+        else settings.masked.target,
         "cell_size": str(settings.cell_size),
         "mean": " ".join(map(str, model.mean.flatten().tolist())),
         "std": " ".join(map(str, model.std.flatten().tolist())),
