@@ -1,0 +1,76 @@
+"""Four maps of any backbone."""
+
+import math
+
+import pytest
+import timm
+import torch
+
+from dmjd.backbones.convvit import create_convvit
+from dmjd.backbones.pyramid import Pyramid
+from dmjd.backbones.vit import create_vit
+
+SHAPE = {"image_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}
+BACKBONES = {
+    **{
+        f"vit, {patch} px": lambda patch=patch: create_vit("tiny", patch_size=patch, **SHAPE).backbone
+        for patch in (16, 8, 4)
+    },
+    **{
+        f"convvit, {patch} px": lambda patch=patch: create_convvit("tiny", patch_size=patch, **SHAPE).backbone
+        for patch in (16, 8, 4)
+    },
+    "vit, 14 px, class and register tokens": lambda: timm.create_model(
+        "vit_tiny_patch16_224", patch_size=14, embed_dim=32, depth=1, num_heads=2, reg_tokens=2
+    ),
+    "resnet10t": lambda: timm.create_model("resnet10t"),
+    "convnext_atto": lambda: timm.create_model("convnext_atto"),
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("size", [(97, 131), (64, 96), (33, 250)])
+def test_pyramid__strides_are_what_they_claim(name, size):
+    torch.manual_seed(0)
+    pyramid = Pyramid(BACKBONES[name]()).eval()
+    with torch.no_grad():
+        maps = pyramid(torch.randn(1, 3, *size))
+    assert pyramid.strides == (4, 8, 16, 32)
+    for features, stride, width in zip(maps, pyramid.strides, pyramid.channels, strict=True):
+        assert features.shape == (1, width, math.ceil(size[0] / stride), math.ceil(size[1] / stride))
+
+
+@pytest.mark.parametrize("name", ["vit, 16 px", "convvit, 16 px", "resnet10t"])
+def test_pyramid__strides_hold_for_large_images(name):
+    with torch.no_grad():
+        maps = Pyramid(BACKBONES[name]()).eval()(torch.zeros(1, 3, 512, 640))
+    assert [tuple(features.shape[-2:]) for features in maps] == [(128, 160), (64, 80), (32, 40), (16, 20)]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_pyramid__places_stay_where_they_are(name):
+    torch.manual_seed(0)
+    pyramid = Pyramid(BACKBONES[name]()).eval()
+    images = torch.zeros(1, 3, 96, 160)
+    changed = images.clone()
+    changed[..., 64:, 128:] = 3.0  # the lower right
+    with torch.no_grad():
+        before, after = pyramid(images), pyramid(changed)
+    for one, other in zip(before, after, strict=True):
+        strength = (one - other).abs().mean(dim=(0, 1))
+        rows, columns = strength.shape
+        assert strength[rows // 2 :, columns // 2 :].mean() > strength[: rows // 2, : columns // 2].mean()
+
+
+def test_pyramid__a_hybrid_gives_the_maps_of_its_own_stages():
+    backbone = BACKBONES["convvit, 16 px"]()
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        own = backbone.forward_intermediates(images, intermediates_only=True)
+        maps = Pyramid(backbone)(images)
+    assert all(mine.equal(theirs) for mine, theirs in zip(maps, own, strict=True))
+
+
+def test_pyramid__a_model_without_maps_is_a_value_error():
+    with pytest.raises(ValueError, match="no maps"):
+        Pyramid(torch.nn.Linear(2, 2))
