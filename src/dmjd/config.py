@@ -423,13 +423,11 @@ class Knn(Judge):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Few(Judge):
-    """What every verb that learns from labels has."""
+class Learn(Judge):
+    """What every verb that trains with labels has."""
 
-    fraction: float = 1.0
-    """Share of the training images of every class whose labels are used, at least one; larger shares hold smaller."""
-    shots: int | None = None
-    """Training images of every class whose labels are used, instead of a share."""
+    out: Path
+    """Directory of the run."""
     workers: int | None = None
     """Processes that load images. Default: none for sets in memory, else one per core but one."""
     config: Path | None = None
@@ -445,12 +443,26 @@ class Few(Judge):
     log: Log = field(default_factory=Log)
 
     def __post_init__(self) -> None:
+        at_least(1, self, "steps", "batch_size")
+        at_least(0, self, "epochs", "seed", "workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Few(Learn):
+    """What every verb that learns from the labels of images has."""
+
+    fraction: float = 1.0
+    """Share of the training images of every class whose labels are used, at least one; larger shares hold smaller."""
+    shots: int | None = None
+    """Training images of every class whose labels are used, instead of a share."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.fraction <= 1:
             raise ConfigError(f"fraction {self.fraction} is out of range; choose above 0, at most 1")
         if self.shots is not None and self.fraction != 1:
             raise ConfigError(f"fraction {self.fraction} and shots {self.shots}; choose one of them")
-        at_least(1, self, "shots", "steps", "batch_size")
-        at_least(0, self, "epochs", "seed", "workers")
+        at_least(1, self, "shots")
 
 
 @dataclass(frozen=True, kw_only=True)

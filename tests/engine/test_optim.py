@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import dmjd.backbones.convvit  # noqa: F401 (registers its models with timm)
 from dmjd.engine.loop import train
-from dmjd.engine.optim import create_lars, create_optimizer
+from dmjd.engine.optim import create_lars, create_optimizer, warmup_poly
 
 DEPTH = 3
 DECAY = 0.65
@@ -130,3 +130,20 @@ def test_train__a_layers_step_is_as_long_as_its_scale_says() -> None:
             expected = 0.01 * DECAY ** (DEPTH + 1 - layer_of(name))
             moved = (value - before[name]).abs().max().item()
             assert math.isclose(moved, expected, rel_tol=0.02), name
+
+
+def test_layer_decay__heads_train_at_the_full_rate_and_their_vectors_do_not_decay():
+    head = nn.Sequential(nn.Conv2d(16, 4, 1), nn.BatchNorm2d(4))
+    optimizer = create_optimizer(
+        hybrid(), name="adamw", lr=1e-3, weight_decay=0.05, betas=(0.9, 0.999), layer_decay=DECAY, heads=head
+    )
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert groups[id(head[0].weight)].get("lr_scale", 1.0) == 1.0
+    assert groups[id(head[0].weight)]["weight_decay"] == 0.05
+    assert groups[id(head[1].weight)]["weight_decay"] == groups[id(head[0].bias)]["weight_decay"] == 0
+    assert min(group.get("lr_scale", 1.0) for group in optimizer.param_groups) == pytest.approx(DECAY ** (DEPTH + 1))
+
+
+def test_warmup_poly__rises_then_falls_on_a_straight_line_to_zero():
+    rate = warmup_poly(1.0, warmup=4.0, steps=14)
+    assert [round(rate(step), 3) for step in (0, 1, 4, 9, 14)] == [0.2, 0.4, 1.0, 0.5, 0.0]

@@ -8,11 +8,12 @@ drawn from a generator of (seed, epoch, index).
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -43,7 +44,33 @@ def order(seed: int, epoch: int, count: int) -> Tensor:
     return torch.randperm(count, generator=Generator().manual_seed(mix(seed, epoch)))
 
 
-def read_or_substitute(images: Images, index: int) -> tuple[Tensor, int, dict[str, str]]:
+@runtime_checkable
+class Readable(Protocol):
+    """A numbered set whose members may fail to decode: images, or images with their annotations."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Path of each image relative to the set's root."""
+        ...
+
+    @property
+    def root(self) -> Path | None:
+        """Folder of the images."""
+        ...
+
+    @property
+    def held(self) -> Any:
+        """What is held in memory, if anything."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int, /) -> Any:
+        """Decode a member; raises `BadImage`."""
+        ...
+
+
+def read_or_substitute(images: Readable, index: int) -> tuple[Any, int, dict[str, str]]:
     """Read an image, or the next one that decodes, and say which files did not.
 
     Raises:
@@ -79,6 +106,18 @@ class Samples(Dataset[Sample]):
             of_crop = Generator().manual_seed(mix(self.seed, index, epoch % self.variants))
         image, read, skipped = read_or_substitute(self.images, index)
         return self.crop(image, generator=of_crop), self.draw(generator=generator)[0], read, skipped
+
+
+@runtime_checkable
+class ReadableSamples(Protocol):
+    """Training samples by (epoch, index) of a set of images."""
+
+    @property
+    def images(self) -> Readable:
+        """What they are made of."""
+        ...
+
+    def __getitem__(self, key: tuple[int, int], /) -> Any: ...
 
 
 class LabelledBatch(NamedTuple):
@@ -169,7 +208,7 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 def train_batches(
-    samples: Samples | LabelledSamples,
+    samples: ReadableSamples,
     positions: Positions,
     collate: Callable[[list[Any]], Any],
     *,

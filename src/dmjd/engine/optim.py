@@ -18,19 +18,24 @@ def create_optimizer(
     weight_decay: float,
     betas: tuple[float, float],
     layer_decay: float | None = None,
+    heads: nn.Module | None = None,
 ) -> Optimizer:
     """Create an optimizer of timm: matrices decay, vectors (biases, norms) do not.
 
     With `layer_decay` every layer has groups of its own, whose `lr_scale` is layer_decay ** (layers above it); the
-    layers are those of the model's `group_matcher`.
+    layers are those of the model's `group_matcher`. What `heads` hold comes after the model's last layer.
 
     Raises:
         ValueError: If timm has no optimizer of this name, or it takes no betas.
     """
     try:
-        return timm.optim.create_optimizer_v2(
-            model, opt=name, lr=lr, weight_decay=weight_decay, betas=betas, layer_decay=layer_decay
-        )
+        if heads is None:
+            return timm.optim.create_optimizer_v2(
+                model, opt=name, lr=lr, weight_decay=weight_decay, betas=betas, layer_decay=layer_decay
+            )
+        groups = timm.optim.param_groups_layer_decay(model, weight_decay, layer_decay=layer_decay or 1.0)
+        groups += timm.optim.param_groups_weight_decay(heads, weight_decay)
+        return timm.optim.create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, betas=betas)
     except (AssertionError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"optim.name {name!r}: {error}") from None
 
@@ -45,6 +50,18 @@ def warmup_cosine(lr: float, *, warmup: float, steps: int) -> Callable[[int], fl
         if step < warmup:
             return lr * (step + 1) / (warmup + 1)
         return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+    return at
+
+
+def warmup_poly(lr: float, *, warmup: float, steps: int) -> Callable[[int], float]:
+    """Learning rate of step s = 0, 1, ...: linear up to `lr` over `warmup` steps, then linear down to zero.
+
+    The polynomial of power 1 that segmentation recipes have.
+    """
+
+    def at(step: int) -> float:
+        return lr * min((step + 1) / (warmup + 1), (steps - step) / max(steps - warmup, 1))
 
     return at
 

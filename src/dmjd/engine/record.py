@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from dmjd.data.sources import Images
+from dmjd.data.loader import Readable
 from dmjd.engine import checkpoint
 from dmjd.engine.loop import Step
 from dmjd.engine.signals import stop_signals
@@ -39,7 +39,7 @@ class Record:
         summary: What the run has found out beside its metrics; kept in the checkpoints.
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any], images: Images, *, batch_size: int):
+    def __init__(self, out: Path, settings: dict[str, Any], images: Readable, *, batch_size: int):
         self.out, self.settings, self.batch_size = out, settings, batch_size
         self.root, self.count = images.root, len(images)
         names = "\n".join(images.names).encode(errors="surrogateescape")  # file names need not be Unicode

@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from dmjd.backbones.files import put_head, save_backbone
 from dmjd.config import Finetune
-from dmjd.data.loader import LabelledBatch
+from dmjd.data.loader import LabelledBatch, collate_labelled
 from dmjd.engine.optim import create_optimizer
 from dmjd.engine.record import Record, refuse_second_run
 from dmjd.errors import ConfigError
 from dmjd.tasks.backbone import Opened, labelled
 from dmjd.tasks.classification import Result
-from dmjd.tasks.supervised import supervise, to_device, training_transform
+from dmjd.tasks.supervised import labelled_samples, supervise, to_device, training_transform
 
 
 def finetune(settings: Finetune) -> None:
@@ -55,9 +55,9 @@ def finetune(settings: Finetune) -> None:
     loss = Loss(settings, len(train.classes))
     result: Result | None = None
 
-    def objective(batch: LabelledBatch) -> Tensor:
+    def objective(batch: LabelledBatch) -> dict[str, Tensor]:
         images, labels = to_device(batch, backbone.device)
-        return loss(model, images, labels)
+        return {"loss": loss(model, images, labels)}
 
     def evaluate(record: Record) -> dict[str, float]:
         nonlocal result
@@ -78,14 +78,15 @@ def finetune(settings: Finetune) -> None:
 
     record = supervise(
         settings,
-        train,
-        training_transform(backbone, settings.augment),
+        labelled_samples(train, training_transform(backbone, settings.augment), settings.seed),
+        collate_labelled,
         objective,
         model,
         optimizer,
         evaluate,
         backbone=backbone,
         checkpointed=nn.ModuleDict({"model": model, "ema": judged}) if ema else model,
+        lr=settings.lr,
         warmup_epochs=optim.warmup_epochs,
         accumulation=optim.accumulation,
         clip_grad=optim.clip_grad,

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dmjd.config import Augment, Linear
-from dmjd.data.loader import LabelledBatch
+from dmjd.data.loader import LabelledBatch, collate_labelled
 from dmjd.data.sources import Parts, few_labels
 from dmjd.engine.metrics import logistic_regression
 from dmjd.engine.optim import create_lars
@@ -16,7 +16,7 @@ from dmjd.engine.record import refuse_second_run
 from dmjd.errors import DataError
 from dmjd.tasks.backbone import Opened, extractor, labelled
 from dmjd.tasks.classification import Result
-from dmjd.tasks.supervised import supervise, to_device, training_transform
+from dmjd.tasks.supervised import labelled_samples, supervise, to_device, training_transform
 
 PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
 FITTED = 0.8  # share of the training images that a penalty is fitted on; the others choose it
@@ -84,11 +84,11 @@ def paper(settings: Linear, backbone: Opened, parts: Parts) -> Result:
     head = nn.Sequential(nn.BatchNorm1d(found.shape[1], affine=False, eps=1e-6), classifier).to(backbone.device)
     labels = held_out.labels_of(seen)
 
-    def objective(batch: LabelledBatch) -> Tensor:
+    def objective(batch: LabelledBatch) -> dict[str, Tensor]:
         images, targets = to_device(batch, backbone.device)
         with torch.no_grad():
             features = backbone.pooled(images, settings.layers, normalized=True)
-        return F.cross_entropy(head(features), targets)
+        return {"loss": F.cross_entropy(head(features), targets)}
 
     def judge() -> Result:
         head.eval()
@@ -99,14 +99,15 @@ def paper(settings: Linear, backbone: Opened, parts: Parts) -> Result:
 
     supervise(
         settings,
-        train,
-        training_transform(backbone, CROP_AND_FLIP),
+        labelled_samples(train, training_transform(backbone, CROP_AND_FLIP), settings.seed),
+        collate_labelled,
         objective,
         head,
         create_lars(classifier, settings.lr),
         lambda record: {"top1": judge().summary()["top1"]},
         backbone=backbone,
         checkpointed=head,
+        lr=settings.lr,
         warmup_epochs=settings.warmup_epochs,
     )
     return judge()

@@ -1,4 +1,4 @@
-"""Training with labels, shared by `finetune` and the paper's linear probe."""
+"""Training with labels, shared by every verb that does it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dmjd.config import Augment, Finetune, Linear, to_dict, to_yaml
+from dmjd.config import Augment, Learn, to_dict, to_yaml
 from dmjd.data import sources
-from dmjd.data.loader import LabelledBatch, LabelledSamples, Positions, collate_labelled, train_batches
+from dmjd.data.loader import LabelledBatch, LabelledSamples, Positions, ReadableSamples, train_batches
 from dmjd.data.sources import Images
 from dmjd.engine import checkpoint
 from dmjd.engine.devices import memory_errors
@@ -66,18 +66,25 @@ def keep_a_bit(image: Any, bits: int, **rest: Any) -> Any:
     return posterize(image, max(bits, 1), **rest)
 
 
+def labelled_samples(images: Images, transform: Transform, seed: int) -> LabelledSamples:
+    """Make the samples of a classification, with small sets held in memory."""
+    return LabelledSamples(sources.in_memory(images), transform, seed)
+
+
 def supervise(
-    settings: Linear | Finetune,
-    images: Images,
-    transform: Transform,
-    objective: Callable[[LabelledBatch], Tensor],
+    settings: Learn,
+    samples: ReadableSamples,
+    collate: Callable[[list[Any]], Any],
+    objective: Callable[[Any], dict[str, Tensor]],
     trained: nn.Module,
     optimizer: Optimizer,
     evaluate: Callable[[Record], dict[str, float]],
     *,
     backbone: Opened,
     checkpointed: nn.Module,
+    lr: float,
     warmup_epochs: float,
+    schedule: Callable[..., Callable[[int], float]] = warmup_cosine,
     accumulation: int = 1,
     clip_grad: float = 0.0,
     after_step: Callable[[int], None] = lambda step: None,
@@ -86,39 +93,37 @@ def supervise(
 
     Args:
         settings: Of the verb.
-        images: Training images.
-        transform: What training sees of them.
-        objective: From a batch to the loss.
+        samples: What training sees, by (epoch, index).
+        collate: Makes a batch of samples.
+        objective: From a batch to scalars by name; `loss` is minimised.
         trained: Its parameters are trained.
         optimizer: Steps on them.
         evaluate: Judges the model on held-out images; its numbers go to metrics.jsonl, and what
             shall outlive a resumption to the record's summary.
         backbone: Says the device and the precision.
         checkpointed: What a checkpoint holds.
+        lr: Peak learning rate.
         warmup_epochs: Linear warm-up.
+        schedule: Makes the learning rate by step.
         accumulation: Parts of a step's batch.
         clip_grad: Largest norm of the gradient; 0 does not clip.
         after_step: Called with the number of every step done.
     """
-    images = sources.in_memory(images)
-    count, device = len(images), backbone.device
+    count, device = len(samples.images), backbone.device
     steps = settings.steps or max(round(settings.epochs * count / settings.batch_size), 1)
-    record = Record(settings.out, to_dict(settings), images, batch_size=settings.batch_size)
+    record = Record(settings.out, to_dict(settings), samples.images, batch_size=settings.batch_size)
     start = 0
     if settings.resume and (newest := checkpoint.latest(record.checkpoints)):
         start = record.resume(newest, model=checkpointed, optimizer=optimizer, may_change=MAY_CHANGE)
     else:
         record.begin(to_yaml(settings))
-    samples = LabelledSamples(images, transform, settings.seed)
     positions = Positions(count, settings.batch_size, start, steps, settings.seed, accumulation)
-    batches = train_batches(
-        samples, positions, collate_labelled, workers=settings.workers, pin_memory=device.type == "cuda"
-    )
+    batches = train_batches(samples, positions, collate, workers=settings.workers, pin_memory=device.type == "cuda")
     warmup = warmup_steps(warmup_epochs, count, settings.batch_size, steps)
     trained.train()
     with memory_errors("choose a smaller --batch_size"):
         done = train(
-            lambda batch: {"loss": objective(batch)},
+            objective,
             [parameter for parameter in trained.parameters() if parameter.requires_grad],
             iter(batches),
             optimizer,
@@ -126,7 +131,7 @@ def supervise(
             steps=steps,
             seed=settings.seed,
             accumulation=accumulation,
-            lr=warmup_cosine(settings.lr, warmup=warmup, steps=steps),
+            lr=schedule(lr, warmup=warmup, steps=steps),
             clip_grad=clip_grad,
             autocast=backbone.autocast,
         )
