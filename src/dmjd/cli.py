@@ -48,6 +48,13 @@ def finetune(*, settings: Annotated[config.Finetune, Flat]) -> None:
     finetune(settings)
 
 
+def segment(*, settings: Annotated[config.Segment, Flat]) -> None:
+    """Train a backbone and UPerNet on images with a class for every pixel, or predict with them."""
+    from dmjd.tasks.segment import segment
+
+    segment(settings)
+
+
 def embed(*, settings: Annotated[config.Embed, Flat]) -> None:
     """Write the features of images to a file."""
     from dmjd.tasks.embed import embed
@@ -67,7 +74,7 @@ def report(run: Path, /, *, debug: bool = False) -> None:
     print(write_report(run))
 
 
-VERBS: tuple[Callable[..., None], ...] = (pretrain, knn, linear, finetune, embed, report)
+VERBS: tuple[Callable[..., None], ...] = (pretrain, knn, linear, finetune, segment, embed, report)
 
 
 def application(layers: Sequence[Path] = ()) -> App:
@@ -88,6 +95,7 @@ PRESETS: dict[str, tuple[Any, Path]] = {
     "pretrain": (config.Pretrain, config.PRESETS),
     "linear": (config.Linear, config.PRESETS / "linear"),
     "finetune": (config.Finetune, config.PRESETS / "finetune"),
+    "segment": (config.Segment, config.PRESETS / "segment"),
 }
 
 

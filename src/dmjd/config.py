@@ -35,6 +35,17 @@ def at_least(lowest: int | float, settings: Any, *names: str) -> None:
             raise ConfigError(f"{section}{name} {value} is out of range; choose {lowest} or more")
 
 
+def within(lowest: float, highest: float, settings: Any, *names: str) -> None:
+    """Refuse numbers outside `lowest` .. `highest`.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    for name in names:
+        if not lowest <= getattr(settings, name) <= highest:
+            raise ConfigError(f"{name} {getattr(settings, name)} is out of range; choose {lowest:g} to {highest:g}")
+
+
 def one_of(choices: Any, settings: Any, *names: str) -> None:
     """Refuse values that are not among the choices of a `Literal`.
 
@@ -45,6 +56,18 @@ def one_of(choices: Any, settings: Any, *names: str) -> None:
         if (value := getattr(settings, name)) not in get_args(choices):
             section = type(settings).__name__.lower()
             raise ConfigError(f"{section}.{name} {value!r}; choose one of {', '.join(get_args(choices))}")
+
+
+def height_width(name: str, size: str) -> tuple[int, int]:
+    """Read a size in pixels, SIDE or HEIGHTxWIDTH.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    sides = str(size).split("x")
+    if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+        raise ConfigError(f"{name} {size!r} is neither a number nor HEIGHTxWIDTH")
+    return int(sides[0]), int(sides[-1])
 
 
 def target_names(name: str) -> list[str]:
@@ -115,10 +138,7 @@ class Model:
     @property
     def image_hw(self) -> tuple[int, int]:
         """Height and width of the crop in pixels."""
-        sides = str(self.image_size).split("x")
-        if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
-            raise ConfigError(f"model.image_size {self.image_size!r} is neither a number nor HEIGHTxWIDTH")
-        return int(sides[0]), int(sides[-1])
+        return height_width("model.image_size", self.image_size)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -523,28 +543,19 @@ class Augment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(Few):
-    """Settings of `dmjd finetune`."""
+class Tune(Learn):
+    """What every verb that trains a backbone on labels has."""
 
-    out: Path = Path("runs/finetune")
-    """Directory of the run."""
-    preset: str = "quick"
-    """Recipe to start from: quick, base, large."""
     layer_decay: float = 0.65
     """The learning rate of a layer is this times that of the layer after it."""
     drop_path: float = 0.1
     """Stochastic depth of the last block; it grows linearly from 0 at the first one."""
-    ema: float = 0.0
-    """Decay of a running mean of the weights, which is then what is judged and kept; 0 for none."""
-    augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=lambda: Optim(blr=5e-4, betas=(0.9, 0.999), warmup_epochs=5.0))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, lowest in (("layer_decay", 0.01), ("drop_path", 0), ("ema", 0)):
-            at_least(lowest, self, name)
-            if getattr(self, name) > (1 if name == "layer_decay" else 0.9999999):
-                raise ConfigError(f"{name} {getattr(self, name)} is out of range; choose at most 1")
+        within(0.01, 1.0, self, "layer_decay")
+        within(0.0, 0.99, self, "drop_path")
         if self.batch_size % self.optim.accumulation:
             raise ConfigError(
                 f"batch_size {self.batch_size} is no multiple of optim.accumulation {self.optim.accumulation}"
@@ -554,6 +565,93 @@ class Finetune(Few):
     def lr(self) -> float:
         """Peak learning rate of the head."""
         return self.optim.blr * self.batch_size / 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Few, Tune):
+    """Settings of `dmjd finetune`."""
+
+    out: Path = Path("runs/finetune")
+    """Directory of the run."""
+    preset: str = "quick"
+    """Recipe to start from: quick, base, large."""
+    ema: float = 0.0
+    """Decay of a running mean of the weights, which is then what is judged and kept; 0 for none."""
+    augment: Augment = field(default_factory=Augment)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within(0.0, 0.9999999, self, "ema")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(Tune):
+    """What segmentation and detection have in common."""
+
+    predict: Path | None = None
+    """An image or a folder of images: write what a trained --backbone RUN/last.safetensors sees in them to --out,
+    instead of training."""
+    classes: Path | None = None
+    """File with the name of a class in every line. Default: DATA/classes.txt, else what the annotations have."""
+    crop_size: str = "512"
+    """Side of a training crop in pixels, or HEIGHTxWIDTH."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Smallest and largest size of a training image before it is cropped, times the size it is judged at."""
+    flip: bool = True
+    """Mirror every other image."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.scale[0] <= self.scale[1] < math.inf:
+            raise ConfigError(f"scale {self.scale}: low before high, above 0")
+        height_width("crop_size", self.crop_size)
+
+    @property
+    def crop_hw(self) -> tuple[int, int]:
+        """Height and width of a training crop in pixels."""
+        return height_width("crop_size", self.crop_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment(Dense):
+    """Settings of `dmjd segment`."""
+
+    data: str = ""
+    """Folder with images/PART/NAME.jpg and annotations/PART/NAME.png, the parts called train and val."""
+    out: Path = Path("runs/segment")
+    """Directory of the run."""
+    preset: str = "camvid"
+    """Recipe to start from: camvid (for 2 cores), ade20k (the published one)."""
+    ignore_index: int = 255
+    """Label of pixels that are neither trained on nor counted."""
+    reduce_zero_label: bool = False
+    """Label 0 has no class either, and label 1 is the first class, as in ADE20K."""
+    photometric: bool = True
+    """Change brightness, contrast, saturation and hue of training images."""
+    inference: Literal["whole", "slide"] = "whole"
+    """Look at a whole image, or at windows of the crop's size whose logits are averaged."""
+    stride: int | None = None
+    """Pixels from one window to the next. Default: two thirds of a window."""
+    decoder_channels: int = 512
+    """Width of UPerNet."""
+    auxiliary_weight: float = 0.4
+    """Weight of the loss of a second head on the map of stride 16; 0 for none."""
+    schedule: Literal["cosine", "poly"] = "poly"
+    """How the learning rate falls after the warm-up: cosine, or poly, a straight line."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(0, self, "ignore_index", "auxiliary_weight")
+        at_least(1, self, "stride", "decoder_channels")
+        if self.stride and self.stride > min(self.crop_hw):
+            raise ConfigError(f"stride {self.stride} leaves gaps between windows of {self.crop_size}")
+        if self.batch_size < 2 * self.optim.accumulation:
+            raise ConfigError("batch_size: BatchNorm needs two images at a time or more")
+
+    @property
+    def short_side(self) -> int:
+        """Pixels of the shorter side of an image that is judged."""
+        return min(self.crop_hw)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,21 @@ from dmjd.errors import CheckpointError, ConfigError
 Architecture = tuple[str, dict[str, Any]]  # name and arguments for `timm.create_model`
 
 
-def save_backbone(path: Path, model: nn.Module, architecture: Architecture, mean: Any, std: Any) -> None:
-    """Write a timm model: weights, its name and arguments for `timm.create_model`, and the images' statistics."""
+def save_backbone(
+    path: Path,
+    model: nn.Module,
+    architecture: Architecture,
+    mean: Any,
+    std: Any,
+    *,
+    around: nn.Module | None = None,
+    task: dict[str, Any] | None = None,
+) -> None:
+    """Write a timm model: weights, its name and arguments for `timm.create_model`, and the images' statistics.
+
+    A network `around` it, which `task` describes, has its weights written instead: `read_task` and `load_around` read
+    such a file.
+    """
     name, arguments = architecture
     default: Any = model.pretrained_cfg
     in_chans, size = arguments.get("in_chans", default["input_size"][0]), arguments.get("img_size")
@@ -32,9 +45,41 @@ def save_backbone(path: Path, model: nn.Module, architecture: Architecture, mean
             }
         ),
     }
+    if task is not None:
+        metadata["task"] = json.dumps(task)
     partial = path.with_name(f".{path.name}.partial")
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, partial, metadata)
+    weights = (around or model).state_dict()
+    save_file({key: value.contiguous() for key, value in weights.items()}, partial, metadata)
     partial.replace(path)
+
+
+def read_task(path: str | Path, name: str) -> dict[str, Any]:
+    """Read what describes the network around a backbone.
+
+    Raises:
+        CheckpointError: If the file holds no network for the task of this name.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            task = json.loads((file.metadata() or {}).get("task", "{}"))
+    except (SafetensorError, OSError, ValueError):
+        task = {}
+    if task.get("name") != name:
+        raise CheckpointError(f"no network of dmjd {name}; {path}; give the last.safetensors of such a run")
+    return task
+
+
+def load_around(path: str | Path, model: nn.Module) -> None:
+    """Load the weights of a network around a backbone.
+
+    Raises:
+        CheckpointError: If they are another network's.
+    """
+    try:
+        model.load_state_dict(load_file(path))
+    except (RuntimeError, SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"weights and metadata do not agree: {reason}; {path}; write the file again") from None
 
 
 def load_backbone(path: str | Path) -> nn.Module:

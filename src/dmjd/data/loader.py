@@ -149,6 +149,30 @@ class LabelledSamples(Dataset[tuple[Tensor, int, dict[str, str]]]):
             return self.transform(image), self.images.labels[read], skipped
 
 
+class AnnotatedBatch(NamedTuple):
+    """One micro-batch of images with what is to be seen in them."""
+
+    images: Any  # uint8 (B, C, H, W)
+    annotations: Any
+    skipped: dict[str, str]
+
+
+@dataclass(frozen=True)
+class AnnotatedSamples(Dataset[tuple[Any, Any, dict[str, str]]]):
+    """Training samples by (epoch, index): images that an augmentation changes together with their annotations."""
+
+    images: Readable  # reads (image, annotation)
+    augment: Callable[[Any, Any], tuple[Any, Any]]
+    seed: int
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any, dict[str, str]]:
+        """Make one sample."""
+        epoch, index = key
+        (image, annotation), _, skipped = read_or_substitute(self.images, index)
+        with seeded(mix(self.seed, epoch, index)):
+            return *self.augment(image, annotation), skipped
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Set the global generators to a seed, and back."""
@@ -166,6 +190,13 @@ def collate_labelled(samples: list[tuple[Tensor, int, dict[str, str]]]) -> Label
     """Stack samples with labels."""
     images, labels, skipped = zip(*samples, strict=True)
     return LabelledBatch(torch.stack(images), torch.tensor(labels), {k: v for each in skipped for k, v in each.items()})
+
+
+def collate_annotated(samples: list[tuple[Any, Any, dict[str, str]]]) -> AnnotatedBatch:
+    """Stack images and, where they are tensors, annotations."""
+    images, annotations, skipped = zip(*samples, strict=True)
+    stacked = torch.stack(annotations) if isinstance(annotations[0], Tensor) else list(annotations)
+    return AnnotatedBatch(torch.stack(images), stacked, {k: v for each in skipped for k, v in each.items()})
 
 
 @dataclass(frozen=True)

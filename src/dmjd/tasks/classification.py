@@ -1,7 +1,5 @@
 """The result of a classification: numbers, a table by class, the confusion matrix, a page to look at."""
 
-import csv
-import io
 import json
 import time
 import warnings
@@ -11,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
-from dmjd.config import to_dict
-from dmjd.engine.checkpoint import write_atomically
-from dmjd.tasks.report import CURVES, curve, data_uri, read_metrics, render
+from dmjd.tasks.report import data_uri
+from dmjd.tasks.results import write_results
 
 MOST_NAMED = 40  # classes whose names fit beside the picture of a confusion matrix
 
@@ -69,27 +65,13 @@ class Result:
         summary = self.summary() | {"seconds": round(time.perf_counter() - began, 1)}
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            rows = self.by_class()
-            table = io.StringIO(newline="")
-            writer = csv.DictWriter(table, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-            write_atomically(out / "per_class.csv", table.getvalue())
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Glyph")  # the table has names that the picture's font has not
                 self.picture().savefig(out / "confusion.png", dpi=110)
-            lines = read_metrics(out / "metrics.jsonl")
-            page = {
-                "name": out.resolve().name,
-                "verb": type(settings).__name__.lower(),
-                "summary": summary,
-                "rows": sorted(rows, key=lambda row: row["accuracy"] if row["images"] else 2),
-                "confusion": data_uri((out / "confusion.png").read_bytes()),
-                "curves": [figure for title, keys in CURVES.items() if (figure := curve(title, keys, lines))],
-                "settings": yaml.safe_dump(to_dict(settings), sort_keys=False),
-            }
-            write_atomically(out / "result.json", json.dumps(summary, indent=1))
-            write_atomically(out / "report.html", render("classification.html", page))
+            picture = data_uri((out / "confusion.png").read_bytes())
+            rows = self.by_class()
+            hardest = sorted(rows, key=lambda row: row["accuracy"] if row["images"] else 2)
+            write_results(settings, out, summary, rows, "classification.html", hardest=hardest, confusion=picture)
         print(json.dumps(summary))
 
     def by_class(self) -> list[dict[str, Any]]:

@@ -35,15 +35,23 @@ HOG_BINS = 9
 PICTURE_BUDGET = 1_500_000  # characters of inline pictures: keeps the file below 2 MB
 MEASURES = {"knn_top1": "k-NN top-1", "linear_top1": "Linear probe top-1", "rankme": "RankMe", "spread": "Spread"}
 CURVES: dict[str, dict[str, str]] = {
-    "Loss": {"total": "loss", "hidden tokens": "loss_masked", "visible tokens": "loss_visible"},
+    "Loss": {
+        "total": "loss",
+        "hidden tokens": "loss_masked",
+        "visible tokens": "loss_visible",
+        "auxiliary head": "loss_auxiliary",
+    },
     "Learning rate": {"learning rate": "lr"},
     "Gradient norm": {"gradient norm": "grad_norm"},
     "Top-1, percent": {"top-1": "top1"},
+    "mIoU, percent": {"mIoU": "miou"},
+    "AP, percent": {"boxes": "map", "masks": "mask_map"},
     "k-NN top-1, percent": {"k-NN top-1": "knn_top1"},
     "RankMe": {"RankMe": "rankme"},
     "Spread": {"spread": "spread"},
     "Images per second": {"images per second": "images_per_second"},
 }
+SHARES = frozenset(["top1", "knn_top1", "miou", "map", "mask_map"])  # shown in percent
 Line = dict[str, Any]
 
 
@@ -211,14 +219,14 @@ def legend(axes: Any, **names: Any) -> None:
 
 def curve(title: str, keys: Mapping[str, str], lines: Sequence[Line]) -> dict[str, Any] | None:
     """A figure of logged quantities: a smooth line over the faint raw one; None where nothing was logged."""
-    x = "epoch" if {"knn_top1", "rankme", "spread", "top1"} & set(keys.values()) else "step"
+    x = "epoch" if {"knn_top1", "rankme", "spread", *SHARES} & set(keys.values()) else "step"
     logged = {name: points for name, key in keys.items() if (points := series(lines, key, x)).size}
     if not logged:
         return None
     figure = Figure(figsize=(4.6, 2.5), layout="constrained")
     axes, spoken, values_all = plain_axes(figure), [], []
     for (name, (at, values)), colour in zip(logged.items(), HUES, strict=False):
-        values = values * 100 if keys[name].endswith("top1") else values
+        values = values * 100 if keys[name] in SHARES else values
         finite = np.isfinite(values)
         lost = at[~finite][:: 1 + at.size // 300]
         axes.plot(lost, 0 * lost, "|", color=WARN, transform=axes.get_xaxis_transform())
@@ -361,9 +369,18 @@ def places(hidden: Bool[np.ndarray, " L"], grid: tuple[int, int], shape: tuple[i
     return np.kron(hidden.reshape(grid), np.ones((shape[-2] // grid[0], shape[-1] // grid[1]), bool))
 
 
-def data_uri(png: bytes) -> str:
-    """A PNG file as a data URI."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def data_uri(file: bytes, kind: str = "png") -> str:
+    """A picture's file as a data URI."""
+    return f"data:image/{kind};base64,{base64.b64encode(file).decode()}"
+
+
+def jpeg(picture: UInt8[np.ndarray, "H W 3"], width: int = 320) -> str:
+    """A photograph as a data URI, made smaller if it is wide."""
+    image = Image.fromarray(picture)
+    image.thumbnail((width, width))
+    buffer = io.BytesIO()
+    image.save(buffer, "jpeg", quality=85)
+    return data_uri(buffer.getvalue(), "jpeg")
 
 
 def png(picture: UInt8[np.ndarray, "C H W"]) -> str:

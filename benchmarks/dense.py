@@ -1,0 +1,79 @@
+"""What pre-training is worth for segmentation and detection on two cores: CamVid and BCCD, three starts, two seeds.
+
+python benchmarks/dense.py CAMVID BCCD CLOTHING OUT
+
+CAMVID has images/ and annotations/, BCCD is a Pascal VOC folder, CLOTHING holds a larger set of photographs. A small
+ViT is pre-trained for the same number of steps on the training images of either task and on the photographs; then every
+task is trained for the same number of steps from random weights, from its own images and from the photographs. Every
+run takes one core. Runs that are there are not repeated; the table is OUT/table.md.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+PRETRAIN = """--preset mae --model.size tiny --model.embed_dim 128 --model.depth 6 --model.num_heads 4
+--model.image_size 128 --model.patch_size 8 --decoder.embed_dim 96 --decoder.depth 2 --decoder.num_heads 3
+--batch_size 64 --steps 900 --optim.blr 2e-3 --optim.warmup_epochs 1 --workers 0"""
+TASKS = {
+    "camvid": ("segment --preset camvid --ignore_index 11", ("miou", "pixel_accuracy")),
+    "bccd": ("detect --preset bccd", ("map", "map50")),
+}
+STARTS = ("random", "own", "clothing")
+SEEDS = (0, 1)
+
+
+def dmjd(words: str, out: Path, **paths: Path) -> dict:
+    """Run a verb on one core unless it is done; return what it found."""
+    done = out / ("summary.json" if words.startswith("pretrain") else "result.json")
+    if not done.exists():
+        print(words, paths, flush=True)
+        command = [sys.executable, "-m", "dmjd.cli", *words.split(), "--out", str(out), "--device", "cpu", "--resume"]
+        command += [word for name, path in paths.items() for word in (f"--{name}", str(path))]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    return json.loads(done.read_text())
+
+
+def training_images(bccd: Path, folder: Path) -> Path:
+    """Link the images of the training part into a folder: pre-training shall not see the others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (bccd / "ImageSets" / "Main" / "train.txt").read_text().split():
+        if not (folder / f"{name}.jpg").exists():
+            (folder / f"{name}.jpg").symlink_to((bccd / "JPEGImages" / f"{name}.jpg").resolve())
+    return folder
+
+
+def main(camvid: Path, bccd: Path, clothing: Path, out: Path) -> None:
+    sets = {"camvid": camvid, "bccd": bccd}
+    images = {
+        "clothing": clothing,
+        "camvid": camvid / "images" / "train",
+        "bccd": training_images(bccd, out / "bccd-train"),
+    }
+    for name, folder in images.items():
+        dmjd(f"pretrain {PRETRAIN}", out / f"pretrain-{name}", data=folder)
+    rows = ["| task | start | seeds | minutes | | |", "|---|---|---|---|---|---|"]
+    for task, (words, measures) in TASKS.items():
+        for start in STARTS:
+            pretrained = out / f"pretrain-{'clothing' if start == 'clothing' else task}" / "backbone.safetensors"
+            untrained = " --untrained" if start == "random" else ""
+            runs = [
+                dmjd(
+                    f"{words}{untrained} --seed {seed}",
+                    out / f"{task}-{start}-{seed}",
+                    data=sets[task],
+                    backbone=pretrained,
+                )
+                for seed in SEEDS
+            ]
+            found = (f"{name} {' / '.join(f'{100 * run[name]:.1f}' for run in runs)}" for name in measures)
+            minutes = statistics.mean(run["seconds"] for run in runs) / 60
+            rows.append(f"| {task} | {start} | {len(runs)} | {minutes:.1f} | {' | '.join(found)} |")
+            (out / "table.md").write_text("\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

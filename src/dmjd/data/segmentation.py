@@ -1,0 +1,208 @@
+"""Images with a class for every pixel: DATA/images/PART/NAME.jpg beside DATA/annotations/PART/NAME.png, as in ADE20K.
+
+An annotation is a picture with one number for every pixel (grey or with a palette, 8 or 16 bits) of its image's size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from dmjd.data.images import BadImage, decode
+from dmjd.data.sources import folder_images
+from dmjd.errors import DataError
+
+PARTS = (("train", "training"), ("val", "validation", "test"))
+
+
+class Annotated(NamedTuple):
+    """An image with the class of every pixel."""
+
+    image: UInt8[Tensor, "C H W"]
+    labels: Int[Tensor, "H W"]  # the class's number, or ignore_index
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """A numbered set of annotated images.
+
+    Attributes:
+        names: Path of each image below `root`.
+        root: Folder of the images.
+        annotations: Folder of the annotations.
+        classes: Names of the classes.
+        ignore_index: Number of pixels without a class.
+        reduce_zero_label: 0 has no class, 1 is the first class.
+        in_chans: Channels to decode, 3 or 1.
+    """
+
+    names: Sequence[str]
+    root: Path
+    annotations: Path
+    classes: Sequence[str]
+    ignore_index: int
+    reduce_zero_label: bool
+    in_chans: int
+    held: None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> Annotated:
+        """Decode an image and its annotation.
+
+        Raises:
+            BadImage: If one does not decode, their sizes differ, or a number is no class's.
+        """
+        image, labels = decode(self.root / self.names[index], self.in_chans), self.labels(index)
+        if image.shape[1:] != labels.shape:
+            (height, width), (rows, columns) = image.shape[1:], labels.shape
+            raise BadImage(f"image of {height}x{width} but annotation of {rows}x{columns} pixels")
+        wrong = labels[(labels != self.ignore_index) & (labels >= len(self.classes))]
+        if len(wrong):
+            raise BadImage(
+                f"annotation with label {int(wrong[0])}, but the last of {len(self.classes)} classes is "
+                f"{len(self.classes) - 1}, and {self.ignore_index} is ignored"
+            )
+        return Annotated(image, labels)
+
+    def labels(self, index: int) -> Int[Tensor, "H W"]:
+        """Decode an annotation; raises `BadImage`."""
+        try:
+            with Image.open(self.annotations / Path(self.names[index]).with_suffix(".png")) as picture:
+                numbers = np.array(picture)
+        except Exception as error:  # decoders fail in every way there is
+            raise BadImage(f"annotation: {type(error).__name__}: {' '.join(str(error).split())}"[:200]) from None
+        if numbers.ndim != 2 or numbers.dtype.kind == "f":
+            raise BadImage("annotation in colours; it has one number for every pixel")
+        labels = torch.from_numpy(numbers.astype(np.int64))
+        if self.reduce_zero_label:
+            labels = torch.where((labels == 0) | (labels == self.ignore_index), self.ignore_index, labels - 1)
+        return labels
+
+
+def load(
+    data: str, *, in_chans: int, classes: Path | None = None, ignore_index: int = 255, reduce_zero_label: bool = False
+) -> tuple[Pairs, Pairs]:
+    """Find the training and the held-out part of a set.
+
+    Args:
+        data: Folder of the set.
+        in_chans: Channels to decode, 3 or 1.
+        classes: File with the name of a class in every line. Default: `data`/classes.txt, else the classes are the
+            numbers up to the highest label of the training part.
+        ignore_index: Label of pixels without a class.
+        reduce_zero_label: Label 0 has no class either, and label 1 is the first class.
+
+    Raises:
+        DataError: If a part is missing, an image has no annotation, an annotation no image, or a class is ignored.
+    """
+    root = Path(data)
+    train, held_out = (
+        _part(root, names, in_chans=in_chans, ignore_index=ignore_index, reduce_zero_label=reduce_zero_label)
+        for names in PARTS
+    )
+    file = classes or (root / "classes.txt" if (root / "classes.txt").is_file() else None)
+    named = class_names(file) if file else _count(train)
+    if ignore_index < len(named):
+        raise DataError(f"label {ignore_index} is both a class and ignored; {data}; see --ignore_index and --classes")
+    return replace(train, classes=named), replace(held_out, classes=named)
+
+
+def class_names(file: Path) -> tuple[str, ...]:
+    """Read the names of classes, one in a line.
+
+    Raises:
+        DataError: If there is none, or one comes twice.
+    """
+    try:
+        names = tuple(line.strip() for line in file.read_text("utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"no names of classes ({error}); {file}; write one in a line") from None
+    if not names or len({*names}) < len(names):
+        raise DataError(f"{'a class comes twice' if names else 'no names of classes'}; {file}; write one in a line")
+    return names
+
+
+def _part(root: Path, names: Sequence[str], **options: Any) -> Pairs:
+    part = next((name for name in names if (root / "images" / name).is_dir()), None)
+    if part is None:
+        raise DataError(
+            f"no folder images/{names[0]}; {root}; --data needs images/PART/NAME.jpg and annotations/PART/NAME.png "
+            "with the parts train and val"
+        )
+    images, annotations = root / "images" / part, root / "annotations" / part
+    found = folder_images(images, 3).names
+    pictures = folder_images(annotations, 1).names if annotations.is_dir() else []
+    stems, annotated = ({Path(name).with_suffix("").as_posix() for name in names} for names in (found, pictures))
+    if alone := sorted(stems ^ annotated):
+        what = "an image without annotation" if alone[0] in stems else "an annotation without image"
+        raise DataError(f"{what}: {alone[0]} (one of {len(alone)}); {images}, {annotations}; add or remove files")
+    return Pairs(names=found, root=images, annotations=annotations, classes=(), **options)
+
+
+def _count(train: Pairs) -> tuple[str, ...]:
+    """Name the classes by their numbers, up to the highest label of the training part."""
+    highest = -1
+    for index in tqdm(range(len(train)), desc="counting classes", unit=" images", leave=False, disable=None):
+        try:
+            labels = train.labels(index)
+        except BadImage:  # training reports it
+            continue
+        labels = labels[labels != train.ignore_index]
+        highest = max(highest, int(labels.max()) if len(labels) else -1)
+    if highest < 0:
+        raise DataError(f"no labels in the annotations; {train.annotations}; all pixels are ignored")
+    return tuple(str(number) for number in range(highest + 1))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random size, crop, mirror and colours of an image, and the same size, crop and mirror of its labels."""
+
+    steps: v2.Compose
+
+    @classmethod
+    def of(
+        cls,
+        crop: tuple[int, int],
+        *,
+        scale: tuple[float, float],
+        flip: bool,
+        photometric: bool,
+        mean: Sequence[float],
+        ignore_index: int,
+    ) -> "Augmentation":
+        """Choose what is done.
+
+        Args:
+            crop: Height and width of the crop.
+            scale: Range of the image's shorter side before the crop, over the crop's.
+            flip: Mirror every other image.
+            photometric: Change brightness, contrast, saturation and hue.
+            mean: Colour, 0 to 1, of what a crop has beyond its image.
+            ignore_index: Label of that.
+        """
+        sides = [max(round(min(crop) * factor), 1) for factor in scale]
+        fill = {tv_tensors.Image: [255 * value for value in mean], tv_tensors.Mask: ignore_index}
+        steps = [
+            v2.RandomShortestSize(list(range(sides[0], sides[1] + 1))),
+            v2.RandomCrop(crop, pad_if_needed=True, fill=fill),
+        ]
+        steps += [v2.RandomHorizontalFlip()] if flip else []
+        steps += [v2.ColorJitter(0.25, 0.5, 0.5, 0.05)] if photometric else []
+        return cls(v2.Compose(steps))
+
+    def __call__(self, image: Tensor, labels: Tensor) -> Annotated:
+        """Augment one image (C, H, W) and its labels (H, W)."""
+        image, labels = self.steps(tv_tensors.Image(image), tv_tensors.Mask(labels))
+        return Annotated(image.as_subclass(Tensor), labels.as_subclass(Tensor))

@@ -1,0 +1,168 @@
+"""Images with a class for every pixel: what is read, what is refused, what augmentation keeps."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dmjd.data.images import BadImage
+from dmjd.data.loader import AnnotatedSamples
+from dmjd.data.segmentation import Augmentation, Pairs, load
+from dmjd.errors import DataError
+
+HEIGHT, WIDTH = 30, 41
+
+
+def write(root: Path, part: str, name: str, labels: np.ndarray, mode: str = "L") -> None:
+    """An image whose grey is 20 times its label, and its annotation."""
+    for folder in ("images", "annotations"):
+        (root / folder / part).mkdir(parents=True, exist_ok=True)
+    grey = np.repeat(labels[..., None] * 20, 3, axis=2).astype(np.uint8)
+    Image.fromarray(grey).save(root / "images" / part / f"{name}.png")
+    picture = Image.fromarray(labels.astype(np.uint16 if mode == "I;16" else np.uint8))
+    if mode == "P":
+        picture.putpalette([200, 10, 10] * 256)
+    picture.save(root / "annotations" / part / f"{name}.png")
+
+
+def stripes(*classes: int) -> np.ndarray:
+    return np.repeat(np.repeat(np.array(classes), -(-WIDTH // len(classes)))[None, :WIDTH], HEIGHT, axis=0)
+
+
+@pytest.fixture
+def root(tmp_path):
+    for part, count in (("train", 3), ("val", 2)):
+        for number in range(count):
+            write(tmp_path, part, f"{number}", stripes(0, 1, 2))
+    return tmp_path
+
+
+def found(root: Path, **options: object) -> tuple[Pairs, Pairs]:
+    return load(str(root), in_chans=3, **options)
+
+
+def augmentation(size: tuple[int, int], **options: object) -> Augmentation:
+    chosen = {"scale": (0.5, 2.0), "flip": True, "photometric": True, "mean": [0.5] * 3, "ignore_index": 255}
+    return Augmentation.of(size, **chosen | options)
+
+
+def test_load__counts_the_classes_of_the_training_part(root):
+    train, held_out = found(root)
+    assert (len(train), len(held_out), train.classes) == (3, 2, ("0", "1", "2"))
+    image, labels = train.read(0)
+    assert image.shape == (3, HEIGHT, WIDTH)
+    assert (image[0] == labels * 20).all()
+
+
+def test_load__names_the_classes_by_the_file_beside_the_images_or_the_one_given(root):
+    (root / "classes.txt").write_text("sky\nroad\n\ntree\n")
+    assert found(root)[0].classes == ("sky", "road", "tree")
+    (root / "other.txt").write_text("a\nb\nc\nd\n")
+    assert found(root, classes=root / "other.txt")[1].classes == ("a", "b", "c", "d")
+
+
+@pytest.mark.parametrize(("content", "said"), [("a\nb\na\n", "twice"), ("\n", "no names"), (None, "No such file")])
+def test_load__classes_that_are_no_list_of_names_are_refused(root, content, said):
+    if content is not None:
+        (root / "names.txt").write_text(content)
+    with pytest.raises(DataError, match=said):
+        found(root, classes=root / "names.txt")
+
+
+def test_load__an_ignored_class_is_refused(root):
+    with pytest.raises(DataError, match="label 1 is both a class and ignored"):
+        found(root, ignore_index=1)
+
+
+def test_load__an_ignored_highest_label_is_no_class(root):
+    assert found(root, ignore_index=2)[0].classes == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [("annotations", "an image without annotation: 1"), ("images", "an annotation without image: 1")],
+)
+def test_load__what_has_no_partner_is_named(root, folder, said):
+    (root / folder / "train" / "1.png").unlink()
+    with pytest.raises(DataError, match=said):
+        found(root)
+
+
+@pytest.mark.parametrize("data", ["", "nowhere"])
+def test_load__a_folder_of_another_layout_is_refused(data, tmp_path):
+    with pytest.raises(DataError, match="no folder images/train"):
+        found(tmp_path / data if data else Path(data))
+
+
+def test_load__parts_may_be_called_training_and_validation_as_in_ade20k(root):
+    for folder in ("images", "annotations"):
+        (root / folder / "train").rename(root / folder / "training")
+        (root / folder / "val").rename(root / folder / "validation")
+    train, held_out = found(root)
+    assert (train.root.name, held_out.root.name) == ("training", "validation")
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "I;16"])
+def test_read__takes_numbers_of_every_kind_of_png(root, mode):
+    write(root, "train", "0", stripes(2, 0, 1), mode)
+    assert (found(root)[0].read(0).labels == torch.from_numpy(stripes(2, 0, 1))).all()
+
+
+def test_read__with_zero_reduced_the_first_class_is_label_1(root):
+    write(root, "train", "0", stripes(0, 1, 2, 255))
+    train, _ = found(root, reduce_zero_label=True)
+    assert train.classes == ("0", "1")
+    assert train.read(0).labels.unique().tolist() == [0, 1, 255]
+    assert (train.read(0).labels[torch.from_numpy(stripes(0, 1, 2, 255)) == 0] == 255).all()
+
+
+def test_read__a_label_out_of_range_says_which(root):
+    (root / "classes.txt").write_text("a\nb\n")
+    train, _ = found(root)
+    with pytest.raises(BadImage, match="label 2, but the last of 2 classes is 1, and 255 is ignored"):
+        train.read(0)
+
+
+def test_read__an_annotation_of_another_size_in_colour_or_broken_says_so(root):
+    annotations = root / "annotations" / "train"
+    Image.fromarray(stripes(0, 1)[:-1].astype(np.uint8)).save(annotations / "0.png")
+    Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8)).save(annotations / "1.png")
+    (annotations / "2.png").write_bytes(b"no picture")
+    (root / "classes.txt").write_text("a\nb\nc\n")
+    train, _ = found(root)
+    for number, said in enumerate(["image of 30x41 but annotation of 29x41", "in colours", "UnidentifiedImageError"]):
+        with pytest.raises(BadImage, match=said):
+            train.read(number)
+
+
+@pytest.mark.parametrize("size", [(24, 32), (64, 96), (17, 23)])
+def test_augmentation__labels_move_with_the_image_and_padding_is_ignored(root, size):
+    train, _ = found(root)
+    samples = AnnotatedSamples(train, augmentation(size, photometric=False), seed=0)
+    padded = 0
+    for index in range(len(train)):
+        for epoch in range(4):
+            image, labels, skipped = samples[epoch, index]
+            assert image.shape[1:] == labels.shape == size
+            assert image.dtype == torch.uint8
+            assert not skipped
+            inside = labels != 255
+            agree = ((image[0] / 20).round() == labels)[inside].float().mean()
+            assert agree > 0.75  # not 1: colours of an edge are mixed, classes are not
+            assert (image[0][~inside].float() - 127.5).abs().le(1).all()
+            padded += int((~inside).sum())
+    assert padded
+
+
+def test_augmentation__a_sample_depends_on_seed_epoch_and_index_alone(root):
+    train, _ = found(root)
+    augment = augmentation((24, 32))
+    before = torch.random.get_rng_state()
+    first, again = (AnnotatedSamples(train, augment, seed=1)[2, 0] for _ in range(2))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], AnnotatedSamples(train, augment, seed=1)[3, 0][0])
+    assert not torch.equal(first[0], AnnotatedSamples(train, augment, seed=2)[2, 0][0])
+    assert torch.equal(before, torch.random.get_rng_state())

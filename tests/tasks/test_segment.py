@@ -1,0 +1,211 @@
+"""Segmentation end to end on small scenes, its numbers against others', and its windows."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, jaccard_score
+from torch import nn
+
+from dmjd.cli import main
+from dmjd.config import Segment
+from dmjd.tasks.segment import look, scores, starts
+
+FLAGS = {
+    "--steps": "6",
+    "--batch_size": "4",
+    "--workers": "0",
+    "--device": "cpu",
+    "--log.log_every": "1",
+    "--log.evals": "1",
+    "--crop_size": "32",
+    "--decoder_channels": "16",
+}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    """Noisy images, red where the class is 0, green where it is 1, with a border that is ignored."""
+    root = tmp_path_factory.mktemp("scenes")
+    for part, count in (("train", 8), ("val", 3)):
+        for number in range(count):
+            random = np.random.default_rng((count, number))
+            labels = np.full((36 + number, 51), 255, np.uint8)
+            edge = random.integers(12, 40)
+            labels[2:-2, 2:edge], labels[2:-2, edge:-2] = 0, 1
+            image = random.integers(0, 80, (*labels.shape, 3), dtype=np.uint8)
+            for channel in (0, 1):
+                image[..., channel] += 120 * (labels == channel).astype(np.uint8)
+            for folder, array in (("images", image), ("annotations", labels)):
+                (root / folder / part).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(root / folder / part / f"{number}.png")
+    (root / "classes.txt").write_text("red\ngreen\n")
+    return root
+
+
+def words(backbone, data, out, flags=""):
+    given = flags.split()
+    unchanged = [word for pair in FLAGS.items() if pair[0] not in given for word in pair]
+    return ["segment", "--backbone", str(backbone), "--data", str(data), "--out", str(out), *unchanged, *given]
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def confusion(true: np.ndarray, predicted: np.ndarray, count: int) -> torch.Tensor:
+    table = torch.zeros(count, count, dtype=torch.long)
+    for row, column in zip(true.ravel(), predicted.ravel(), strict=True):
+        table[row, column] += 1
+    return table
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def test_scores__worked_by_hand():
+    perfect, _ = scores(torch.diag(torch.tensor([5, 3, 0])), "abc")
+    assert perfect == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
+    # One of six pixels of class a is taken for b: IoU 5/6 and 2/3, accuracy 5/6 and 1.
+    off, rows = scores(torch.tensor([[5, 1], [0, 2]]), "ab")
+    assert off == {"miou": 0.75, "pixel_accuracy": 0.875, "mean_class_accuracy": 0.9167}
+    assert rows[0] == {"class": "a", "pixels": 6, "accuracy": 0.8333, "iou": 0.8333}
+    # A class that is only predicted counts with IoU 0; one that nobody has seen does not count.
+    absent, rows = scores(torch.tensor([[4, 1, 0], [0, 0, 0], [0, 0, 0]]), "abc")
+    assert absent == {"miou": 0.4, "pixel_accuracy": 0.8, "mean_class_accuracy": 0.8}
+    assert (rows[1]["iou"], rows[1]["accuracy"], rows[2]["iou"]) == (0.0, "", "")
+    assert scores(torch.zeros(2, 2, dtype=torch.long), "ab")[0]["miou"] == 0.0  # every pixel ignored
+
+
+def test_scores__are_scikit_learns():
+    random = np.random.default_rng(0)
+    true, predicted = random.integers(0, 4, 300), random.integers(0, 4, 300)
+    found, rows = scores(confusion(true, predicted, 4), "abcd")
+    assert found["miou"] == pytest.approx(jaccard_score(true, predicted, average="macro"), abs=1e-4)
+    assert found["pixel_accuracy"] == pytest.approx(accuracy_score(true, predicted), abs=1e-4)
+    assert found["mean_class_accuracy"] == pytest.approx(balanced_accuracy_score(true, predicted), abs=1e-4)
+    by_class = jaccard_score(true, predicted, average=None)
+    assert [row["iou"] for row in rows] == pytest.approx(by_class.tolist(), abs=1e-4)
+
+
+# -- windows -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("full", "expected"), [(10, [0]), (11, [0, 1]), (17, [0, 6, 7]), (22, [0, 6, 12])])
+def test_windows__cover_the_image_and_end_with_it(full, expected):
+    assert starts(full, 10, 6) == expected
+
+
+@pytest.mark.parametrize("size", [(40, 70), (20, 70), (24, 32), (9, 11)])
+def test_windows__of_a_network_that_sees_single_pixels_are_the_whole_image(size):
+    class Pointwise(nn.Conv2d):
+        def forward(self, images):
+            return [super().forward(images)]
+
+    model, image = Pointwise(3, 5, 1), torch.randn(1, 3, *size)
+    whole, slid = (
+        look(Segment(backbone="none", crop_size="24x32", inference=kind), model, image) for kind in ("whole", "slide")
+    )
+    torch.testing.assert_close(whole, slid)
+
+
+# -- end to end --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vit", "convvit", "grey"])
+def test_segment__trains_judges_and_predicts(name, scenes, backbones, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(words(backbones[name], scenes, out, "--auxiliary_weight 0.4 --inference slide")) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said.keys() >= {"miou", "pixel_accuracy", "mean_class_accuracy", "images", "train_images", "seconds"}
+    assert (said["images"], said["train_images"]) == (3, 8)
+    assert json.loads((out / "result.json").read_text()) == said
+    assert {"loss", "loss_auxiliary", "lr", "grad_norm"} <= lines(out)[0].keys()
+    assert (out / "per_class.csv").read_text().splitlines()[0] == "class,pixels,accuracy,iou"
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/jpeg") == 9
+    assert "mIoU" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+    images, seen = scenes / "images" / "val", tmp_path / "seen"
+    assert (
+        main(["segment", "--backbone", str(out / "last.safetensors"), "--predict", str(images), "--out", str(seen)])
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 3
+    for number in range(3):
+        mask = np.array(Image.open(seen / "masks" / f"{number}.png"))
+        overlay = np.array(Image.open(seen / "overlays" / f"{number}.jpg"))
+        assert (*mask.shape, 3) == overlay.shape == (36 + number, 51, 3)
+        assert {*mask.ravel().tolist()} <= {0, 1}
+    assert (seen / "classes.txt").read_text() == "red\ngreen\n"
+    # What it sees in the held-out images is what the run was judged by.
+    true = [np.array(Image.open(scenes / "annotations" / "val" / f"{number}.png")) for number in range(3)]
+    found = [np.array(Image.open(seen / "masks" / f"{number}.png")) for number in range(3)]
+    known = np.concatenate([labels.ravel() for labels in true]) != 255
+    flat = [np.concatenate([labels.ravel() for labels in each])[known] for each in (true, found)]
+    assert jaccard_score(*flat, average="macro") == pytest.approx(said["miou"], abs=1e-4)
+
+
+def test_segment__tells_red_from_green(scenes, backbones, tmp_path, capsys):
+    flags = "--steps 80 --optim.blr 0.2 --optim.warmup_epochs 2 --log.evals 0"
+    assert main(words(backbones["convvit"], scenes, tmp_path / "run", flags)) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["miou"] > 0.8
+
+
+def test_segment__stopped_and_resumed_it_ends_as_if_unbroken(scenes, backbones, tmp_path):
+    unbroken, stopped = tmp_path / "unbroken", tmp_path / "stopped"
+    flags = "--steps 20 --drop_path 0.2 --auxiliary_weight 0.4"
+    assert main(words(backbones["vit"], scenes, unbroken, flags)) == 0
+    command = [sys.executable, "-m", "dmjd.cli", *words(backbones["vit"], scenes, stopped, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+    ) as run:
+        next(line for line in run.stderr if line.endswith("saved\n"))
+        run.send_signal(signal.SIGTERM)
+        run.communicate(timeout=120)
+    assert run.returncode == 143
+    assert main(words(backbones["vit"], scenes, stopped, f"{flags} --resume")) == 0
+    losses = [{line["step"]: line["loss"] for line in lines(out) if "loss" in line} for out in (unbroken, stopped)]
+    assert losses[0] == losses[1]
+    ends = [json.loads((out / "result.json").read_text()) | {"seconds": 0} for out in (unbroken, stopped)]
+    assert ends[0] == ends[1]
+
+
+def test_segment__takes_a_convolutional_model_of_timm(scenes, tmp_path):
+    timm.create_model("test_resnet")  # known to this version of timm
+    assert main([*words("timm:test_resnet", scenes, tmp_path / "run", "--steps 2"), "--untrained"]) == 0
+
+
+def test_segment__a_bad_annotation_stops_a_small_run_and_is_named(scenes, backbones, tmp_path, capsys):
+    (tmp_path / "names.txt").write_text("red\n")
+    code = main(words(backbones["vit"], scenes, tmp_path / "run", f"--classes {tmp_path / 'names.txt'}"))
+    assert code == 3
+    assert "label 1, but the last of 1 classes is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        ("--batch_size 1", 2, "BatchNorm needs two images"),
+        ("--crop_size 12xa", 2, "neither a number nor HEIGHTxWIDTH"),
+        ("--inference slide --stride 50", 2, "leaves gaps"),
+        ("--scale 2 1", 2, "low before high"),
+        ("--layer_decay 1.5", 2, "layer_decay 1.5 is out of range"),
+        ("--predict nowhere", 4, "no network of dmjd segment"),
+    ],
+)
+def test_segment__a_users_mistake_is_one_line(flags, code, said, scenes, backbones, tmp_path, capsys):
+    assert main(words(backbones["vit"], scenes, tmp_path / "run", flags)) == code
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert said in error[0]
