@@ -55,6 +55,13 @@ def segment(*, settings: Annotated[config.Segment, Flat]) -> None:
     segment(settings)
 
 
+def detect(*, settings: Annotated[config.Detect, Flat]) -> None:
+    """Train a backbone and Faster or Mask R-CNN on images with boxes, or predict with them."""
+    from dmjd.tasks.detect import detect
+
+    detect(settings)
+
+
 def embed(*, settings: Annotated[config.Embed, Flat]) -> None:
     """Write the features of images to a file."""
     from dmjd.tasks.embed import embed
@@ -74,7 +81,7 @@ def report(run: Path, /, *, debug: bool = False) -> None:
     print(write_report(run))
 
 
-VERBS: tuple[Callable[..., None], ...] = (pretrain, knn, linear, finetune, segment, embed, report)
+VERBS: tuple[Callable[..., None], ...] = (pretrain, knn, linear, finetune, segment, detect, embed, report)
 
 
 def application(layers: Sequence[Path] = ()) -> App:
@@ -96,6 +103,7 @@ PRESETS: dict[str, tuple[Any, Path]] = {
     "linear": (config.Linear, config.PRESETS / "linear"),
     "finetune": (config.Finetune, config.PRESETS / "finetune"),
     "segment": (config.Segment, config.PRESETS / "segment"),
+    "detect": (config.Detect, config.PRESETS / "detect"),
 }
 
 

@@ -655,6 +655,28 @@ class Segment(Dense):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Detect(Dense):
+    """Settings of `dmjd detect`."""
+
+    data: str = ""
+    """Folder of a set as COCO (annotations/*train*.json, *val*.json) or Pascal VOC (ImageSets/Main) has it."""
+    out: Path = Path("runs/detect")
+    """Directory of the run."""
+    preset: str = "bccd"
+    """Recipe to start from: bccd (for 2 cores), coco (the published one)."""
+    fpn_channels: int = 256
+    """Width of the feature pyramid network."""
+    head_channels: int = 1024
+    """Width of the layers that judge a box."""
+    window: int | None = None
+    """Side, in tokens, of the windows that all but four blocks of a ViT attend in: for large images. Default: none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, self, "fpn_channels", "head_channels", "window")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Embed(Run):
     """Settings of `dmjd embed`."""
 

@@ -74,3 +74,48 @@ def test_pyramid__a_hybrid_gives_the_maps_of_its_own_stages():
 def test_pyramid__a_model_without_maps_is_a_value_error():
     with pytest.raises(ValueError, match="no maps"):
         Pyramid(torch.nn.Linear(2, 2))
+
+
+def windowed_vit(**options):
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", patch_size=4, embed_dim=32, depth=8, num_heads=2, img_size=32, **options
+    ).eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 2}])
+def test_windows__as_large_as_the_image_change_nothing(options):
+    plain, windowed = (Pyramid(windowed_vit(**options), window=window) for window in (None, 8))
+    windowed.load_state_dict(plain.state_dict())  # the names of the weights stay
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for expected, found in zip(plain(image), windowed(image), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_windows__of_part_of_the_image_change_the_maps_and_not_their_sizes():
+    plain, windowed = (Pyramid(windowed_vit(), window=window) for window in (None, 3))
+    windowed.load_state_dict(plain.state_dict())
+    image = torch.randn(1, 3, 37, 50)
+    with torch.no_grad():
+        for expected, found in zip(plain(image), windowed(image), strict=True):
+            assert found.shape == expected.shape
+            assert not torch.allclose(found, expected, atol=1e-3)
+
+
+def test_windows__tokens_see_other_windows_in_the_last_block_of_each_quarter_alone():
+    vit = windowed_vit(class_token=False, global_pool="avg")
+    pyramid = Pyramid(vit, window=2)
+    assert pyramid.windows.windowed == [0, 2, 4, 6]
+    tokens = torch.randn(1, 64, 32, requires_grad=True)
+    pyramid.windows.grid = (8, 8)
+    for block, reached in ((0, 4), (1, 64)):
+        (gradient,) = torch.autograd.grad(vit.blocks[block](tokens)[0, 9].sum(), tokens)
+        assert int((gradient[0].abs().sum(dim=1) > 0).sum()) == reached
+    first = torch.autograd.grad(vit.blocks[0](tokens)[0, 9].sum(), tokens)[0][0].abs().sum(dim=1)
+    assert first.nonzero().flatten().tolist() == [0, 1, 8, 9]  # the square of rows 0, 1 and columns 0, 1
+
+
+def test_windows__of_a_convolutional_network_are_refused():
+    with pytest.raises(ValueError, match="windows need a ViT"):
+        Pyramid(timm.create_model("resnet10t"), window=4)

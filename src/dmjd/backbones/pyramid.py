@@ -8,6 +8,8 @@ from timm.layers import Format, LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dmjd.backbones.windows import Windows
+
 
 class Pyramid(nn.Module):
     """Four maps of a backbone.
@@ -18,18 +20,19 @@ class Pyramid(nn.Module):
 
     Args:
         backbone: A timm model with `feature_info` and `forward_intermediates`, without a classifier.
+        window: Side, in tokens, of the windows that most blocks of a ViT attend in; None for all tokens.
 
     Attributes:
         channels: Widths of the maps.
         levels: What is trained beside the backbone.
 
     Raises:
-        ValueError: If the backbone has no maps.
+        ValueError: If the backbone has no maps, or shall have windows and is no ViT.
     """
 
     strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, backbone: nn.Module, window: int | None = None):
         super().__init__()
         info: Any = getattr(backbone, "feature_info", None)
         if info is None or not hasattr(backbone, "forward_intermediates"):
@@ -48,12 +51,18 @@ class Pyramid(nn.Module):
             self.channels = [widths[layer] for layer in self.layers]
             self.levels = nn.ModuleList(nn.Identity() for _ in self.strides)
 
+        self.windows = Windows(backbone, window) if window else None
+        self.multiple *= window or 1
+
     def forward(self, images: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B D h w"]]:
         """Compute the maps of normalised images; map s has ceil(H / s) rows and ceil(W / s) columns."""
         height, width = images.shape[-2:]
         down, right = (-side % self.multiple for side in (height, width))
         backbone: Any = self.backbone
         indices = sorted({*self.layers})
+        if self.windows:
+            patch = self.multiple // self.windows.size
+            self.windows.grid = ((height + down) // patch, (width + right) // patch)
         found = backbone.forward_intermediates(
             F.pad(images, (0, right, 0, down)), indices=indices, intermediates_only=True, output_fmt="NCHW"
         )

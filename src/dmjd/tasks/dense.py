@@ -48,21 +48,21 @@ class Judged:
     pictures: dict[str, Sequence[Picture]] = field(default_factory=dict)
 
 
-def opened(settings: Dense) -> tuple[Opened, Pyramid]:
-    """Open the backbone that settings name, and make maps of it.
+def opened(settings: Dense, window: int | None = None) -> tuple[Opened, Pyramid]:
+    """Open the backbone that settings name, and make maps of it, with windowed attention if wanted.
 
     Raises:
         CheckpointError: If it does not load.
-        ConfigError: If it has no maps.
+        ConfigError: If it has no maps, or cannot have windows.
     """
     torch.manual_seed(settings.seed)
     # A trained network's file describes its backbone; the weights of all come later, by `load_around`.
     pretrained = not settings.untrained and settings.predict is None
     backbone = Opened(settings, settings.backbone, pretrained=pretrained, drop_path_rate=settings.drop_path)
     try:
-        return backbone, Pyramid(backbone.model)
+        return backbone, Pyramid(backbone.model, window)
     except ValueError as error:
-        raise ConfigError(f"{error}; {settings.backbone}; take a model with forward_intermediates") from None
+        raise ConfigError(f"{error}; {settings.backbone}; take another backbone") from None
 
 
 def fit(

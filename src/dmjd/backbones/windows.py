@@ -1,0 +1,57 @@
+"""Windowed attention for a plain ViT, so that large images are affordable (ViTDet, Li et al. 2022, section 3)."""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+GLOBAL_BLOCKS = 4  # evenly spaced; the others see windows
+
+
+class Windows:
+    """Makes blocks of a ViT attend within square windows of tokens; its weights and their names stay as they are.
+
+    Blocks at the end of each of `GLOBAL_BLOCKS` equal parts of the network still see all tokens. Class and register
+    tokens go into every window and come back as the mean over them.
+
+    Args:
+        vit: A ViT of timm.
+        size: Side of a window, in tokens.
+
+    Attributes:
+        grid: Rows and columns of tokens of the next images; multiples of `size`. To be set before every forward pass.
+
+    Raises:
+        ValueError: If the backbone is no ViT.
+    """
+
+    def __init__(self, vit: nn.Module, size: int):
+        blocks: Any = getattr(vit, "blocks", None)
+        self.prefix: Any = getattr(vit, "num_prefix_tokens", None)
+        if blocks is None or self.prefix is None:
+            raise ValueError("windows need a ViT")
+        self.size = size
+        self.grid = (size, size)
+        ends = [round(len(blocks) * part / GLOBAL_BLOCKS) for part in range(GLOBAL_BLOCKS + 1)]
+        self.windowed = [index for start, end in pairwise(ends) for index in range(start, end - 1)]
+        for index in self.windowed:
+            blocks[index].register_forward_pre_hook(lambda block, given: (self.split(given[0]), *given[1:]))
+            blocks[index].register_forward_hook(lambda block, given, found: self.join(found))
+
+    def split(self, tokens: Tensor) -> Tensor:
+        """Cut tokens (B, prefix + rows * columns, D) into windows (B * windows, prefix + size * size, D)."""
+        (rows, columns), size = self.grid, self.size
+        extra, patches = tokens[:, : self.prefix], tokens[:, self.prefix :]
+        parts = patches.unflatten(1, (rows // size, size, columns // size, size)).transpose(2, 3)
+        parts = parts.flatten(1, 2).flatten(2, 3)  # (B, windows, size * size, D)
+        extra = extra[:, None].expand(-1, parts.shape[1], -1, -1)
+        return torch.cat([extra, parts], dim=2).flatten(0, 1)
+
+    def join(self, windows: Tensor) -> Tensor:
+        """Undo `split`."""
+        (rows, columns), size = self.grid, self.size
+        windows = windows.unflatten(0, (-1, rows // size * (columns // size)))
+        extra, parts = windows[:, :, : self.prefix].mean(dim=1), windows[:, :, self.prefix :]
+        parts = parts.unflatten(1, (rows // size, columns // size)).unflatten(3, (size, size))
+        return torch.cat([extra, parts.transpose(2, 3).flatten(1, 4)], dim=1)

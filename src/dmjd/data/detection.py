@@ -1,0 +1,329 @@
+"""Images with boxes around objects, and masks where there are any: COCO's JSON files, or Pascal VOC's XML files.
+
+COCO: DATA/annotations/*train*.json and *val*.json, images in the folder that a file is named after (train2017), in
+images/ of that name, in images/ or in DATA itself. VOC: DATA/Annotations, DATA/JPEGImages and DATA/ImageSets/Main.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from dmjd.data.images import EXTENSIONS, BadImage, decode
+from dmjd.errors import DataError
+
+COCO_PARTS = (("train",), ("val", "valid", "test"))
+VOC_PARTS = (("train", "trainval"), ("val", "test"))
+
+
+class Objects(NamedTuple):
+    """What is to be seen in an image."""
+
+    boxes: Float[Tensor, "n 4"]  # left, top, right, bottom in pixels
+    labels: Int[Tensor, " n"]  # number of the class, from 0
+    ignored: Bool[Tensor, " n"]  # crowds and difficult objects: neither trained on nor counted
+    masks: Bool[Tensor, "n H W"] | None
+
+
+class Found(NamedTuple):
+    """An image and its objects as the files have them."""
+
+    name: str
+    size: tuple[int, int] | None  # height and width, if they are given
+    objects: list[dict[str, Any]]  # each with `class`, `box` (left, top, right, bottom), `ignored`, `segmentation`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenes:
+    """A numbered set of images with objects.
+
+    Attributes:
+        names: Path of each image below `root`.
+        root: Folder of the images.
+        classes: Names of the classes.
+        in_chans: Channels to decode, 3 or 1.
+        records: JSON of every image's objects one after the other, in one buffer that worker processes share.
+        ends: Where the records end.
+        masks: Whether objects have masks.
+        counts: Objects of every class that count.
+    """
+
+    names: Sequence[str]
+    root: Path
+    classes: tuple[str, ...]
+    in_chans: int
+    records: UInt8[Tensor, " bytes"]
+    ends: Int[Tensor, " n"]
+    masks: bool
+    counts: tuple[int, ...]
+    held: None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> tuple[UInt8[Tensor, "C H W"], Objects]:
+        """Decode an image and its objects.
+
+        Raises:
+            BadImage: If it does not decode, or has not the size that its annotation gives.
+        """
+        image = decode(self.root / self.names[index], self.in_chans)
+        height, width = image.shape[1:]
+        start = int(self.ends[index - 1]) if index else 0
+        record = json.loads(bytes(self.records[start : int(self.ends[index])].numpy()))
+        if record["size"] not in (None, [height, width]):
+            given = "x".join(map(str, record["size"]))
+            raise BadImage(f"image of {height}x{width} pixels, annotated as {given}")
+        objects = record["objects"]
+        boxes = torch.tensor([each["box"] for each in objects], dtype=torch.float32).reshape(-1, 4)
+        masks = None
+        if self.masks:
+            drawn = [draw(each["segmentation"], each["box"], height, width) for each in objects]
+            masks = torch.from_numpy(np.stack([*drawn])) if drawn else torch.zeros(0, height, width, dtype=torch.bool)
+        return image, Objects(
+            boxes=boxes,
+            labels=torch.tensor([each["class"] for each in objects], dtype=torch.long),
+            ignored=torch.tensor([each["ignored"] for each in objects], dtype=torch.bool),
+            masks=masks,
+        )
+
+
+def draw(segmentation: Any, box: Sequence[float], height: int, width: int) -> Bool[np.ndarray, "H W"]:
+    """Draw an object's polygons or run lengths; its box where it has none."""
+    from faster_coco_eval.core import mask
+
+    if not segmentation:
+        left, top, right, bottom = box
+        segmentation = [[left, top, right, top, right, bottom, left, bottom]]
+    lengths = mask.frPyObjects(segmentation, height, width) if not is_compressed(segmentation) else segmentation
+    lengths = mask.merge(lengths) if isinstance(lengths, list) else lengths
+    return mask.decode(lengths).astype(bool)
+
+
+def is_compressed(segmentation: Any) -> bool:
+    """Tell run lengths as a string from polygons and from run lengths as numbers."""
+    return isinstance(segmentation, dict) and isinstance(segmentation["counts"], str | bytes)
+
+
+def load(data: str, *, in_chans: int, classes: tuple[str, ...] | None = None) -> tuple[Scenes, Scenes]:
+    """Find the training and the held-out part of a set.
+
+    Boxes are cut at the edge of their image where its size is known. One without area is left out, with a line on
+    stderr.
+
+    Args:
+        data: Folder of the set.
+        in_chans: Channels to decode, 3 or 1.
+        classes: Names of the classes. Default: COCO's categories by their numbers, VOC's names of the training part.
+
+    Raises:
+        DataError: If files are missing or broken, objects are of an unknown class, or a part has no object.
+    """
+    root = Path(data)
+    if (root / "ImageSets" / "Main").is_dir():
+        folder = root / "JPEGImages"
+        parts = [(folder, read_voc(root, names)) for names in VOC_PARTS]
+        named = classes or tuple(sorted({each["class"] for found in parts[0][1] for each in found.objects}))
+    else:
+        files = [coco_file(root, names) for names in COCO_PARTS]
+        read = [read_coco(file) for file in files]
+        parts = [(coco_images(root, file), found) for file, (_, found) in zip(files, read, strict=True)]
+        named = classes or read[0][0]
+    train, held_out = (collect(folder, found, named, in_chans) for folder, found in parts)
+    for part, (folder, _) in zip((train, held_out), parts, strict=True):
+        if not sum(part.counts):
+            raise DataError(f"no objects; {folder}; both parts need some")
+    return train, held_out
+
+
+def collect(root: Path, found: Iterable[Found], classes: tuple[str, ...], in_chans: int) -> Scenes:
+    """Check and pack the images of one part."""
+    names, records, flat, counts, masks = [], [], [], [0] * len(classes), False
+    number = {name: place for place, name in enumerate(classes)}
+    for image in found:
+        if not (root / image.name).is_file():
+            raise DataError(f"an annotation for a missing image; {root / image.name}; add it or take it out")
+        objects = []
+        for each in image.objects:
+            if each["class"] not in number:
+                known = ", ".join(classes[:10])
+                raise DataError(f"an object of unknown class {each['class']!r}; {image.name}; the classes are {known}")
+            left, top, right, bottom = (max(value, 0.0) for value in each["box"])
+            if image.size:
+                right, bottom = min(right, image.size[1]), min(bottom, image.size[0])
+            if not (right > left and bottom > top):
+                flat.append(image.name)
+                continue
+            masks |= bool(each["segmentation"])
+            counts[number[each["class"]]] += not each["ignored"]
+            objects.append({**each, "class": number[each["class"]], "box": [left, top, right, bottom]})
+        names.append(image.name)
+        records.append(json.dumps({"size": image.size, "objects": objects}).encode())
+    if flat:
+        print(f"warning: {len(flat)} boxes without area left out, such as in {flat[0]}; {root}", file=sys.stderr)
+    return Scenes(
+        names=names,
+        root=root,
+        classes=classes,
+        in_chans=in_chans,
+        records=torch.frombuffer(bytearray(b"".join(records)), dtype=torch.uint8),
+        ends=torch.tensor([len(record) for record in records]).cumsum(0),
+        masks=masks,
+        counts=tuple(counts),
+    )
+
+
+# -- COCO --------------------------------------------------------------------------------------------------------------
+
+
+def coco_file(root: Path, parts: Sequence[str]) -> Path:
+    """Find the JSON file of a part, that of instances if there are several.
+
+    Raises:
+        DataError: If there is none.
+    """
+    for part in parts:
+        files = sorted(root.glob(f"annotations/*{part}*.json"), key=lambda file: "instances" not in file.name)
+        if files:
+            return files[0]
+    raise DataError(
+        f"no annotations/*{parts[0]}*.json and no ImageSets/Main; {root}; --data needs a set as COCO or Pascal VOC "
+        "have it"
+    )
+
+
+def coco_images(root: Path, file: Path) -> Path:
+    """Find the folder of the images of a JSON file."""
+    name = file.stem.rpartition("_")[2]
+    places = (root / name, root / "images" / name, root / "images")
+    return next((place for place in places if place.is_dir()), root)
+
+
+def read_coco(file: Path) -> tuple[tuple[str, ...], list[Found]]:
+    """Read a file of COCO: names of its categories by their numbers, and its images.
+
+    Raises:
+        DataError: If it is broken, or has an annotation for an image that it does not list.
+    """
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        categories = {each["id"]: each["name"] for each in sorted(content["categories"], key=lambda each: each["id"])}
+        images = {
+            each["id"]: Found(each["file_name"], (each["height"], each["width"]) if "height" in each else None, [])
+            for each in content["images"]
+        }
+        for each in content["annotations"]:
+            if each["image_id"] not in images:
+                raise DataError(f"an annotation for image {each['image_id']}, which is not listed; {file}; add it")
+            left, top, width, height = map(float, each["bbox"])
+            images[each["image_id"]].objects.append(
+                {
+                    "class": categories.get(each["category_id"], f"category {each['category_id']}"),
+                    "box": (left, top, left + width, top + height),
+                    "ignored": bool(each.get("iscrowd", 0)),
+                    "segmentation": each.get("segmentation") or None,
+                }
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"not a COCO file ({type(error).__name__}: {error}); {file}; correct it") from None
+    return tuple(categories.values()), list(images.values())
+
+
+# -- Pascal VOC --------------------------------------------------------------------------------------------------------
+
+
+def read_voc(root: Path, parts: Sequence[str]) -> list[Found]:
+    """Read the images of a part of Pascal VOC.
+
+    Coordinates count pixels from 1 to the last one inside: the left edge of a box is xmin - 1, the right one xmax. A
+    box whose xmax is not above its xmin has no width.
+
+    Raises:
+        DataError: If a file is missing or broken.
+    """
+    lists = [root / "ImageSets" / "Main" / f"{part}.txt" for part in parts]
+    listed = next((file for file in lists if file.is_file()), None)
+    if listed is None:
+        raise DataError(f"no list of images; {lists[0]}; write a name in every line")
+    return [read_xml(root, line.split()[0]) for line in listed.read_text("utf-8").splitlines() if line.strip()]
+
+
+def read_xml(root: Path, name: str) -> Found:
+    """Read one file of Pascal VOC; see `read_voc`."""
+    file = root / "Annotations" / f"{name}.xml"
+    try:
+        tree = ElementTree.parse(file).getroot()
+        size = [int(float(tree.findtext(f"size/{side}", "0"))) for side in ("height", "width")]
+        objects = []
+        for each in tree.iter("object"):
+            left, top, right, bottom = (
+                float(each.findtext(f"bndbox/{edge}", "")) for edge in ("xmin", "ymin", "xmax", "ymax")
+            )
+            flat = right <= left or bottom <= top
+            objects.append(
+                {
+                    "class": each.findtext("name", "").strip(),
+                    "box": (left, top, left, top) if flat else (left - 1, top - 1, right, bottom),
+                    "ignored": each.findtext("difficult", "0").strip() == "1",
+                    "segmentation": None,
+                }
+            )
+    except (OSError, ElementTree.ParseError, ValueError) as error:
+        raise DataError(f"not an annotation of Pascal VOC ({error}); {file}; correct it") from None
+    folder = root / "JPEGImages"
+    pictures = (f"{name}{ending}" for ending in (".jpg", *sorted(EXTENSIONS)))
+    picture = next((picture for picture in pictures if (folder / picture).is_file()), f"{name}.jpg")
+    return Found(picture, (size[0], size[1]) if all(size) else None, objects)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Large-scale jitter (Ghiasi et al. 2021), a crop and a mirror, of an image and its objects."""
+
+    steps: v2.Compose
+
+    @classmethod
+    def of(
+        cls, crop: tuple[int, int], *, scale: tuple[float, float], flip: bool, mean: Sequence[float]
+    ) -> "Augmentation":
+        """Choose what is done.
+
+        Args:
+            crop: Height and width of the crop.
+            scale: Range of the image's size before the crop, times that at which it just fits into the crop.
+            flip: Mirror every other image.
+            mean: Colour, 0 to 1, of what a crop has beyond its image.
+        """
+        steps = [
+            v2.ScaleJitter(crop, scale),
+            v2.RandomCrop(
+                crop,
+                pad_if_needed=True,
+                fill={tv_tensors.Image: [255 * value for value in mean], tv_tensors.Mask: 0, "others": 0},
+            ),
+        ]
+        steps += [v2.RandomHorizontalFlip()] if flip else []
+        return cls(v2.Compose([*steps, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1.0)]))
+
+    def __call__(self, image: Tensor, objects: Objects) -> tuple[Tensor, dict[str, Tensor]]:
+        """Augment one image (C, H, W) and its objects, which become boxes, labels from 1 and masks for torchvision."""
+        counted = ~objects.ignored
+        boxes = tv_tensors.BoundingBoxes(objects.boxes[counted], format="XYXY", canvas_size=image.shape[-2:])
+        target = {"boxes": boxes, "labels": objects.labels[counted] + 1}
+        if objects.masks is not None:
+            target["masks"] = tv_tensors.Mask(objects.masks[counted])
+        image, target = self.steps(tv_tensors.Image(image), target)
+        return image.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}

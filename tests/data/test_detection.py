@@ -1,0 +1,228 @@
+"""Images with boxes: what COCO's and Pascal VOC's files become, what is refused, what augmentation keeps."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dmjd.data.detection import Augmentation, load
+from dmjd.data.images import BadImage
+from dmjd.data.loader import AnnotatedSamples
+from dmjd.errors import DataError
+
+HEIGHT, WIDTH = 30, 41
+SQUARE = [[5, 6, 15, 6, 15, 16, 5, 16]]  # polygon of the box 5, 6, 15, 16
+
+
+def picture(path: Path, height: int = HEIGHT, width: int = WIDTH) -> None:
+    """Black, with a white box from (5, 6) to (15, 16)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[6:16, 5:15] = 255
+    Image.fromarray(pixels).save(path)
+
+
+def annotation(image: int, box: list[float], category: int = 3, **more: object) -> dict:
+    return {"id": 1, "image_id": image, "bbox": box, "category_id": category, **more}
+
+
+def write_coco(root: Path, train: list[dict], *, size: tuple[int, int] = (HEIGHT, WIDTH)) -> Path:
+    """Two images in either part; all of `train` is annotated in the first part, a box in the second."""
+    for part, annotations in (("train2017", train), ("val2017", [annotation(0, [5, 6, 10, 10])])):
+        for number in range(2):
+            picture(root / part / f"{number}.png")
+        content = {
+            "images": [
+                {"id": number, "file_name": f"{number}.png", "height": size[0], "width": size[1]} for number in range(2)
+            ],
+            "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}],
+            "annotations": annotations,
+        }
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"instances_{part}.json").write_text(json.dumps(content))
+    return root
+
+
+def write_voc(root: Path, *objects: tuple[str, tuple[int, int, int, int], int], held_out: str = "cat") -> Path:
+    """One image with the objects for training, one with a box held out."""
+    (root / "Annotations").mkdir()
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    for part, found in (("train", objects), ("val", [(held_out, (6, 7, 15, 16), 0)])):
+        picture(root / "JPEGImages" / f"{part}.png")
+        (root / "ImageSets" / "Main" / f"{part}.txt").write_text(f"{part} 1\n")
+        boxes = "".join(
+            f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{box[0]}</xmin>"
+            f"<ymin>{box[1]}</ymin><xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox></object>"
+            for name, box, difficult in found
+        )
+        size = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height></size>"
+        (root / "Annotations" / f"{part}.xml").write_text(f"<annotation>{size}{boxes}</annotation>")
+    return root
+
+
+def found(root: Path, **options: object):
+    return load(str(root), in_chans=3, **options)
+
+
+# -- COCO --------------------------------------------------------------------------------------------------------------
+
+
+def test_coco__boxes_are_corners_and_classes_are_in_order_of_their_numbers(tmp_path):
+    train, held_out = found(write_coco(tmp_path, [annotation(1, [5, 6, 10, 10], 7), annotation(1, [0, 0, 4, 5], 3)]))
+    assert (train.classes, train.counts, held_out.counts) == (("cat", "dog"), (1, 1), (1, 0))
+    image, objects = train.read(1)
+    assert image.shape == (3, HEIGHT, WIDTH)
+    assert objects.boxes.tolist() == [[5, 6, 15, 16], [0, 0, 4, 5]]
+    assert objects.labels.tolist() == [1, 0]
+    assert objects.masks is None
+
+
+def test_coco__an_image_without_boxes_has_none(tmp_path):
+    _, objects = found(write_coco(tmp_path, [annotation(1, [5, 6, 10, 10])]))[0].read(0)
+    assert objects.boxes.shape == (0, 4)
+    assert objects.labels.shape == objects.ignored.shape == (0,)
+
+
+def test_coco__crowds_are_ignored_and_not_counted(tmp_path):
+    crowd = annotation(0, [0, 0, 9, 9], iscrowd=1)
+    train, _ = found(write_coco(tmp_path, [crowd, annotation(0, [5, 6, 10, 10])]))
+    assert train.counts == (1, 0)
+    assert train.read(0)[1].ignored.tolist() == [True, False]
+
+
+def test_coco__polygons_and_run_lengths_become_the_same_mask(tmp_path):
+    lengths = {"size": [HEIGHT, WIDTH], "counts": [5 * HEIGHT + 6, 10, *[HEIGHT - 10, 10] * 9, 26 * HEIGHT + 14]}
+    box = [5, 6, 10, 10]
+    kinds = [annotation(0, box, segmentation=each) for each in (SQUARE, lengths)] + [annotation(0, box)]
+    _, objects = found(write_coco(tmp_path, kinds))[0].read(0)
+    image, _ = found(tmp_path)[0].read(0)
+    assert objects.masks.shape == (3, HEIGHT, WIDTH)
+    for mask in objects.masks:  # the third object has no outline: its box stands for it
+        assert torch.equal(mask, image[0] == 255)
+
+
+def test_coco__boxes_are_cut_at_the_edge_and_those_without_area_left_out_with_a_word(tmp_path, capsys):
+    boxes = ([-3, -4, 10, 10], [38, 20, 50, 50], [5, 5, 0, 8], [5, 5, 8, -1], [60, 5, 5, 5])
+    train, _ = found(write_coco(tmp_path, [annotation(0, box) for box in boxes]))
+    assert train.read(0)[1].boxes.tolist() == [[0, 0, 7, 6], [38, 20, 41, 30]]
+    assert "warning: 3 boxes without area left out, such as in 0.png" in capsys.readouterr().err
+
+
+def test_coco__an_image_of_another_size_than_annotated_is_a_bad_one(tmp_path):
+    train, _ = found(write_coco(tmp_path, [annotation(0, [5, 6, 10, 10])], size=(60, 82)))
+    with pytest.raises(BadImage, match="image of 30x41 pixels, annotated as 60x82"):
+        train.read(0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda root: (root / "train2017" / "1.png").unlink(), "an annotation for a missing image; .*1.png"),
+        (lambda root: (root / "annotations" / "instances_val2017.json").unlink(), r"no annotations/\*val\*.json"),
+        (lambda root: (root / "annotations" / "instances_val2017.json").write_text("{"), "not a COCO file"),
+        (lambda root: (root / "annotations" / "instances_val2017.json").write_text("[]"), "not a COCO file"),
+        (lambda root: write_coco(root, [annotation(9, [5, 6, 10, 10])]), "annotation for image 9, which is not listed"),
+        (lambda root: write_coco(root, [annotation(0, [5, 6, 9, 9], 8)]), "unknown class 'category 8'"),
+        (lambda root: write_coco(root, []), "no objects"),
+    ],
+)
+def test_coco__what_is_missing_or_broken_is_named(tmp_path, spoil, said):
+    spoil(write_coco(tmp_path, [annotation(0, [5, 6, 10, 10])]))
+    with pytest.raises(DataError, match=said):
+        found(tmp_path)
+
+
+def test_coco__the_file_of_instances_is_taken_and_images_may_lie_elsewhere(tmp_path):
+    write_coco(tmp_path, [annotation(0, [5, 6, 10, 10])])
+    (tmp_path / "annotations" / "captions_train2017.json").write_text("{}")
+    (tmp_path / "images").mkdir()
+    for part in ("train2017", "val2017"):
+        (tmp_path / part).rename(tmp_path / "images" / part)
+    assert found(tmp_path)[0].root == tmp_path / "images" / "train2017"
+
+
+# -- Pascal VOC --------------------------------------------------------------------------------------------------------
+
+
+def test_voc__pixels_count_from_one_and_difficult_objects_are_ignored(tmp_path):
+    train, held_out = found(write_voc(tmp_path, ("cat", (6, 7, 15, 16), 0), ("ant", (1, 1, 41, 30), 1)))
+    assert (train.classes, train.counts, held_out.counts) == (("ant", "cat"), (0, 1), (0, 1))
+    image, objects = train.read(0)
+    assert objects.boxes.tolist() == [[5, 6, 15, 16], [0, 0, 41, 30]]
+    assert objects.ignored.tolist() == [False, True]
+    left, top, right, bottom = map(int, objects.boxes[0])
+    assert (image[:, top:bottom, left:right] == 255).all()
+    assert image.sum() == 3 * 255 * 100
+
+
+def test_voc__a_box_of_zero_width_is_left_out_with_a_word(tmp_path, capsys):
+    train, _ = found(write_voc(tmp_path, ("cat", (6, 7, 15, 16), 0), ("cat", (8, 7, 8, 16), 0)))
+    assert train.read(0)[1].boxes.tolist() == [[5, 6, 15, 16]]
+    assert "warning: 1 boxes without area left out" in capsys.readouterr().err
+
+
+def test_voc__a_class_unknown_to_the_list_is_named(tmp_path):
+    write_voc(tmp_path, ("cat", (6, 7, 15, 16), 0), held_out="cow")
+    with pytest.raises(DataError, match=r"an object of unknown class 'cow'; val\.png; the classes are cat"):
+        found(tmp_path)
+    assert found(tmp_path, classes=("cow", "cat"))[0].counts == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("JPEGImages/train.png", None, "an annotation for a missing image; .*train.jpg"),
+        ("Annotations/train.xml", None, "not an annotation of Pascal VOC .*train.xml"),
+        ("Annotations/train.xml", "<annotation>", "not an annotation of Pascal VOC .*train.xml"),
+        ("Annotations/train.xml", "<a><object><name>cat</name></object></a>", "not an annotation of Pascal VOC"),
+        ("ImageSets/Main/val.txt", None, "no list of images; .*val.txt"),
+    ],
+)
+def test_voc__what_is_missing_or_broken_is_named(tmp_path, file, content, said):
+    write_voc(tmp_path, ("cat", (6, 7, 15, 16), 0))
+    (tmp_path / file).unlink()
+    if content:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(DataError, match=said):
+        found(tmp_path)
+
+
+def test_load__a_folder_of_another_layout_is_refused(tmp_path):
+    with pytest.raises(DataError, match="as COCO or Pascal VOC"):
+        found(tmp_path)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(24, 32), (64, 96), (17, 23)])
+def test_augmentation__boxes_and_masks_stay_around_what_they_were_drawn_around(tmp_path, size):
+    train, _ = found(write_coco(tmp_path, [annotation(0, [5, 6, 10, 10], segmentation=SQUARE)]))
+    augment = Augmentation.of(size, scale=(0.5, 2.0), flip=True, mean=[0.0] * 3)
+    samples, kept = AnnotatedSamples(train, augment, seed=0), 0
+    for epoch in range(12):
+        image, target, _ = samples[epoch, 0]
+        assert image.shape[1:] == target["masks"].shape[1:] == size
+        assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"]) <= 1
+        if not len(target["boxes"]):
+            continue
+        kept += 1
+        assert target["labels"].tolist() == [1]  # 0 is torchvision's background
+        rows, columns = (image[0] > 127).nonzero().unbind(1)
+        seen = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        assert (target["boxes"][0] - seen).abs().max() <= 1.5
+        rows, columns = target["masks"][0].nonzero().unbind(1)
+        drawn = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        assert (drawn - seen).abs().max() <= 1.5
+    assert kept >= 6
+
+
+def test_augmentation__an_image_without_boxes_stays_one_without(tmp_path):
+    train, _ = found(write_coco(tmp_path, [annotation(1, [5, 6, 10, 10])]))
+    augment = Augmentation.of((24, 32), scale=(0.5, 2.0), flip=True, mean=[0.5] * 3)
+    _, target, _ = AnnotatedSamples(train, augment, seed=0)[0, 0]
+    assert target["boxes"].shape == (0, 4)
+    assert target["labels"].shape == (0,)
