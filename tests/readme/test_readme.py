@@ -1,7 +1,9 @@
 """What the README tells a newcomer to type works as it stands there."""
 
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,8 @@ SHORT = shlex.split(
     "--model.embed_dim 32 --model.depth 1 --model.num_heads 2 "
     "--decoder.embed_dim 16 --decoder.num_heads 2 --decoder.depth 1"
 )
-FLAGS = {"pretrain": SHORT, "finetune": shlex.split("--steps 2 --batch_size 4 --workers 0 --device cpu")}
+FINE = shlex.split("--steps 2 --batch_size 4 --workers 0 --device cpu")
+FLAGS = {"pretrain": SHORT, "finetune": FINE, "segment": FINE, "detect": FINE}
 
 
 def blocks(language):
@@ -37,6 +40,21 @@ def workplace(tmp_path_factory):
         path = folder / "photos" / f"class{number % 2}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    for part in ("train", "val"):
+        for number in range(4):
+            pixels = np.random.default_rng(number).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+            for place, array in (("images", pixels), ("annotations", pixels[..., 0] // 128)):
+                path = folder / "streets" / place / part / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(path)
+        shutil.copytree(folder / "streets" / "images" / part, folder / "cells" / part)
+        content = {
+            "images": [{"id": number, "file_name": f"{number}.png", "height": 64, "width": 80} for number in range(4)],
+            "categories": [{"id": 1, "name": "cell"}],
+            "annotations": [{"id": 1, "image_id": 0, "category_id": 1, "bbox": [8, 8, 32, 32]}],
+        }
+        (folder / "cells" / "annotations").mkdir(exist_ok=True)
+        (folder / "cells" / "annotations" / f"instances_{part}.json").write_text(json.dumps(content))
     return folder
 
 
