@@ -10,6 +10,7 @@ from PIL import Image
 from dmjd.data.images import BadImage
 from dmjd.data.loader import AnnotatedSamples
 from dmjd.data.segmentation import Augmentation, Pairs, load
+from dmjd.data.sources import class_names
 from dmjd.errors import DataError
 
 HEIGHT, WIDTH = 30, 41
@@ -56,19 +57,21 @@ def test_load__counts_the_classes_of_the_training_part(root):
     assert (image[0] == labels * 20).all()
 
 
-def test_load__names_the_classes_by_the_file_beside_the_images_or_the_one_given(root):
+def test_class_names__come_from_the_file_given_or_else_from_the_one_beside_the_images(root):
+    assert class_names(str(root), None) is None
     (root / "classes.txt").write_text("sky\nroad\n\ntree\n")
-    assert found(root)[0].classes == ("sky", "road", "tree")
+    assert class_names(str(root), None) == ("sky", "road", "tree")
     (root / "other.txt").write_text("a\nb\nc\nd\n")
-    assert found(root, classes=root / "other.txt")[1].classes == ("a", "b", "c", "d")
+    names = class_names(str(root), root / "other.txt")
+    assert found(root, classes=names)[1].classes == ("a", "b", "c", "d")
 
 
 @pytest.mark.parametrize(("content", "said"), [("a\nb\na\n", "twice"), ("\n", "no names"), (None, "No such file")])
-def test_load__classes_that_are_no_list_of_names_are_refused(root, content, said):
+def test_class_names__that_are_no_list_are_refused(root, content, said):
     if content is not None:
         (root / "names.txt").write_text(content)
     with pytest.raises(DataError, match=said):
-        found(root, classes=root / "names.txt")
+        class_names(str(root), root / "names.txt")
 
 
 def test_load__an_ignored_class_is_refused(root):
@@ -119,8 +122,7 @@ def test_read__with_zero_reduced_the_first_class_is_label_1(root):
 
 
 def test_read__a_label_out_of_range_says_which(root):
-    (root / "classes.txt").write_text("a\nb\n")
-    train, _ = found(root)
+    train, _ = found(root, classes=("a", "b"))
     with pytest.raises(BadImage, match="label 2, but the last of 2 classes is 1, and 255 is ignored"):
         train.read(0)
 
@@ -130,8 +132,7 @@ def test_read__an_annotation_of_another_size_in_colour_or_broken_says_so(root):
     Image.fromarray(stripes(0, 1)[:-1].astype(np.uint8)).save(annotations / "0.png")
     Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8)).save(annotations / "1.png")
     (annotations / "2.png").write_bytes(b"no picture")
-    (root / "classes.txt").write_text("a\nb\nc\n")
-    train, _ = found(root)
+    train, _ = found(root, classes=("a", "b", "c"))
     for number, said in enumerate(["image of 30x41 but annotation of 29x41", "in colours", "UnidentifiedImageError"]):
         with pytest.raises(BadImage, match=said):
             train.read(number)

@@ -325,3 +325,13 @@ def test_predict__an_empty_folder_twins_and_a_broken_image(backbones, tmp_path, 
     said = capsys.readouterr()
     assert json.loads(said.out.splitlines()[-1]).items() >= {"images": 3, "skipped": 1}.items()
     assert "b.png" in said.err
+
+
+def test_detect__two_workers_train_what_none_does(backbones, tmp_path):
+    data = write(tmp_path / "data", SCENES, masks=True)
+    runs = [tmp_path / workers for workers in ("0", "2")]
+    for out in runs:
+        assert main(words(backbones["convvit"], data, out, f"--steps 3 --log.evals 0 --workers {out.name}")) == 0
+    losses = [[line["loss"] for line in lines(out) if "loss" in line] for out in runs]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3

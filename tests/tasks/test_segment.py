@@ -209,3 +209,12 @@ def test_segment__a_users_mistake_is_one_line(flags, code, said, scenes, backbon
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1
     assert said in error[0]
+
+
+def test_segment__two_workers_train_what_none_does(scenes, backbones, tmp_path):
+    runs = [tmp_path / workers for workers in ("0", "2")]
+    for out in runs:
+        assert main(words(backbones["convvit"], scenes, out, f"--steps 3 --log.evals 0 --workers {out.name}")) == 0
+    losses = [[line["loss"] for line in lines(out) if "loss" in line] for out in runs]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3

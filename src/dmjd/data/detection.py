@@ -176,7 +176,7 @@ def collect(root: Path, found: Iterable[Found], classes: tuple[str, ...], in_cha
         root=root,
         classes=classes,
         in_chans=in_chans,
-        records=torch.frombuffer(bytearray(b"".join(records)), dtype=torch.uint8),
+        records=torch.from_numpy(np.frombuffer(b"".join(records), np.uint8).copy()),
         ends=torch.tensor([len(record) for record in records]).cumsum(0),
         masks=masks,
         counts=tuple(counts),
@@ -193,9 +193,11 @@ def coco_file(root: Path, parts: Sequence[str]) -> Path:
         DataError: If there is none.
     """
     for part in parts:
-        files = sorted(root.glob(f"annotations/*{part}*.json"), key=lambda file: "instances" not in file.name)
+        files = [
+            file for file in root.glob(f"annotations/*{part}*.json") if part == "train" or "train" not in file.name
+        ]
         if files:
-            return files[0]
+            return min(files, key=lambda file: ("instances" not in file.name, file.name))
     raise DataError(
         f"no annotations/*{parts[0]}*.json and no ImageSets/Main; {root}; --data needs a set as COCO or Pascal VOC "
         "have it"

@@ -91,15 +91,19 @@ class Pairs:
 
 
 def load(
-    data: str, *, in_chans: int, classes: Path | None = None, ignore_index: int = 255, reduce_zero_label: bool = False
+    data: str,
+    *,
+    in_chans: int,
+    classes: Sequence[str] | None = None,
+    ignore_index: int = 255,
+    reduce_zero_label: bool = False,
 ) -> tuple[Pairs, Pairs]:
     """Find the training and the held-out part of a set.
 
     Args:
         data: Folder of the set.
         in_chans: Channels to decode, 3 or 1.
-        classes: File with the name of a class in every line. Default: `data`/classes.txt, else the classes are the
-            numbers up to the highest label of the training part.
+        classes: Names of the classes. Default: the numbers up to the highest label of the training part.
         ignore_index: Label of pixels without a class.
         reduce_zero_label: Label 0 has no class either, and label 1 is the first class.
 
@@ -111,26 +115,10 @@ def load(
         _part(root, names, in_chans=in_chans, ignore_index=ignore_index, reduce_zero_label=reduce_zero_label)
         for names in PARTS
     )
-    file = classes or (root / "classes.txt" if (root / "classes.txt").is_file() else None)
-    named = class_names(file) if file else _count(train)
+    named = classes or _count(train)
     if ignore_index < len(named):
         raise DataError(f"label {ignore_index} is both a class and ignored; {data}; see --ignore_index and --classes")
     return replace(train, classes=named), replace(held_out, classes=named)
-
-
-def class_names(file: Path) -> tuple[str, ...]:
-    """Read the names of classes, one in a line.
-
-    Raises:
-        DataError: If there is none, or one comes twice.
-    """
-    try:
-        names = tuple(line.strip() for line in file.read_text("utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"no names of classes ({error}); {file}; write one in a line") from None
-    if not names or len({*names}) < len(names):
-        raise DataError(f"{'a class comes twice' if names else 'no names of classes'}; {file}; write one in a line")
-    return names
 
 
 def _part(root: Path, names: Sequence[str], **options: Any) -> Pairs:

@@ -179,6 +179,24 @@ def hold_out(images: Images, seed: int) -> Parts:
     return Parts(images.subset(sorted(order[count:])), images.subset(sorted(order[:count])))
 
 
+def class_names(data: str, file: Path | None) -> tuple[str, ...] | None:
+    """Read names of classes, one in a line, from a file; without one, from `data`/classes.txt; None if there is none.
+
+    Raises:
+        DataError: If the file cannot be read, has no names, or has one twice.
+    """
+    file = file or Path(data) / "classes.txt"
+    if file == Path(data) / "classes.txt" and not file.is_file():
+        return None
+    try:
+        names = tuple(line.strip() for line in file.read_text("utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"no names of classes ({error}); {file}; write one in a line") from None
+    if not names or len({*names}) < len(names):
+        raise DataError(f"{'a class comes twice' if names else 'no names of classes'}; {file}; write one in a line")
+    return names
+
+
 def few_labels(labels: Sequence[int], seed: int, *, fraction: float = 1.0, shots: int | None = None) -> list[int]:
     """Choose some images of every class, by seed: a share of them, at least one, or `shots`, as far as there are any.
 

@@ -15,7 +15,7 @@ from matplotlib.colors import hsv_to_rgb
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dmjd.backbones.files import load_around, read_task, save_backbone
+from dmjd.backbones.files import save_backbone
 from dmjd.backbones.pyramid import Pyramid
 from dmjd.config import Dense
 from dmjd.data.images import BadImage, decode
@@ -224,17 +224,6 @@ def predict_images(settings: Dense, in_chans: int, see: Callable[[str, Tensor], 
             {"images": len(names) - skipped, "skipped": skipped, "seconds": round(time.perf_counter() - began, 1)}
         )
     )
-
-
-def trained(settings: Dense, name: str) -> dict[str, Any]:
-    """Read what describes the trained network that settings name; see `read_task`."""
-    return read_task(settings.backbone, name)
-
-
-def load_trained(settings: Dense, model: nn.Module, device: torch.device) -> nn.Module:
-    """Load the weights of the trained network that settings name, for evaluation."""
-    load_around(settings.backbone, model)
-    return model.to(device).eval()
 
 
 def colours(count: int) -> Integer[np.ndarray, "n 3"]:

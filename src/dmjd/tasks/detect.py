@@ -20,13 +20,14 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from dmjd.backbones.files import load_around, read_task
 from dmjd.backbones.pyramid import Pyramid
 from dmjd.config import Detect
 from dmjd.data.detection import Augmentation, Scenes, load
 from dmjd.data.loader import AnnotatedBatch, AnnotatedSamples
-from dmjd.data.segmentation import class_names
+from dmjd.data.sources import class_names
 from dmjd.engine.record import refuse_second_run
-from dmjd.errors import ConfigError
+from dmjd.errors import ConfigError, DataError
 from dmjd.tasks.backbone import Opened
 from dmjd.tasks.dense import (
     Judged,
@@ -35,12 +36,10 @@ from dmjd.tasks.dense import (
     decodable,
     fit,
     legend_of,
-    load_trained,
     opened,
     predict_images,
     rgb,
     shown_indices,
-    trained,
 )
 
 try:
@@ -112,8 +111,8 @@ def detect(settings: Detect) -> None:
         return predict(settings)
     refuse_second_run(settings.out, resume=settings.resume)
     backbone, pyramid = opened(settings, window=settings.window)
-    file = settings.classes or next(iter(Path(settings.data).glob("classes.txt")), None)
-    train, held_out = load(settings.data, in_chans=backbone.in_chans, classes=class_names(file) if file else None)
+    classes = class_names(settings.data, settings.classes)
+    train, held_out = load(settings.data, in_chans=backbone.in_chans, classes=classes)
     held_out = replace(held_out, masks=train.masks)
     model = detector(settings, backbone, pyramid, len(train.classes), masks=train.masks).to(backbone.device)
     augmentation = Augmentation.of(
@@ -126,9 +125,7 @@ def detect(settings: Detect) -> None:
             {name: value.to(backbone.device, non_blocking=True) for name, value in each.items()}
             for each in batch.annotations
         ]
-        losses = {
-            name if name[:5] == "loss_" else f"loss_{name}": loss for name, loss in model(list(images), targets).items()
-        }
+        losses = model(list(images), targets)
         return {"loss": torch.stack([*losses.values()]).sum(), **losses}
 
     task = {"name": "detect", "classes": list(train.classes), "masks": train.masks}
@@ -157,7 +154,7 @@ def judge(backbone: Opened, model: nn.Module, held_out: Scenes) -> Judged:
     kinds = ("bbox", "segm") if held_out.masks else ("bbox",)
     metric = MeanAveragePrecision(iou_type=kinds, class_metrics=True, backend="faster_coco_eval")
     pictures: dict[str, Sequence[Picture]] = {}
-    images, shown = 0, shown_indices(len(held_out))
+    images, counted, shown = 0, 0, shown_indices(len(held_out))
     for index, (image, objects) in decodable(held_out, "held-out images"):
         found = see(backbone, model, image)
         truth = {"boxes": objects.boxes, "labels": objects.labels, "iscrowd": objects.ignored.long()}
@@ -165,6 +162,7 @@ def judge(backbone: Opened, model: nn.Module, held_out: Scenes) -> Judged:
             truth["masks"] = objects.masks
         metric.update([found], [truth])
         images += 1
+        counted += int((~objects.ignored).sum())
         if index in shown:
             true = {name: value for name, value in truth.items() if name != "iscrowd"}
             likely = {name: value[found["scores"] >= DRAWN] for name, value in found.items()}
@@ -172,6 +170,8 @@ def judge(backbone: Opened, model: nn.Module, held_out: Scenes) -> Judged:
                 rgb(image),
                 *(overlay(image, each, held_out.classes) for each in (true, likely)),
             ]
+    if not counted:
+        raise DataError(f"no objects in the held-out images that decode; {held_out.root}; correct them")
     with contextlib.redirect_stdout(io.StringIO()):  # the library reports its progress
         values = metric.compute()
     summary: dict[str, Any] = {}
@@ -220,12 +220,13 @@ def predict(settings: Detect) -> None:
 
     A pixel of masks/NAME.png is 0 or the place, from 1, of the object in order of scores, of those of 0.5 and more.
     """
-    task = trained(settings, "detect")
-    settings = replace(settings, **{name: task[name] for name in FROM_TRAINING if name in task})
+    task = read_task(settings.backbone, "detect")
+    settings = replace(settings, **{name: task[name] for name in FROM_TRAINING})
     backbone, pyramid = opened(settings, window=settings.window)
     classes: list[str] = task["classes"]
     model = detector(settings, backbone, pyramid, len(classes), masks=task["masks"])
-    load_trained(settings, model, backbone.device)
+    load_around(settings.backbone, model)
+    model.to(backbone.device).eval()
     content: dict[str, list[dict[str, Any]]] = {
         "images": [],
         "categories": [{"id": number, "name": name} for number, name in enumerate(classes, 1)],

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import resize
 
+from dmjd.backbones.files import load_around, read_task
 from dmjd.backbones.pyramid import Pyramid
 from dmjd.config import Segment
 from dmjd.data.loader import AnnotatedBatch, AnnotatedSamples
 from dmjd.data.segmentation import Augmentation, Pairs, load
+from dmjd.data.sources import class_names
 from dmjd.engine.optim import warmup_cosine, warmup_poly
 from dmjd.engine.record import refuse_second_run
 from dmjd.errors import ConfigError
@@ -29,12 +31,10 @@ from dmjd.tasks.dense import (
     decodable,
     fit,
     legend_of,
-    load_trained,
     opened,
     predict_images,
     rgb,
     shown_indices,
-    trained,
 )
 
 try:
@@ -100,7 +100,7 @@ def segment(settings: Segment) -> None:
     train, held_out = load(
         settings.data,
         in_chans=backbone.in_chans,
-        classes=settings.classes,
+        classes=class_names(settings.data, settings.classes),
         ignore_index=settings.ignore_index,
         reduce_zero_label=settings.reduce_zero_label,
     )
@@ -228,12 +228,13 @@ def starts(full: int, window: int, stride: int) -> list[int]:
 
 def predict(settings: Segment) -> None:
     """Write the classes of all pixels (masks/NAME.png, numbers of classes.txt) and overlays/NAME.jpg."""
-    task = trained(settings, "segment")
+    task = read_task(settings.backbone, "segment")
     settings = replace(settings, **{name: task[name] for name in FROM_TRAINING})
     backbone, pyramid = opened(settings)
     classes, auxiliary = task["classes"], settings.auxiliary_weight > 0
     model = Segmenter(pyramid, len(classes), channels=settings.decoder_channels, auxiliary=auxiliary)
-    load_trained(settings, model, backbone.device)
+    load_around(settings.backbone, model)
+    model.to(backbone.device).eval()
     folders = {name: settings.out / name for name in ("masks", "overlays")}
 
     def see(name: str, image: Tensor) -> None:
