@@ -5,25 +5,31 @@ python benchmarks/dense.py CAMVID BCCD CLOTHING OUT
 CAMVID has images/ and annotations/, BCCD is a Pascal VOC folder, CLOTHING holds a larger set of photographs. A small
 ViT is pre-trained for the same number of steps on the training images of either task and on the photographs; then every
 task is trained for the same number of steps from random weights, from its own images and from the photographs. Every
-run takes one core. Runs that are there are not repeated; the table is OUT/table.md.
+run takes one core. Runs that are there are not repeated; the table is OUT/table.md, the pictures are OUT/TASK.jpg.
 """
 
+import base64
+import io
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 PRETRAIN = """--preset mae --model.size tiny --model.embed_dim 128 --model.depth 6 --model.num_heads 4
 --model.image_size 128 --model.patch_size 8 --decoder.embed_dim 96 --decoder.depth 2 --decoder.num_heads 3
 --batch_size 64 --steps 900 --optim.blr 2e-3 --optim.warmup_epochs 1 --workers 0"""
 TASKS = {
-    "camvid": ("segment --preset camvid --ignore_index 11", ("miou", "pixel_accuracy")),
-    "bccd": ("detect --preset bccd", ("map", "map50")),
+    "camvid": ("segment --preset camvid --ignore_index 11 --precision bf16", ("miou", "pixel_accuracy")),
+    "bccd": ("detect --preset bccd --precision bf16", ("map", "map50")),
 }
 STARTS = ("random", "own", "clothing")
 SEEDS = (0, 1)
+SHOWN = (1, 4, 6)  # of the eight held-out images of a report
 
 
 def dmjd(words: str, out: Path, **paths: Path) -> dict:
@@ -44,6 +50,23 @@ def training_images(bccd: Path, folder: Path) -> Path:
         if not (folder / f"{name}.jpg").exists():
             (folder / f"{name}.jpg").symlink_to((bccd / "JPEGImages" / f"{name}.jpg").resolve())
     return folder
+
+
+def draw(task: str, out: Path) -> None:
+    """Lay some held-out images out in rows: image, truth, and what the networks from every start see (seed 0)."""
+    rows: list[list[Image.Image]] = [[] for _ in SHOWN]
+    for start in STARTS:
+        page = (out / f"{task}-{start}-0" / "report.html").read_text()
+        pictures = [base64.b64decode(each) for each in re.findall(r'data:image/jpeg;base64,([^"]+)', page)]
+        for row, number in zip(rows, SHOWN, strict=True):
+            shown = pictures[3 * number : 3 * number + 3]
+            row += [Image.open(io.BytesIO(each)) for each in (shown[2:] if row else shown)]
+    width, height = rows[0][0].size
+    sheet = Image.new("RGB", ((width + 6) * len(rows[0]) - 6, (height + 6) * len(rows) - 6), "white")
+    for top, row in enumerate(rows):
+        for left, picture in enumerate(row):
+            sheet.paste(picture, (left * (width + 6), top * (height + 6)))
+    sheet.save(out / f"{task}.jpg", quality=85)
 
 
 def main(camvid: Path, bccd: Path, clothing: Path, out: Path) -> None:
@@ -73,6 +96,7 @@ def main(camvid: Path, bccd: Path, clothing: Path, out: Path) -> None:
             minutes = statistics.mean(run["seconds"] for run in runs) / 60
             rows.append(f"| {task} | {start} | {len(runs)} | {minutes:.1f} | {' | '.join(found)} |")
             (out / "table.md").write_text("\n".join(rows) + "\n")
+        draw(task, out)
 
 
 if __name__ == "__main__":

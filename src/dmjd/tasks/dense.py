@@ -156,7 +156,9 @@ def fit(
     summary["seconds"] = round(time.perf_counter() - began, 1)
     shown = [{"name": name, "pictures": [jpeg(each) for each in row]} for name, row in judged.pictures.items()]
     numbers = {
-        name.replace("_", " "): f"{value:.1%}" for name, value in summary.items() if isinstance(value, float)
+        name.replace("_", " ").replace("miou", "mIoU").replace("map", "AP"): f"{value:.1%}"
+        for name, value in summary.items()
+        if isinstance(value, float)
     } | {"training images": f"{len(samples.images):,}"}
     numbers.pop("seconds")
     page = {"lead": lead(summary), "numbers": numbers, "samples": shown, "legend": legend}
@@ -229,7 +231,7 @@ def predict_images(settings: Dense, in_chans: int, see: Callable[[str, Tensor], 
 def colours(count: int) -> Integer[np.ndarray, "n 3"]:
     """Choose colours of 0..255 for classes, the same in every run; one more, grey, is for what has no class."""
     numbers = np.arange(count)
-    hues = np.stack([numbers * 0.618034 % 1, 0.95 - numbers % 3 * 0.25, 0.95 - numbers % 4 * 0.15], axis=1)
+    hues = np.stack([numbers * 0.618034 % 1, 0.95 - numbers % 3 * 0.2, 0.95 - numbers % 4 * 0.15], axis=1)
     return np.vstack([hsv_to_rgb(hues) * 255, [[128, 128, 128]]]).astype(np.uint8)
 
 
