@@ -1,6 +1,10 @@
 """Small labelled images and untrained networks, shared by the tests of every verb that judges a backbone."""
 
-from collections.abc import Callable, Mapping
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,3 +63,23 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             folder / f"{name}.safetensors", encoder.backbone, encoder.architecture, [0.4] * channels, [0.2] * channels
         )
     return {name: folder / f"{name}.safetensors" for name in encoders}
+
+
+@pytest.fixture(scope="session")
+def interrupt() -> Callable[[Sequence[str]], None]:
+    """Run a command in a process of its own and stop it by a signal after its first checkpoint."""
+
+    def interrupted(arguments: Sequence[str]) -> None:
+        with subprocess.Popen(
+            [sys.executable, "-m", "dmjd.cli", *arguments],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        ) as run:
+            next(line for line in run.stderr if line.endswith("saved\n"))
+            run.send_signal(signal.SIGTERM)
+            run.communicate(timeout=120)
+        assert run.returncode == 143
+
+    return interrupted

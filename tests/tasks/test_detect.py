@@ -1,10 +1,6 @@
 """Detection end to end on small scenes, and its numbers against a slow computation."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -260,19 +256,11 @@ def test_detect__finds_squares(backbones, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["map50"] > 0.5
 
 
-def test_detect__stopped_and_resumed_it_ends_as_if_unbroken(backbones, tmp_path):
+def test_detect__stopped_and_resumed_it_ends_as_if_unbroken(backbones, tmp_path, interrupt):
     data, unbroken, stopped = write(tmp_path / "data", SCENES), tmp_path / "unbroken", tmp_path / "stopped"
     flags = "--steps 20 --drop_path 0.2"
     assert main(words(backbones["vit"], data, unbroken, flags)) == 0
-    command = [sys.executable, "-m", "dmjd.cli", *words(backbones["vit"], data, stopped, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
-    ) as run:
-        next(line for line in run.stderr if line.endswith("saved\n"))
-        run.send_signal(signal.SIGTERM)
-        run.communicate(timeout=120)
-    assert run.returncode == 143
+    interrupt(words(backbones["vit"], data, stopped, flags))
     assert main(words(backbones["vit"], data, stopped, f"{flags} --resume")) == 0
     losses = [{line["step"]: line["loss"] for line in lines(out) if "loss" in line} for out in (unbroken, stopped)]
     assert losses[0] == losses[1]

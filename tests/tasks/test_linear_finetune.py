@@ -1,10 +1,6 @@
 """What labels make of a backbone, end to end on small files."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -135,19 +131,11 @@ RANDOM = (
 )
 
 
-def test_finetune__stopped_and_resumed_it_ends_as_if_unbroken(backbones, colours, tmp_path):
+def test_finetune__stopped_and_resumed_it_ends_as_if_unbroken(backbones, colours, tmp_path, interrupt):
     flags = f"{LIGHT.replace('--steps 6', '--steps 30')} {RANDOM}"
     unbroken, stopped = tmp_path / "unbroken", tmp_path / "stopped"
     assert main(words("finetune", backbones["vit"], colours, unbroken, flags)) == 0
-    command = [sys.executable, "-m", "dmjd.cli", *words("finetune", backbones["vit"], colours, stopped, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
-    ) as run:
-        next(line for line in run.stderr if line.endswith("saved\n"))
-        run.send_signal(signal.SIGTERM)
-        run.communicate(timeout=120)
-    assert run.returncode == 143
+    interrupt(words("finetune", backbones["vit"], colours, stopped, flags))
     assert len(losses(stopped)) < 30
     assert main([*words("finetune", backbones["vit"], colours, stopped, flags), "--resume"]) == 0
     assert losses(stopped) == losses(unbroken)

@@ -1,10 +1,6 @@
 """Segmentation end to end on small scenes, its numbers against others', and its windows."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -161,19 +157,11 @@ def test_segment__tells_red_from_green(scenes, backbones, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["miou"] > 0.8
 
 
-def test_segment__stopped_and_resumed_it_ends_as_if_unbroken(scenes, backbones, tmp_path):
+def test_segment__stopped_and_resumed_it_ends_as_if_unbroken(scenes, backbones, tmp_path, interrupt):
     unbroken, stopped = tmp_path / "unbroken", tmp_path / "stopped"
     flags = "--steps 20 --drop_path 0.2 --auxiliary_weight 0.4"
     assert main(words(backbones["vit"], scenes, unbroken, flags)) == 0
-    command = [sys.executable, "-m", "dmjd.cli", *words(backbones["vit"], scenes, stopped, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
-    ) as run:
-        next(line for line in run.stderr if line.endswith("saved\n"))
-        run.send_signal(signal.SIGTERM)
-        run.communicate(timeout=120)
-    assert run.returncode == 143
+    interrupt(words(backbones["vit"], scenes, stopped, flags))
     assert main(words(backbones["vit"], scenes, stopped, f"{flags} --resume")) == 0
     losses = [{line["step"]: line["loss"] for line in lines(out) if "loss" in line} for out in (unbroken, stopped)]
     assert losses[0] == losses[1]
