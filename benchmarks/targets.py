@@ -6,7 +6,7 @@ python benchmarks/targets.py TEACHER.safetensors CIFAR10 OUT [SECONDS [SEED ...]
 CIFAR10 is a folder train/CLASS/IMAGE and test/CLASS/IMAGE; every run takes one core. First the time of a step is
 measured for every configuration in turns (OUT/times.json); it turns SECONDS (default 150) into the steps of each run,
 so that runs are comparable even if the machine is busy later. Runs that are there are not repeated; the table is
-OUT/table.md.
+OUT/table.md, settings and results of every run are a line of OUT/runs.jsonl.
 """
 
 import json
@@ -16,6 +16,8 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+
+import yaml
 
 BATCH, EFFECTIVE_EPOCHS = 64, 2
 COMMON = f"""--preset dm --model.size tiny --model.embed_dim 128 --model.depth 6 --model.num_heads 4
@@ -107,10 +109,15 @@ def run(data: str, out: Path, flags: str, seed: int, steps: int) -> None:
 def write_table(out: Path, times: dict[str, float]) -> None:
     """Write mean and standard deviation over the seeds that are done."""
     done: dict[str, list[dict]] = {}
+    kept = []
     for summary in sorted(out.glob("*/summary.json")):
         name = summary.parent.name.rpartition("-")[0]
         shares = [line["target_share"] for line in lines(summary.parent) if "target_share" in line]
-        done.setdefault(name, []).append(json.loads(summary.read_text()) | {"target_shares": shares})
+        found = json.loads(summary.read_text())
+        done.setdefault(name, []).append(found | {"target_shares": shares})
+        settings = yaml.safe_load((summary.parent / "config.yaml").read_text())
+        kept.append({"run": summary.parent.name, "summary": found, "target_shares": shares, "settings": settings})
+    (out / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     rows = [
         "| run | seeds | step, s | steps | seconds | effective epochs | k-NN | linear | share of targets |",
         "|---|---|---|---|---|---|---|---|---|",
