@@ -1,4 +1,4 @@
-"""What pre-training is worth for segmentation and detection on two cores: CamVid and BCCD, three starts, two seeds.
+"""What pre-training is worth for segmentation and detection on two cores: CamVid and BCCD, three starts, four seeds.
 
 python benchmarks/dense.py CAMVID BCCD CLOTHING OUT
 
@@ -28,7 +28,7 @@ TASKS = {
     "bccd": ("detect --preset bccd --precision bf16", ("map", "map50")),
 }
 STARTS = ("random", "own", "clothing")
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2, 3)
 SHOWN = (1, 4, 6)  # of the eight held-out images of a report
 
 

@@ -104,6 +104,31 @@ def test_coco__polygons_and_run_lengths_become_the_same_mask(tmp_path):
         assert torch.equal(mask, image[0] == 255)
 
 
+def test_coco__an_outline_of_fewer_than_three_points_is_none(tmp_path):
+    box = [5, 6, 10, 10]
+    outlines = ([[0, 0, 40, 29]], [[0, 0, 40, 29], *SQUARE], [[]])
+    train, _ = found(write_coco(tmp_path, [annotation(0, box, segmentation=each) for each in outlines]))
+    image, objects = train.read(0)
+    for mask in objects.masks:
+        assert torch.equal(mask, image[0] == 255)
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        {"size": [9, 9], "counts": [40, 41]},
+        {"size": [HEIGHT, WIDTH], "counts": "no run lengths"},
+        {"size": [HEIGHT, WIDTH]},
+        ["polygon"],
+        7,
+    ],
+)
+def test_coco__an_outline_that_does_not_decode_makes_a_bad_image(tmp_path, segmentation):
+    train, _ = found(write_coco(tmp_path, [annotation(0, [5, 6, 10, 10], segmentation=segmentation)]))
+    with pytest.raises(BadImage, match="segmentation"):
+        train.read(0)
+
+
 def test_coco__boxes_are_cut_at_the_edge_and_those_without_area_left_out_with_a_word(tmp_path, capsys):
     boxes = ([-3, -4, 10, 10], [38, 20, 50, 50], [5, 5, 0, 8], [5, 5, 8, -1], [60, 5, 5, 5])
     train, _ = found(write_coco(tmp_path, [annotation(0, box) for box in boxes]))

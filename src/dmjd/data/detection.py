@@ -75,7 +75,7 @@ class Scenes:
         """Decode an image and its objects.
 
         Raises:
-            BadImage: If it does not decode, or has not the size that its annotation gives.
+            BadImage: If it or a mask does not decode, or has not the size that its annotation gives.
         """
         image = decode(self.root / self.names[index], self.in_chans)
         height, width = image.shape[1:]
@@ -99,15 +99,27 @@ class Scenes:
 
 
 def draw(segmentation: Any, box: Sequence[float], height: int, width: int) -> Bool[np.ndarray, "H W"]:
-    """Draw an object's polygons or run lengths; its box where it has none."""
+    """Draw an object's polygons or run lengths; its box where it has none.
+
+    Raises:
+        BadImage: If they do not decode, or are of another size.
+    """
     from faster_coco_eval.core import mask
 
-    if not segmentation:
-        left, top, right, bottom = box
-        segmentation = [[left, top, right, top, right, bottom, left, bottom]]
-    lengths = mask.frPyObjects(segmentation, height, width) if not is_compressed(segmentation) else segmentation
-    lengths = mask.merge(lengths) if isinstance(lengths, list) else lengths
-    return mask.decode(lengths).astype(bool)
+    try:
+        if isinstance(segmentation, list):  # fewer than three points enclose nothing; the library takes two for a box
+            segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
+        if not segmentation:
+            left, top, right, bottom = box
+            segmentation = [[left, top, right, top, right, bottom, left, bottom]]
+        lengths = mask.frPyObjects(segmentation, height, width) if not is_compressed(segmentation) else segmentation
+        lengths = mask.merge(lengths) if isinstance(lengths, list) else lengths
+        drawn = mask.decode(lengths).astype(bool)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise BadImage(f"segmentation: {type(error).__name__}: {' '.join(str(error).split())}"[:200]) from None
+    if drawn.shape != (height, width):
+        raise BadImage(f"image of {height}x{width} pixels, segmentation of {drawn.shape[0]}x{drawn.shape[1]}")
+    return drawn
 
 
 def is_compressed(segmentation: Any) -> bool:
