@@ -13,7 +13,7 @@ from torch import nn
 
 from dmjd.cli import main
 from dmjd.config import Segment
-from dmjd.tasks.segment import look, scores, starts
+from dmjd.tasks.segment import look, pixel_loss, scores, starts
 
 FLAGS = {
     "--steps": "6",
@@ -90,6 +90,16 @@ def test_scores__are_scikit_learns():
     assert found["mean_class_accuracy"] == pytest.approx(balanced_accuracy_score(true, predicted), abs=1e-4)
     by_class = jaccard_score(true, predicted, average=None)
     assert [row["iou"] for row in rows] == pytest.approx(by_class.tolist(), abs=1e-4)
+
+
+def test_pixel_loss__is_the_mean_over_pixels_with_a_class_and_nought_without_any():
+    logits, labels = torch.randn(2, 3, 4, 5, requires_grad=True), torch.randint(3, (2, 4, 5))
+    labels[0, :2] = 9
+    by_hand = [-logits[b, :, h, w].log_softmax(0)[labels[b, h, w]] for b, h, w in (labels != 9).nonzero().tolist()]
+    torch.testing.assert_close(pixel_loss(logits, labels, 9), torch.stack(by_hand).mean())
+    nothing = pixel_loss(logits, torch.full_like(labels, 9), 9)
+    nothing.backward()
+    assert (nothing.item(), logits.grad.abs().max().item()) == (0.0, 0.0)
 
 
 # -- windows -----------------------------------------------------------------------------------------------------------

@@ -119,8 +119,7 @@ def segment(settings: Segment) -> None:
     def objective(batch: AnnotatedBatch) -> dict[str, Tensor]:
         images, labels = (part.to(backbone.device, non_blocking=True) for part in (batch.images, batch.annotations))
         first, *second = (
-            F.cross_entropy(logits.float(), labels, ignore_index=settings.ignore_index)
-            for logits in model(backbone.normalize(images))
+            pixel_loss(logits.float(), labels, settings.ignore_index) for logits in model(backbone.normalize(images))
         )
         if not second:
             return {"loss": first}
@@ -143,6 +142,14 @@ def segment(settings: Segment) -> None:
         legend=legend_of(train.classes),
         schedule={"cosine": warmup_cosine, "poly": warmup_poly}[settings.schedule],
     )
+
+
+def pixel_loss(
+    logits: Float[Tensor, "B classes H W"], labels: Int[Tensor, "B H W"], ignore_index: int
+) -> Float[Tensor, ""]:
+    """Compute the mean cross-entropy of the pixels that have a class; 0 if none has, where torch's own mean is none."""
+    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    return total / (labels != ignore_index).sum().clamp(min=1)
 
 
 def judge(settings: Segment, backbone: Opened, model: nn.Module, held_out: Pairs) -> Judged:
