@@ -132,7 +132,10 @@ def split(masked: Bool[Tensor, "B V L"], device: torch.device | None = None) -> 
     counts_N = masked_NL.sum(dim=1)
     if (counts_N != counts_N[0]).any():
         raise ValueError("masked: every view must hide the same number of tokens")
-    order_NL = masked_NL.byte().argsort(dim=1, stable=True).to(device, non_blocking=True)
+    order_NL = masked_NL.byte().argsort(dim=1, stable=True)
+    if device is not None and device.type == "cuda":  # a copy from pageable memory waits for all that the GPU has to do
+        order_NL = order_NL.pin_memory()
+    order_NL = order_NL.to(device, non_blocking=True)
     return Split(*order_NL.tensor_split([masked_NL.shape[1] - int(counts_N[0])], dim=1))
 
 
