@@ -602,6 +602,8 @@ class Dense(Tune):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.data and self.predict is None:
+            raise ConfigError("no data: give --data to train, or --predict with a trained --backbone")
         if not 0 < self.scale[0] <= self.scale[1] < math.inf:
             raise ConfigError(f"scale {self.scale}: low before high, above 0")
         height_width("crop_size", self.crop_size)

@@ -146,7 +146,7 @@ class Oracle(nn.Module):
 
 def judged(tmp_path, backbones, boxes, answers):
     held_out = load(str(write(tmp_path / "data", boxes)), in_chans=3)[1]
-    settings = Detect(backbone=str(backbones["vit"]), device="cpu")
+    settings = Detect(data="none", backbone=str(backbones["vit"]), device="cpu")
     return judge(Opened(settings, settings.backbone), Oracle(answers), held_out)
 
 

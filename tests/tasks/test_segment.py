@@ -8,9 +8,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, jaccard_score
 from torch import nn
 
+import dmjd
 from dmjd.cli import main
 from dmjd.config import Segment
 from dmjd.tasks.segment import look, pixel_loss, scores, starts
@@ -118,7 +120,8 @@ def test_windows__of_a_network_that_sees_single_pixels_are_the_whole_image(size)
 
     model, image = Pointwise(3, 5, 1), torch.randn(1, 3, *size)
     whole, slid = (
-        look(Segment(backbone="none", crop_size="24x32", inference=kind), model, image) for kind in ("whole", "slide")
+        look(Segment(backbone="none", data="none", crop_size="24x32", inference=kind), model, image)
+        for kind in ("whole", "slide")
     )
     torch.testing.assert_close(whole, slid)
 
@@ -184,6 +187,18 @@ def test_segment__takes_a_convolutional_model_of_timm(scenes, tmp_path):
     assert main([*words("timm:test_resnet", scenes, tmp_path / "run", "--steps 2"), "--untrained"]) == 0
 
 
+@pytest.mark.parametrize("name", ["vit", "convvit"])
+def test_segment__its_backbone_goes_on_to_the_next_task(name, scenes, backbones, tmp_path):
+    assert main(words(backbones[name], scenes, tmp_path / "first", "--steps 2")) == 0
+    file = tmp_path / "first" / "last.safetensors"
+    model, weights = dmjd.load_backbone(file), load_file(file)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, weights[f"pyramid.backbone.{key}"])
+    before = dmjd.load_backbone(backbones[name]).state_dict()
+    assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert main(words(file, scenes, tmp_path / "second", "--steps 1")) == 0
+
+
 def test_segment__a_bad_annotation_stops_a_small_run_and_is_named(scenes, backbones, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("red\n")
     code = main(words(backbones["vit"], scenes, tmp_path / "run", f"--classes {tmp_path / 'names.txt'}"))
@@ -207,6 +222,12 @@ def test_segment__a_users_mistake_is_one_line(flags, code, said, scenes, backbon
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1
     assert said in error[0]
+
+
+@pytest.mark.parametrize("verb", ["segment", "detect"])
+def test_dense__without_images_to_learn_from_or_to_look_at_it_says_so(verb, backbones, tmp_path, capsys):
+    assert main([verb, "--backbone", str(backbones["vit"]), "--out", str(tmp_path / "run")]) == 2
+    assert "no data: give --data to train, or --predict" in capsys.readouterr().err
 
 
 def test_segment__two_workers_train_what_none_does(scenes, backbones, tmp_path):

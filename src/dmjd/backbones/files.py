@@ -28,7 +28,7 @@ def save_backbone(
     """Write a timm model: weights, its name and arguments for `timm.create_model`, and the images' statistics.
 
     A network `around` it, which `task` describes, has its weights written instead: `read_task` and `load_around` read
-    such a file.
+    such a file whole, `load_backbone` the backbone in it.
     """
     name, arguments = architecture
     default: Any = model.pretrained_cfg
@@ -45,8 +45,9 @@ def save_backbone(
             }
         ),
     }
-    if task is not None:
-        metadata["task"] = json.dumps(task)
+    if around is not None:
+        place = next(name for name, module in around.named_modules() if module is model)
+        metadata |= {"task": json.dumps(task), "backbone_prefix": f"{place}."}
     partial = path.with_name(f".{path.name}.partial")
     weights = (around or model).state_dict()
     save_file({key: value.contiguous() for key, value in weights.items()}, partial, metadata)
@@ -90,7 +91,7 @@ def load_backbone(path: str | Path) -> nn.Module:
     pretrained_cfg_overlay=pretrained_cfg, checkpoint_path=path)`.
 
     Args:
-        path: A `backbone.safetensors`.
+        path: A `backbone.safetensors`, or what fine-tuning, segmentation or detection made of one.
 
     Raises:
         CheckpointError: If the file is missing, broken or no backbone of ours.
@@ -156,7 +157,8 @@ def _read(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        weights = load_file(path)
+        prefix = metadata.get("backbone_prefix", "")
+        weights = {key[len(prefix) :]: value for key, value in load_file(path).items() if key.startswith(prefix)}
         arguments = json.loads(metadata["model_args"])
         overlay = json.loads(metadata["pretrained_cfg"])
         name = metadata["architecture"]
