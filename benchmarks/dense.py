@@ -5,10 +5,12 @@ python benchmarks/dense.py CAMVID BCCD CLOTHING OUT
 CAMVID has images/ and annotations/, BCCD is a Pascal VOC folder, CLOTHING holds a larger set of photographs. A small
 ViT is pre-trained for the same number of steps on the training images of either task and on the photographs; then every
 task is trained for the same number of steps from random weights, from its own images and from the photographs. Every
-run takes one core. Runs that are there are not repeated; the table is OUT/table.md, the pictures are OUT/TASK.jpg.
+run takes one core. Runs that are there are not repeated; the table is OUT/table.md, settings, results and results by
+class of every run are a line of OUT/runs.jsonl, the pictures are OUT/TASK.jpg.
 """
 
 import base64
+import csv
 import io
 import json
 import os
@@ -18,6 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
 from PIL import Image
 
 PRETRAIN = """--preset mae --model.size tiny --model.embed_dim 128 --model.depth 6 --model.num_heads 4
@@ -52,6 +55,36 @@ def training_images(bccd: Path, folder: Path) -> Path:
     return folder
 
 
+def lines(folder: Path) -> list[dict]:
+    """Read what a run recorded on the way."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def spread_of(values: list[float]) -> str:
+    """Mean and standard deviation, and the values they are of."""
+    each = " ".join(f"{value:.1f}" for value in values)
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({each})"
+
+
+def keep(out: Path) -> None:
+    """Write settings and results of all runs to one file."""
+    kept = []
+    for config in sorted(out.glob("*/config.yaml")):
+        folder = config.parent
+        done = next(folder / name for name in ("summary.json", "result.json") if (folder / name).exists())
+        run = {
+            "run": folder.name,
+            "settings": yaml.safe_load(config.read_text()),
+            "found": json.loads(done.read_text()),
+        }
+        run["evaluations"] = [line for line in lines(folder) if "lr" not in line]
+        if (folder / "per_class.csv").exists():
+            with (folder / "per_class.csv").open(newline="") as file:
+                run["classes"] = list(csv.DictReader(file))
+        kept.append(json.dumps(run) + "\n")
+    (out / "runs.jsonl").write_text("".join(kept))
+
+
 def draw(task: str, out: Path) -> None:
     """Lay some held-out images out in rows: image, truth, and what the networks from every start see (seed 0)."""
     rows: list[list[Image.Image]] = [[] for _ in SHOWN]
@@ -83,19 +116,16 @@ def main(camvid: Path, bccd: Path, clothing: Path, out: Path) -> None:
         for start in STARTS:
             pretrained = out / f"pretrain-{'clothing' if start == 'clothing' else task}" / "backbone.safetensors"
             untrained = " --untrained" if start == "random" else ""
+            folders = [out / f"{task}-{start}-{seed}" for seed in SEEDS]
             runs = [
-                dmjd(
-                    f"{words}{untrained} --seed {seed}",
-                    out / f"{task}-{start}-{seed}",
-                    data=sets[task],
-                    backbone=pretrained,
-                )
-                for seed in SEEDS
+                dmjd(f"{words}{untrained} --seed {seed}", folder, data=sets[task], backbone=pretrained)
+                for seed, folder in zip(SEEDS, folders, strict=True)
             ]
-            found = (f"{name} {' / '.join(f'{100 * run[name]:.1f}' for run in runs)}" for name in measures)
-            minutes = statistics.mean(run["seconds"] for run in runs) / 60
+            found = (f"{name} {spread_of([100 * run[name] for run in runs])}" for name in measures)
+            minutes = statistics.mean(lines(folder)[-1]["seconds"] for folder in folders) / 60
             rows.append(f"| {task} | {start} | {len(runs)} | {minutes:.1f} | {' | '.join(found)} |")
             (out / "table.md").write_text("\n".join(rows) + "\n")
+        keep(out)
         draw(task, out)
 
 

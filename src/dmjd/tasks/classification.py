@@ -1,7 +1,6 @@
 """The result of a classification: numbers, a table by class, the confusion matrix, a page to look at."""
 
 import json
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -60,9 +59,12 @@ class Result:
             **self.facts,
         }
 
-    def finish(self, settings: Any, out: Path | None, began: float) -> None:
-        """Write result.json, per_class.csv, confusion.png and report.html to `out`; print the numbers as JSON."""
-        summary = self.summary() | {"seconds": round(time.perf_counter() - began, 1)}
+    def finish(self, settings: Any, out: Path | None, seconds: float) -> None:
+        """Write result.json, per_class.csv, confusion.png and report.html to `out`; print the numbers as JSON.
+
+        `seconds` is what the run took.
+        """
+        summary = self.summary() | {"seconds": round(seconds, 1)}
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             with warnings.catch_warnings():

@@ -98,7 +98,7 @@ def fit(
         NonFiniteError: If a loss is no number.
         SystemExit: With code 143 after SIGTERM or SIGINT, when a checkpoint is written.
     """
-    began, optim = time.perf_counter(), settings.optim
+    optim = settings.optim
     inside = {id(module) for module in backbone.model.modules()}
     heads = nn.ModuleList(module for module in outermost(model, inside))
     try:
@@ -153,7 +153,7 @@ def fit(
     save("last.safetensors")
     best = {name: value for name, value in record.summary.items() if name.startswith("best_")}
     summary = judged.summary | best | {"train_images": len(samples.images)}
-    summary["seconds"] = round(time.perf_counter() - began, 1)
+    summary["seconds"] = round(record.seconds, 1)
     shown = [{"name": name, "pictures": [jpeg(each) for each in row]} for name, row in judged.pictures.items()]
     numbers = {
         name.replace("_", " ").replace("miou", "mIoU").replace("map", "AP"): f"{value:.1%}"

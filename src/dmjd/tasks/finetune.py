@@ -1,6 +1,5 @@
 """`dmjd finetune`: train a backbone and a classifier on labelled images."""
 
-import time
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,6 @@ def finetune(settings: Finetune) -> None:
         NonFiniteError: If a loss is no number.
         SystemExit: With code 143 after SIGTERM or SIGINT, when a checkpoint is written.
     """
-    began = time.perf_counter()
     refuse_second_run(settings.out, resume=settings.resume)
     torch.manual_seed(settings.seed)
     backbone = Opened(settings, settings.backbone, pretrained=not settings.untrained, drop_path_rate=settings.drop_path)
@@ -97,7 +95,7 @@ def finetune(settings: Finetune) -> None:
     assert result is not None
     save_backbone(settings.out / "last.safetensors", judged, architecture, *backbone.statistics)
     result.facts = {"best_top1": record.summary["best_top1"], "train_images": len(train)}
-    result.finish(settings, settings.out, began)
+    result.finish(settings, settings.out, record.seconds)
 
 
 class Loss:

@@ -26,4 +26,4 @@ def knn(settings: Knn) -> None:
         bank, bank_labels, queries, k=settings.k, temperature=settings.temperature, num_classes=len(images.classes)
     )
     result = Result(votes, labels, images.classes, {"train_images": len(bank)})
-    result.finish(settings, settings.out, began)
+    result.finish(settings, settings.out, time.perf_counter() - began)

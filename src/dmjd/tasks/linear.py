@@ -38,7 +38,7 @@ def linear(settings: Linear) -> None:
     backbone = extractor(settings)
     parts = labelled(settings, backbone)
     result = (paper if settings.recipe == "paper" else sweep)(settings, backbone, parts)
-    result.finish(settings, settings.out, began)
+    result.finish(settings, settings.out, time.perf_counter() - began)
 
 
 def sweep(settings: Linear, backbone: Opened, parts: Parts) -> Result:
