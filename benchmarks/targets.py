@@ -1,14 +1,15 @@
 """Targets and views at equal time: pre-trains a small ViT on CIFAR-10 once per target, number of views and seed.
 
 python benchmarks/packaged_teacher.py TEACHER.safetensors
-python benchmarks/targets.py TEACHER.safetensors CIFAR10 OUT [SECONDS [SEED ...]]
+python benchmarks/targets.py TEACHER.safetensors CIFAR10 OUT [--seconds 150] [--seeds 0 1 2] [--only RUN ...]
 
 CIFAR10 is a folder train/CLASS/IMAGE and test/CLASS/IMAGE; every run takes one core. First the time of a step is
-measured for every configuration in turns (OUT/times.json); it turns SECONDS (default 150) into the steps of each run,
+measured for every configuration in turns (OUT/times.json); it turns seconds into the steps of each run,
 so that runs are comparable even if the machine is busy later. Runs that are there are not repeated; the table is
 OUT/table.md, settings and results of every run are a line of OUT/runs.jsonl.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -78,21 +79,27 @@ def measure_times(data: str, out: Path, configurations: dict[str, str]) -> dict[
     return times
 
 
-def main(teacher: str, data: str, folder: str, budget: str = "150", *seeds: str) -> None:
+def main() -> None:
     """Measure, train, and write the table after every run."""
-    out = Path(folder)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("teacher")
+    parser.add_argument("data")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=150, help="of every run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=[*AT_EQUAL_TIME, *OF_VIEWS], help="at equal time; default: all")
+    given = parser.parse_args()
+    data, out = given.data, given.out
     out.mkdir(parents=True, exist_ok=True)
-    fill = {name: flags.format(teacher=teacher) for name, flags in (AT_EQUAL_TIME | OF_VIEWS).items()}
+    fill = {name: flags.format(teacher=given.teacher) for name, flags in (AT_EQUAL_TIME | OF_VIEWS).items()}
     times = measure_times(data, out, fill)
     images = sum(1 for _ in Path(data, "train").rglob("*.*"))
-    for seed in map(int, seeds or ("0", "1", "2")):
-        for name, flags in fill.items():
-            if name == "teacher-views-2":
-                continue  # the same as `teacher`
-            steps = round(float(budget) / times[name])
-            run(data, out / f"{name}-{seed}", flags, seed, steps)
+    chosen = given.only or [name for name in fill if name != "teacher-views-2"]  # which is the same as `teacher`
+    for seed in given.seeds:
+        for name in chosen:
+            run(data, out / f"{name}-{seed}", fill[name], seed, round(given.seconds / times[name]))
             write_table(out, times)
-        for views, number in (("1", 1), ("2", 2), ("4", 4), ("4-of-0.75", 4)):
+        for views, number in (("1", 1), ("2", 2), ("4", 4), ("4-of-0.75", 4)) if not given.only else ():
             steps = round(EFFECTIVE_EPOCHS * images / number / BATCH)
             name = f"teacher-views-{views}"
             run(data, out / f"{name}-equal-epochs-{seed}", fill[name], seed, steps)
@@ -145,4 +152,4 @@ def spread_of(shares: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
