@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dmjd.data.detection import Augmentation, load
+from dmjd.data.detection import Augmentation, LargeScaleJitter, load
 from dmjd.data.images import BadImage
 from dmjd.data.loader import AnnotatedSamples
 from dmjd.errors import DataError
@@ -251,3 +251,29 @@ def test_augmentation__an_image_without_boxes_stays_one_without(tmp_path):
     _, target, _ = AnnotatedSamples(train, augment, seed=0)[0, 0]
     assert target["boxes"].shape == (0, 4)
     assert target["labels"].shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("image", "judged"),
+    [((480, 640), (192, 256)), ((640, 480), (256, 192)), ((100, 400), (64, 256)), ((9, 2000), (1, 256))],
+)
+def test_jitter__at_scale_one_an_image_has_the_size_it_is_judged_at(image, judged):
+    assert LargeScaleJitter((192, 256), (1.0, 1.0))(torch.zeros(3, *image, dtype=torch.uint8)).shape[1:] == judged
+
+
+def test_jitter__an_elongated_image_keeps_a_pixel():
+    assert LargeScaleJitter((64, 64), (0.1, 0.1))(torch.zeros(3, 10, 2000, dtype=torch.uint8)).shape[1:] == (1, 6)
+
+
+def test_augmentation__after_a_crop_boxes_are_those_of_what_is_left_of_the_masks(tmp_path):
+    corner = [[0, 0, 4, 0, 4, 26, 40, 26, 40, 30, 0, 30]]  # an L, most of whose box is empty
+    train, _ = found(write_coco(tmp_path, [annotation(0, [0, 0, 40, 30], segmentation=corner)]))
+    samples = AnnotatedSamples(train, Augmentation.of((16, 16), scale=(1.5, 3.0), flip=False, mean=[0.0] * 3), seed=0)
+    kept = 0
+    for epoch in range(40):
+        _, target, _ = samples[epoch, 0]
+        for box, mask in zip(target["boxes"], target["masks"], strict=True):
+            rows, columns = mask.nonzero().unbind(1)
+            assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            kept += 1
+    assert 5 <= kept < 40

@@ -14,7 +14,8 @@ from dmjd.cli import main
 from dmjd.config import Detect
 from dmjd.data.detection import load
 from dmjd.tasks.backbone import Opened
-from dmjd.tasks.detect import instances, judge
+from dmjd.tasks.dense import opened
+from dmjd.tasks.detect import detector, instances, judge, see
 
 FLAGS = {
     "--steps": "4",
@@ -266,6 +267,43 @@ def test_detect__stopped_and_resumed_it_ends_as_if_unbroken(backbones, tmp_path,
     assert losses[0] == losses[1]
     ends = [json.loads((out / "result.json").read_text()) | {"seconds": 0} for out in (unbroken, stopped)]
     assert ends[0] == ends[1]
+
+
+def network(backbones, masks=False, **settings):
+    given = Detect(data="none", backbone=str(backbones["vit"]), device="cpu", fpn_channels=8, **settings)
+    torch.manual_seed(0)
+    backbone, pyramid = opened(given)
+    return backbone, detector(given, backbone, pyramid, 2, masks=masks)
+
+
+def test_detector__what_it_sees_does_not_depend_on_the_image_before(backbones):
+    image = torch.randint(256, (3, 128, 256), dtype=torch.uint8)
+    found = []
+    for first in ((3, 128, 256), (3, 80, 256)):  # the second is padded to a map that suggests another stride
+        backbone, model = network(backbones, crop_size="128x256")
+        model.eval()
+        with torch.inference_mode():
+            see(backbone, model, torch.zeros(first, dtype=torch.uint8))
+            found.append(see(backbone, model, image))
+    assert len(found[0]["boxes"])
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name])
+
+
+def test_detector__boxes_are_computed_in_float32_whatever_the_precision(backbones):
+    backbone, model = network(backbones, masks=True, crop_size="64", precision="bf16")
+    types = []
+    model.rpn.anchor_generator.register_forward_hook(lambda module, given, found: types.append(found[0].dtype))
+    for pooler in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
+        pooler.register_forward_pre_hook(lambda module, given: types.append(given[1][0].dtype))
+    box, mask = torch.tensor([[8.0, 8.0, 40.0, 50.0]]), torch.zeros(1, 64, 64, dtype=torch.bool)
+    mask[0, 8:50, 8:40] = True
+    with backbone.autocast():
+        maps = model.backbone.pyramid(torch.rand(1, 3, 64, 64))
+        losses = model([torch.rand(3, 64, 64)], [{"boxes": box, "labels": torch.ones(1).long(), "masks": mask}])
+    assert maps[0].dtype == torch.bfloat16  # the backbone does compute in half precision
+    assert types == [torch.float32] * 3
+    sum(losses.values()).backward()
 
 
 def test_instances__where_two_overlap_the_more_likely_one_is_in_front():

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
 from dmjd.data.images import EXTENSIONS, BadImage, decode
@@ -303,9 +304,35 @@ def read_xml(root: Path, name: str) -> Found:
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
+class LargeScaleJitter(v2.Transform):
+    """Resize an image and what is in it by a random factor of the size it is judged at (Ghiasi et al. 2021).
+
+    torchvision's `ScaleJitter` takes the crop's height for its width.
+
+    Args:
+        crop: An image is judged at the largest size that fits into these sides, lying or upright.
+        scale: Range of the factor.
+    """
+
+    def __init__(self, crop: tuple[int, int], scale: tuple[float, float]):
+        super().__init__()
+        self.crop, self.scale = crop, scale
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Choose a size."""
+        sides = v2.query_size(flat_inputs)
+        fit = min(min(self.crop) / min(sides), max(self.crop) / max(sides))
+        factor = fit * float(torch.empty(()).uniform_(*self.scale))
+        return {"size": [max(round(side * factor), 1) for side in sides]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resize one input; labels have no size."""
+        return self._call_kernel(v2.functional.resize, inpt, size=params["size"])
+
+
 @dataclass(frozen=True)
 class Augmentation:
-    """Large-scale jitter (Ghiasi et al. 2021), a crop and a mirror, of an image and its objects."""
+    """Large-scale jitter, a crop and a mirror, of an image and its objects."""
 
     steps: v2.Compose
 
@@ -317,12 +344,12 @@ class Augmentation:
 
         Args:
             crop: Height and width of the crop.
-            scale: Range of the image's size before the crop, times that at which it just fits into the crop.
+            scale: Range of the image's size before the crop, times that at which it is judged.
             flip: Mirror every other image.
             mean: Colour, 0 to 1, of what a crop has beyond its image.
         """
         steps = [
-            v2.ScaleJitter(crop, scale),
+            LargeScaleJitter(crop, scale),
             v2.RandomCrop(
                 crop,
                 pad_if_needed=True,
@@ -340,4 +367,9 @@ class Augmentation:
         if objects.masks is not None:
             target["masks"] = tv_tensors.Mask(objects.masks[counted])
         image, target = self.steps(tv_tensors.Image(image), target)
-        return image.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
+        target = {name: value.as_subclass(Tensor) for name, value in target.items()}
+        if "masks" in target:  # a crop may leave a box without its object, or with a corner of it
+            seen = target["masks"].flatten(1).any(dim=1)
+            target = {name: value[seen] for name, value in target.items()}
+            target["boxes"] = masks_to_boxes(target["masks"]) + torch.tensor([0.0, 0.0, 1.0, 1.0])
+        return image.as_subclass(Tensor), target

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import initLevelMapper
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from dmjd.backbones.files import load_around, read_task
@@ -85,14 +87,30 @@ def detector(settings: Detect, backbone: Opened, pyramid: Pyramid, num_classes: 
         "image_mean": mean,
         "image_std": std,
         "size_divisible": 64,  # the coarsest map's stride
+        "_skip_resize": True,  # in training: crops have their size
         "box_head": TwoMLPHead(width * BOX_SIDE**2, hidden),
         "box_predictor": FastRCNNPredictor(hidden, num_classes + 1),  # and the background
     }
-    if not masks:
-        return FasterRCNN(Maps(pyramid, width), **options)
-    options["mask_head"] = MaskRCNNHeads(width, (width,) * 4, 1)
-    options["mask_predictor"] = MaskRCNNPredictor(width, width, num_classes + 1)
-    return MaskRCNN(Maps(pyramid, width), **options)
+    if masks:
+        options["mask_head"] = MaskRCNNHeads(width, (width,) * 4, 1)
+        options["mask_predictor"] = MaskRCNNPredictor(width, width, num_classes + 1)
+    model: Any = (MaskRCNN if masks else FasterRCNN)(Maps(pyramid, width), **options)
+    for part in (model.backbone, model.rpn.head, model.roi_heads.box_predictor):
+        part.register_forward_hook(lambda module, given, found: float32(found))
+    for pooler in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
+        if pooler is not None:  # left alone, it guesses strides from the first image, wrongly for some sizes
+            pooler.scales = [1 / stride for stride in pyramid.strides]
+            pooler.map_levels = initLevelMapper(*(round(math.log2(pyramid.strides[end])) for end in (0, -1)))
+    return model
+
+
+def float32(found: Any) -> Any:
+    """Cast what a part of the network says: boxes are computed in its type, and 8 bits of bf16 are no coordinate."""
+    if isinstance(found, Tensor):
+        return found.float()
+    if isinstance(found, dict):
+        return {name: value.float() for name, value in found.items()}
+    return type(found)(float32(each) for each in found)
 
 
 def detect(settings: Detect) -> None:
