@@ -129,6 +129,44 @@ def test_coco__an_outline_that_does_not_decode_makes_a_bad_image(tmp_path, segme
         train.read(0)
 
 
+@pytest.mark.parametrize("name", ["{part}/{number}.png", "images/{part}/{number}.png"])
+def test_coco__paths_may_start_from_any_folder_of_the_set(tmp_path, name):
+    write_coco(tmp_path, [annotation(0, [5, 6, 10, 10])])
+    for part in ("train2017", "val2017"):
+        file = tmp_path / "annotations" / f"instances_{part}.json"
+        content = json.loads(file.read_text())
+        for number, image in enumerate(content["images"]):
+            image["file_name"] = name.format(part=part, number=number)
+            picture(tmp_path / image["file_name"])
+        file.write_text(json.dumps(content))
+    for part in found(tmp_path):
+        assert part.read(0)[0].shape == (3, HEIGHT, WIDTH)
+
+
+def test_coco__the_part_may_come_first_in_the_name_of_its_file(tmp_path):
+    write_coco(tmp_path, [annotation(0, [5, 6, 10, 10])])
+    for part in ("train", "val"):
+        (tmp_path / f"{part}2017").rename(tmp_path / part)
+        (tmp_path / "annotations" / f"instances_{part}2017.json").rename(
+            tmp_path / "annotations" / f"{part}_annotations.json"
+        )
+    assert [part.root.name for part in found(tmp_path)] == ["train", "val"]
+
+
+def test_coco__an_unknown_size_is_that_of_the_image(tmp_path):
+    for size in ((None, None), (0, 0)):
+        train, _ = found(write_coco(tmp_path, [annotation(0, [5, 6, 10, 10])], size=size))
+        assert train.read(0)[1].boxes.tolist() == [[5, 6, 15, 16]]
+
+
+def test_coco__the_outline_of_a_crowd_makes_no_masks_of_boxes(tmp_path):
+    lengths = {"size": [HEIGHT, WIDTH], "counts": [0, HEIGHT * WIDTH]}
+    crowd = annotation(0, [0, 0, 9, 9], iscrowd="1", segmentation=lengths)
+    train, _ = found(write_coco(tmp_path, [crowd, annotation(0, [5, 6, 10, 10], iscrowd="0")]))
+    assert not train.masks
+    assert train.read(0)[1].ignored.tolist() == [True, False]
+
+
 def test_coco__boxes_are_cut_at_the_edge_and_those_without_area_left_out_with_a_word(tmp_path, capsys):
     boxes = ([-3, -4, 10, 10], [38, 20, 50, 50], [5, 5, 0, 8], [5, 5, 8, -1], [60, 5, 5, 5])
     train, _ = found(write_coco(tmp_path, [annotation(0, box) for box in boxes]))
@@ -196,6 +234,24 @@ def test_voc__a_class_unknown_to_the_list_is_named(tmp_path):
     assert found(tmp_path, classes=("cow", "cat"))[0].counts == (0, 1)
 
 
+def test_voc__trainval_goes_with_test_and_not_with_a_part_of_itself(tmp_path):
+    write_voc(tmp_path, ("cat", (6, 7, 15, 16), 0))
+    lists = tmp_path / "ImageSets" / "Main"
+    (lists / "train.txt").rename(lists / "trainval.txt")
+    with pytest.raises(DataError, match=r"no list of images; .*train\.txt"):
+        found(tmp_path)
+    (lists / "test.txt").write_text("val\n")
+    assert [part.names for part in found(tmp_path)] == [["train.png"], ["val.png"]]
+
+
+def test_voc__a_list_may_have_a_byte_order_mark_and_names_with_spaces(tmp_path):
+    write_voc(tmp_path, ("cat", (6, 7, 15, 16), 0))
+    for folder, ending in (("JPEGImages", ".png"), ("Annotations", ".xml")):
+        (tmp_path / folder / f"train{ending}").rename(tmp_path / folder / f"a cat{ending}")
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("a cat  -1\n", "utf-8-sig")
+    assert found(tmp_path)[0].names == ["a cat.png"]
+
+
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
@@ -204,6 +260,7 @@ def test_voc__a_class_unknown_to_the_list_is_named(tmp_path):
         ("Annotations/train.xml", "<annotation>", "not an annotation of Pascal VOC .*train.xml"),
         ("Annotations/train.xml", "<a><object><name>cat</name></object></a>", "not an annotation of Pascal VOC"),
         ("ImageSets/Main/val.txt", None, "no list of images; .*val.txt"),
+        ("ImageSets/Main/val.txt", "\n", "no images; .*val.txt"),
     ],
 )
 def test_voc__what_is_missing_or_broken_is_named(tmp_path, file, content, said):

@@ -93,6 +93,26 @@ def test_load__what_has_no_partner_is_named(root, folder, said):
         found(root)
 
 
+def test_load__annotations_that_cannot_be_read_are_the_reason_given(root):
+    for number in range(len(found(root)[0])):
+        Image.new("RGB", (9, 9)).save(root / "annotations" / "train" / f"{number}.png")
+    with pytest.raises(DataError, match=r"no labels in the annotations; .*; annotation in colours"):
+        found(root)
+
+
+def test_load__masks_of_one_class_and_the_ignored_one_are_refused(root):
+    for number in range(len(found(root)[0])):
+        write(root, "train", str(number), stripes(0, 255))
+    with pytest.raises(DataError, match="the only label beside the ignored 255 is 0"):
+        found(root)
+
+
+def test_load__numbers_between_labels_are_classes_and_that_is_said(root, capsys):
+    write(root, "train", "0", stripes(0, 7))
+    assert len(found(root)[0].classes) == 8
+    assert "labels 0 to 7 are taken for classes, " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("data", ["", "nowhere"])
 def test_load__a_folder_of_another_layout_is_refused(data, tmp_path):
     with pytest.raises(DataError, match="no folder images/train"):

@@ -200,6 +200,11 @@ def test_segment__its_backbone_goes_on_to_the_next_task(name, scenes, backbones,
     assert main(words(file, scenes, tmp_path / "second", "--steps 1")) == 0
 
 
+def test_segment__a_model_that_is_bound_to_a_size_is_refused(scenes, tmp_path, capsys):
+    assert main([*words("timm:eva02_tiny_patch14_224", scenes, tmp_path / "run"), "--untrained"]) == 2
+    assert "does not take images of any size; timm:eva02_tiny_patch14_224" in capsys.readouterr().err
+
+
 def test_segment__a_bad_annotation_stops_a_small_run_and_is_named(scenes, backbones, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("red\n")
     code = main(words(backbones["vit"], scenes, tmp_path / "run", f"--classes {tmp_path / 'names.txt'}"))

@@ -5,6 +5,7 @@ images/ of that name, in images/ or in DATA itself. VOC: DATA/Annotations, DATA/
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from dmjd.data.images import EXTENSIONS, BadImage, decode
 from dmjd.errors import DataError
 
 COCO_PARTS = (("train",), ("val", "valid", "test"))
-VOC_PARTS = (("train", "trainval"), ("val", "test"))
+VOC_PARTS = (("train", "val"), ("train", "test"), ("trainval", "test"))
 
 
 class Objects(NamedTuple):
@@ -109,7 +110,7 @@ def draw(segmentation: Any, box: Sequence[float], height: int, width: int) -> Bo
 
     try:
         if isinstance(segmentation, list):  # fewer than three points enclose nothing; the library takes two for a box
-            segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
+            segmentation = [each for each in segmentation if not isinstance(each, list) or len(each) >= 6]
         if not segmentation:
             left, top, right, bottom = box
             segmentation = [[left, top, right, top, right, bottom, left, bottom]]
@@ -132,7 +133,7 @@ def load(data: str, *, in_chans: int, classes: tuple[str, ...] | None = None) ->
     """Find the training and the held-out part of a set.
 
     Boxes are cut at the edge of their image where its size is known. One without area is left out, with a line on
-    stderr.
+    stderr. A part has masks if most of its objects have an outline; the box stands for that of the others.
 
     Args:
         data: Folder of the set.
@@ -145,12 +146,17 @@ def load(data: str, *, in_chans: int, classes: tuple[str, ...] | None = None) ->
     root = Path(data)
     if (root / "ImageSets" / "Main").is_dir():
         folder = root / "JPEGImages"
-        parts = [(folder, read_voc(root, names)) for names in VOC_PARTS]
+        lists = [[root / "ImageSets" / "Main" / f"{name}.txt" for name in names] for names in VOC_PARTS]
+        pair = next((files for files in lists if all(file.is_file() for file in files)), lists[0])
+        parts = [(folder, read_voc(root, file)) for file in pair]
         named = classes or tuple(sorted({each["class"] for found in parts[0][1] for each in found.objects}))
     else:
         files = [coco_file(root, names) for names in COCO_PARTS]
         read = [read_coco(file) for file in files]
-        parts = [(coco_images(root, file), found) for file, (_, found) in zip(files, read, strict=True)]
+        parts = [
+            (coco_images(root, (file.stem.rpartition("_")[2], *names), found), found)
+            for file, names, (_, found) in zip(files, COCO_PARTS, read, strict=True)
+        ]
         named = classes or read[0][0]
     train, held_out = (collect(folder, found, named, in_chans) for folder, found in parts)
     for part, (folder, _) in zip((train, held_out), parts, strict=True):
@@ -161,7 +167,7 @@ def load(data: str, *, in_chans: int, classes: tuple[str, ...] | None = None) ->
 
 def collect(root: Path, found: Iterable[Found], classes: tuple[str, ...], in_chans: int) -> Scenes:
     """Check and pack the images of one part."""
-    names, records, flat, counts, masks = [], [], [], [0] * len(classes), False
+    names, records, flat, counts, outlined = [], [], [], [0] * len(classes), 0
     number = {name: place for place, name in enumerate(classes)}
     for image in found:
         if not (root / image.name).is_file():
@@ -177,7 +183,7 @@ def collect(root: Path, found: Iterable[Found], classes: tuple[str, ...], in_cha
             if not (right > left and bottom > top):
                 flat.append(image.name)
                 continue
-            masks |= bool(each["segmentation"])
+            outlined += bool(each["segmentation"]) and not each["ignored"]
             counts[number[each["class"]]] += not each["ignored"]
             objects.append({**each, "class": number[each["class"]], "box": [left, top, right, bottom]})
         names.append(image.name)
@@ -191,7 +197,7 @@ def collect(root: Path, found: Iterable[Found], classes: tuple[str, ...], in_cha
         in_chans=in_chans,
         records=torch.from_numpy(np.frombuffer(b"".join(records), np.uint8).copy()),
         ends=torch.tensor([len(record) for record in records]).cumsum(0),
-        masks=masks,
+        masks=2 * outlined > sum(counts),
         counts=tuple(counts),
     )
 
@@ -217,11 +223,11 @@ def coco_file(root: Path, parts: Sequence[str]) -> Path:
     )
 
 
-def coco_images(root: Path, file: Path) -> Path:
-    """Find the folder of the images of a JSON file."""
-    name = file.stem.rpartition("_")[2]
-    places = (root / name, root / "images" / name, root / "images")
-    return next((place for place in places if place.is_dir()), root)
+def coco_images(root: Path, names: Sequence[str], found: Sequence[Found]) -> Path:
+    """Find the folder that a part's paths start from: of one of these names, in images/ or not, images/ or the root."""
+    places = [place for name in names for place in (root / name, root / "images" / name)] + [root / "images", root]
+    holding = (place for place in places if any((place / image.name).is_file() for image in found[:10]))
+    return next(holding, next(place for place in places if place.is_dir()))
 
 
 def read_coco(file: Path) -> tuple[tuple[str, ...], list[Found]]:
@@ -234,8 +240,9 @@ def read_coco(file: Path) -> tuple[tuple[str, ...], list[Found]]:
         content = json.loads(file.read_text("utf-8"))
         categories = {each["id"]: each["name"] for each in sorted(content["categories"], key=lambda each: each["id"])}
         images = {
-            each["id"]: Found(each["file_name"], (each["height"], each["width"]) if "height" in each else None, [])
+            each["id"]: Found(each["file_name"], size if all(size) else None, [])
             for each in content["images"]
+            for size in [(int(each.get("height") or 0), int(each.get("width") or 0))]
         }
         for each in content["annotations"]:
             if each["image_id"] not in images:
@@ -245,7 +252,7 @@ def read_coco(file: Path) -> tuple[tuple[str, ...], list[Found]]:
                 {
                     "class": categories.get(each["category_id"], f"category {each['category_id']}"),
                     "box": (left, top, left + width, top + height),
-                    "ignored": bool(each.get("iscrowd", 0)),
+                    "ignored": bool(int(each.get("iscrowd") or 0)),
                     "segmentation": each.get("segmentation") or None,
                 }
             )
@@ -257,8 +264,8 @@ def read_coco(file: Path) -> tuple[tuple[str, ...], list[Found]]:
 # -- Pascal VOC --------------------------------------------------------------------------------------------------------
 
 
-def read_voc(root: Path, parts: Sequence[str]) -> list[Found]:
-    """Read the images of a part of Pascal VOC.
+def read_voc(root: Path, listed: Path) -> list[Found]:
+    """Read the images of a part of Pascal VOC, which a file lists; 1, 0 or -1 after a name is left out.
 
     Coordinates count pixels from 1 to the last one inside: the left edge of a box is xmin - 1, the right one xmax. A
     box whose xmax is not above its xmin has no width.
@@ -266,11 +273,14 @@ def read_voc(root: Path, parts: Sequence[str]) -> list[Found]:
     Raises:
         DataError: If a file is missing or broken.
     """
-    lists = [root / "ImageSets" / "Main" / f"{part}.txt" for part in parts]
-    listed = next((file for file in lists if file.is_file()), None)
-    if listed is None:
-        raise DataError(f"no list of images; {lists[0]}; write a name in every line")
-    return [read_xml(root, line.split()[0]) for line in listed.read_text("utf-8").splitlines() if line.strip()]
+    try:
+        lines = listed.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise DataError(f"no list of images; {listed}; write a name in every line, in UTF-8") from None
+    names = [re.sub(r"\s+-?[01]$", "", line.strip()) for line in lines if line.strip()]
+    if not names:
+        raise DataError(f"no images; {listed}; write a name in every line")
+    return [read_xml(root, name) for name in names]
 
 
 def read_xml(root: Path, name: str) -> Found:

@@ -3,6 +3,7 @@
 An annotation is a picture with one number for every pixel (grey or with a palette, 8 or 16 bits) of its image's size.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,7 +109,8 @@ def load(
         reduce_zero_label: Label 0 has no class either, and label 1 is the first class.
 
     Raises:
-        DataError: If a part is missing, an image has no annotation, an annotation no image, or a class is ignored.
+        DataError: If a part is missing, an image has no annotation, an annotation no image, a class is ignored, or
+            there is one class only.
     """
     root = Path(data)
     train, held_out = (
@@ -131,26 +133,38 @@ def _part(root: Path, names: Sequence[str], **options: Any) -> Pairs:
     images, annotations = root / "images" / part, root / "annotations" / part
     found = folder_images(images, 3).names
     pictures = folder_images(annotations, 1).names if annotations.is_dir() else []
-    stems, annotated = ({Path(name).with_suffix("").as_posix() for name in names} for names in (found, pictures))
+    stems, annotated = (
+        {Path(name).with_suffix("").as_posix() for name in names}
+        for names in (found, [name for name in pictures if name.endswith(".png")])
+    )
     if alone := sorted(stems ^ annotated):
         what = "an image without annotation" if alone[0] in stems else "an annotation without image"
-        raise DataError(f"{what}: {alone[0]} (one of {len(alone)}); {images}, {annotations}; add or remove files")
+        raise DataError(
+            f"{what}: {alone[0]} (one of {len(alone)}); {images}, {annotations}; every image needs a NAME.png"
+        )
     return Pairs(names=found, root=images, annotations=annotations, classes=(), **options)
 
 
 def _count(train: Pairs) -> tuple[str, ...]:
     """Name the classes by their numbers, up to the highest label of the training part."""
-    highest = -1
+    seen: set[int] = set()
+    reason = "all pixels are ignored"
     for index in tqdm(range(len(train)), desc="counting classes", unit=" images", leave=False, disable=None):
         try:
             labels = train.labels(index)
-        except BadImage:  # training reports it
+        except BadImage as error:  # training counts and names them
+            reason = str(error)
             continue
-        labels = labels[labels != train.ignore_index]
-        highest = max(highest, int(labels.max()) if len(labels) else -1)
-    if highest < 0:
-        raise DataError(f"no labels in the annotations; {train.annotations}; all pixels are ignored")
-    return tuple(str(number) for number in range(highest + 1))
+        seen |= {*labels[labels != train.ignore_index].unique().tolist()}
+    if not seen:
+        raise DataError(f"no labels in the annotations; {train.annotations}; {reason}")
+    if len(seen) == 1:
+        only = f"the only label beside the ignored {train.ignore_index} is {seen.pop()}"
+        raise DataError(f"{only}; {train.annotations}; what is not of a class is one too, see --ignore_index")
+    if len(seen) <= max(seen):
+        said = f"labels 0 to {max(seen)} are taken for classes, {len(seen)} of them occur"
+        print(f"warning: {said}; {train.annotations}; name the classes in classes.txt", file=sys.stderr)
+    return tuple(str(number) for number in range(max(seen) + 1))
 
 
 @dataclass(frozen=True)

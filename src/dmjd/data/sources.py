@@ -189,7 +189,7 @@ def class_names(data: str, file: Path | None) -> tuple[str, ...] | None:
     if file == Path(data) / "classes.txt" and not file.is_file():
         return None
     try:
-        names = tuple(line.strip() for line in file.read_text("utf-8").splitlines() if line.strip())
+        names = tuple(line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"no names of classes ({error}); {file}; write one in a line") from None
     if not names or len({*names}) < len(names):

@@ -60,9 +60,16 @@ def opened(settings: Dense, window: int | None = None) -> tuple[Opened, Pyramid]
     pretrained = not settings.untrained and settings.predict is None
     backbone = Opened(settings, settings.backbone, pretrained=pretrained, drop_path_rate=settings.drop_path)
     try:
-        return backbone, Pyramid(backbone.model, window)
+        pyramid = Pyramid(backbone.model, window).to(backbone.device).eval()
     except ValueError as error:
         raise ConfigError(f"{error}; {settings.backbone}; take another backbone") from None
+    try:
+        with torch.no_grad():
+            pyramid(torch.zeros(1, backbone.in_chans, 64, 96, device=backbone.device))
+    except (AssertionError, RuntimeError):  # some models of timm are bound to a size in ways of their own
+        what = "the backbone does not take images of any size" + (", or not in windows" if window else "")
+        raise ConfigError(f"{what}; {settings.backbone}; take another backbone") from None
+    return backbone, pyramid
 
 
 def fit(

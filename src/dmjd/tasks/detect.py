@@ -131,8 +131,9 @@ def detect(settings: Detect) -> None:
     backbone, pyramid = opened(settings, window=settings.window)
     classes = class_names(settings.data, settings.classes)
     train, held_out = load(settings.data, in_chans=backbone.in_chans, classes=classes)
-    held_out = replace(held_out, masks=train.masks)
-    model = detector(settings, backbone, pyramid, len(train.classes), masks=train.masks).to(backbone.device)
+    masks = train.masks and held_out.masks
+    train, held_out = (replace(part, masks=masks) for part in (train, held_out))
+    model = detector(settings, backbone, pyramid, len(train.classes), masks=masks).to(backbone.device)
     augmentation = Augmentation.of(
         settings.crop_hw, scale=settings.scale, flip=settings.flip, mean=backbone.statistics[0]
     )
@@ -146,7 +147,7 @@ def detect(settings: Detect) -> None:
         losses = model(list(images), targets)
         return {"loss": torch.stack([*losses.values()]).sum(), **losses}
 
-    task = {"name": "detect", "classes": list(train.classes), "masks": train.masks}
+    task = {"name": "detect", "classes": list(train.classes), "masks": masks}
     task |= {name: getattr(settings, name) for name in FROM_TRAINING}
     return fit(
         settings,
@@ -167,6 +168,7 @@ def detect(settings: Detect) -> None:
 def judge(backbone: Opened, model: nn.Module, held_out: Scenes) -> Judged:
     """Compute COCO's average precision (0 to 1) of boxes, and of masks if there are any, on all held-out images.
 
+    Small, medium and large are so by the area of the box (COCO's own program takes that of the outline, for boxes too).
     A measure without objects, such as that of small ones, is None.
     """
     kinds = ("bbox", "segm") if held_out.masks else ("bbox",)

@@ -249,7 +249,7 @@ def predict(settings: Segment) -> None:
             numbers = classify(settings, backbone, model, image).cpu().numpy()
         mask = Image.fromarray(numbers.astype(np.uint8 if len(classes) <= 256 else np.uint16))
         if len(classes) <= 256:
-            mask.putpalette(colours(len(classes)).tobytes())
+            mask.putpalette(colours(len(classes))[:256].tobytes())
         paths = [
             folders["masks"] / Path(name).with_suffix(".png"),
             folders["overlays"] / Path(name).with_suffix(".jpg"),
@@ -261,6 +261,7 @@ def predict(settings: Segment) -> None:
             picture.save(path)
 
     predict_images(settings, backbone.in_chans, see)
+    settings.out.mkdir(parents=True, exist_ok=True)
     (settings.out / "classes.txt").write_text("".join(f"{name}\n" for name in classes), "utf-8")
 
 
