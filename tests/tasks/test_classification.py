@@ -115,7 +115,7 @@ def assert_self_contained(page: str) -> None:
 
 def finish(result: Result, out: Path | None) -> None:
     result.facts = {"train_images": 9}
-    result.finish(Knn(backbone="b.safetensors", out=out), out, began=0.0)
+    result.finish(Knn(backbone="b.safetensors", out=out), out, seconds=1.0)
 
 
 def test_finish__writes_what_it_prints_and_a_row_for_every_class(
