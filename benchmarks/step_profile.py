@@ -22,10 +22,10 @@ import torch
 
 from dmjd.config import Crop, Decoder, Model, Monitor, Pretrain, to_dict
 from dmjd.data.loader import Batch, Positions, collate, train_batches
-from dmjd.data.sources import Held, Images
+from dmjd.data.source import Held, Images
 from dmjd.engine.loop import train
 from dmjd.engine.optim import create_optimizer, warmup_cosine
-from dmjd.engine.record import Record
+from dmjd.engine.run import Record
 from dmjd.factory import from_settings
 from dmjd.tasks.pretrain import training_samples
 

@@ -76,7 +76,7 @@ def report(run: Path, /, *, debug: bool = False) -> None:
         run: Directory of a pre-training run.
         debug: Show the traceback of an error.
     """
-    from dmjd.tasks.report import write_report
+    from dmjd.reports.page import write_report
 
     print(write_report(run))
 

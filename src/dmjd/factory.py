@@ -11,9 +11,9 @@ import yaml
 from dmjd import config
 from dmjd.backbones import Encoder
 from dmjd.backbones.convvit import ConvViTEncoder, create_convvit
+from dmjd.backbones.feature_maps import Maps
 from dmjd.backbones.files import open_backbone
 from dmjd.backbones.huggingface import HuggingFace
-from dmjd.backbones.maps import Maps
 from dmjd.backbones.vit import ViT, create_vit
 from dmjd.heads import Decoder, LinearHead, Projector
 from dmjd.masking import mask_counts

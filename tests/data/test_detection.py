@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from dmjd.data.decode import BadImage
 from dmjd.data.detection import Augmentation, LargeScaleJitter, load
-from dmjd.data.images import BadImage
 from dmjd.data.loader import AnnotatedSamples
 from dmjd.errors import DataError
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dmjd.data.crops import random_crop
 from dmjd.data.loader import Batch, Positions, Samples, collate, order, read_or_substitute, train_batches
-from dmjd.data.sources import folder_images, in_memory
-from dmjd.data.transforms import random_crop
+from dmjd.data.source import folder_images, in_memory
 from dmjd.errors import DataError
 from dmjd.masking import block_masks
 

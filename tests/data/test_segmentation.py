@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dmjd.data.images import BadImage
+from dmjd.data.decode import BadImage
 from dmjd.data.loader import AnnotatedSamples
 from dmjd.data.segmentation import Augmentation, Pairs, load
-from dmjd.data.sources import class_names
+from dmjd.data.source import class_names
 from dmjd.errors import DataError
 
 HEIGHT, WIDTH = 30, 41

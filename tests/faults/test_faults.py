@@ -22,7 +22,7 @@ from torch import nn
 
 from dmjd.cli import main
 from dmjd.engine import checkpoint
-from dmjd.engine.devices import memory_errors
+from dmjd.engine.device import memory_errors
 from dmjd.errors import CheckpointError, ConfigError
 
 STEPS = 30

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import dmjd
+from dmjd.backbones.feature_maps import Maps
 from dmjd.backbones.huggingface import HuggingFace
-from dmjd.backbones.maps import Maps
 from dmjd.cli import main
 from dmjd.errors import CheckpointError, ConfigError
 from dmjd.losses import regression_loss

@@ -13,7 +13,7 @@ from torch import nn
 from dmjd.cli import main
 from dmjd.config import Detect
 from dmjd.data.detection import load
-from dmjd.tasks.backbone import Opened
+from dmjd.evaluation.extractor import Opened
 from dmjd.tasks.dense import opened
 from dmjd.tasks.detect import detector, instances, judge, see
 

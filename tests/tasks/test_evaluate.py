@@ -12,9 +12,9 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from dmjd import load_backbone
 from dmjd.cli import main
-from dmjd.data.images import decode
-from dmjd.data.transforms import center_crop
-from dmjd.engine.metrics import knn_top1, knn_votes, linear_top1, rankme
+from dmjd.data.crops import center_crop
+from dmjd.data.decode import decode
+from dmjd.evaluation.features import knn_top1, knn_votes, linear_top1, rankme
 
 CLASSES = ("dots", "rows", "columns")
 TINY = """--preset quick --model.image_size 32 --model.patch_size 8 --model.embed_dim 16 --model.depth 2

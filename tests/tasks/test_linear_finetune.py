@@ -9,8 +9,8 @@ from safetensors import safe_open
 
 import dmjd
 from dmjd.cli import main
-from dmjd.data.sources import few_labels
-from dmjd.engine.metrics import logistic_regression
+from dmjd.data.source import few_labels
+from dmjd.evaluation.features import logistic_regression
 from dmjd.tasks.linear import choose_penalty
 
 KEYS = {"top1", "top1_low", "top1_high", "top5", "mean_class_accuracy", "images", "train_images", "seconds"}

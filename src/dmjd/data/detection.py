@@ -21,7 +21,7 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
-from dmjd.data.images import EXTENSIONS, BadImage, decode
+from dmjd.data.decode import EXTENSIONS, BadImage, decode
 from dmjd.errors import DataError
 
 COCO_PARTS = (("train",), ("val", "valid", "test"))

@@ -21,9 +21,9 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dmjd.data.images import BadImage
-from dmjd.data.seeds import mix
-from dmjd.data.sources import Images
+from dmjd.data.decode import BadImage
+from dmjd.data.random import mix
+from dmjd.data.source import Images
 from dmjd.errors import DataError
 
 Sample = tuple[Tensor, Tensor, int, dict[str, str]]

@@ -18,8 +18,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from dmjd.data.images import BadImage, decode
-from dmjd.data.sources import folder_images
+from dmjd.data.decode import BadImage, decode
+from dmjd.data.source import folder_images
 from dmjd.errors import DataError
 
 PARTS = (("train", "training"), ("val", "validation", "test"))

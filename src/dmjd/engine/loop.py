@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from dmjd.data.seeds import mix
+from dmjd.data.random import mix
 
 
 class Step(NamedTuple):

@@ -8,9 +8,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from dmjd.targets.concat import Several
 from dmjd.targets.hog import HOG, hog
 from dmjd.targets.pixels import Pixels
-from dmjd.targets.several import Several
 from dmjd.targets.teacher import MeanTeacher, Teacher
 
 __all__ = ["HOG", "MeanTeacher", "Pixels", "Several", "Target", "Teacher", "hog"]

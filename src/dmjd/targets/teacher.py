@@ -7,7 +7,7 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmjd.backbones.maps import Maps
+from dmjd.backbones.feature_maps import Maps
 
 
 class Teacher(nn.Module):

@@ -18,15 +18,15 @@ from tqdm import tqdm
 from dmjd.backbones.files import save_backbone
 from dmjd.backbones.pyramid import Pyramid
 from dmjd.config import Dense
-from dmjd.data.images import BadImage, decode
+from dmjd.data.decode import BadImage, decode
 from dmjd.data.loader import AnnotatedBatch, AnnotatedSamples, Readable, collate_annotated
-from dmjd.data.sources import folder_images
+from dmjd.data.source import folder_images
 from dmjd.engine.optim import create_optimizer, warmup_cosine
-from dmjd.engine.record import Record
+from dmjd.engine.run import Record
 from dmjd.errors import ConfigError, DataError
-from dmjd.tasks.backbone import Opened
-from dmjd.tasks.report import jpeg
-from dmjd.tasks.results import write_results
+from dmjd.evaluation.extractor import Opened
+from dmjd.reports.page import jpeg
+from dmjd.reports.results import write_results
 from dmjd.tasks.supervised import supervise
 
 SHOWN = 8  # held-out images in the report

@@ -27,10 +27,10 @@ from dmjd.backbones.pyramid import Pyramid
 from dmjd.config import Detect
 from dmjd.data.detection import Augmentation, Scenes, load
 from dmjd.data.loader import AnnotatedBatch, AnnotatedSamples
-from dmjd.data.sources import class_names
-from dmjd.engine.record import refuse_second_run
+from dmjd.data.source import class_names
+from dmjd.engine.run import refuse_second_run
 from dmjd.errors import ConfigError, DataError
-from dmjd.tasks.backbone import Opened
+from dmjd.evaluation.extractor import Opened
 from dmjd.tasks.dense import (
     Judged,
     Picture,

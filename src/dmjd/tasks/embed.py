@@ -7,8 +7,8 @@ import time
 import numpy as np
 
 from dmjd.config import Embed
-from dmjd.data import sources
-from dmjd.tasks.backbone import extractor
+from dmjd.data import source as sources
+from dmjd.evaluation.extractor import extractor
 
 
 def embed(settings: Embed) -> None:

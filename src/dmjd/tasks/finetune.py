@@ -13,10 +13,10 @@ from dmjd.backbones.files import put_head, save_backbone
 from dmjd.config import Finetune
 from dmjd.data.loader import LabelledBatch, collate_labelled
 from dmjd.engine.optim import create_optimizer
-from dmjd.engine.record import Record, refuse_second_run
+from dmjd.engine.run import Record, refuse_second_run
 from dmjd.errors import ConfigError
-from dmjd.tasks.backbone import Opened, labelled
-from dmjd.tasks.classification import Result
+from dmjd.evaluation.classification import Result
+from dmjd.evaluation.extractor import Opened, labelled
 from dmjd.tasks.supervised import labelled_samples, supervise, to_device, training_transform
 
 

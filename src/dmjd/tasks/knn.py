@@ -3,9 +3,9 @@
 import time
 
 from dmjd.config import Knn
-from dmjd.engine.metrics import knn_votes
-from dmjd.tasks.backbone import extractor, labelled
-from dmjd.tasks.classification import Result
+from dmjd.evaluation.classification import Result
+from dmjd.evaluation.extractor import extractor, labelled
+from dmjd.evaluation.features import knn_votes
 
 
 def knn(settings: Knn) -> None:

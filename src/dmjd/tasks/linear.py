@@ -9,13 +9,13 @@ from tqdm import tqdm
 
 from dmjd.config import Augment, Linear
 from dmjd.data.loader import LabelledBatch, collate_labelled
-from dmjd.data.sources import Parts, few_labels
-from dmjd.engine.metrics import logistic_regression
+from dmjd.data.source import Parts, few_labels
 from dmjd.engine.optim import create_lars
-from dmjd.engine.record import refuse_second_run
+from dmjd.engine.run import refuse_second_run
 from dmjd.errors import DataError
-from dmjd.tasks.backbone import Opened, extractor, labelled
-from dmjd.tasks.classification import Result
+from dmjd.evaluation.classification import Result
+from dmjd.evaluation.extractor import Opened, extractor, labelled
+from dmjd.evaluation.features import logistic_regression
 from dmjd.tasks.supervised import labelled_samples, supervise, to_device, training_transform
 
 PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)

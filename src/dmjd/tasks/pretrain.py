@@ -14,23 +14,23 @@ from torch.optim import Optimizer
 
 from dmjd.backbones.files import save_backbone
 from dmjd.config import Pretrain, to_dict, to_yaml
-from dmjd.data import sources
+from dmjd.data import source as sources
+from dmjd.data.crops import random_crop
 from dmjd.data.loader import Batch, Positions, Samples, collate, train_batches
-from dmjd.data.sources import Images, Parts
-from dmjd.data.transforms import random_crop
+from dmjd.data.source import Images, Parts
 from dmjd.engine import checkpoint
-from dmjd.engine.cache import keep_targets
-from dmjd.engine.devices import choose_device, choose_precision, memory_errors
+from dmjd.engine.device import choose_device, choose_precision, memory_errors
 from dmjd.engine.loop import train
 from dmjd.engine.optim import create_optimizer, warmup_cosine, warmup_steps
-from dmjd.engine.record import Record, refuse_second_run
+from dmjd.engine.run import Record, refuse_second_run
 from dmjd.engine.stopwatch import Stopwatch
+from dmjd.engine.target_cache import keep_targets
 from dmjd.errors import ConfigError
+from dmjd.evaluation.monitor import measure, num_measured, write_samples
 from dmjd.factory import from_settings
 from dmjd.masking import block_masks, split
 from dmjd.method import DMJD
-from dmjd.tasks.monitor import measure, num_measured, write_samples
-from dmjd.tasks.report import write_report
+from dmjd.reports.page import write_report
 
 # What may differ between a run and its resumption: none of it changes a loss on the same kind of device.
 MAY_CHANGE = {"out", "resume", "preset", "config", "data", "workers", "device", "debug", "monitor"}

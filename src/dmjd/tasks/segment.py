@@ -19,11 +19,11 @@ from dmjd.backbones.pyramid import Pyramid
 from dmjd.config import Segment
 from dmjd.data.loader import AnnotatedBatch, AnnotatedSamples
 from dmjd.data.segmentation import Augmentation, Pairs, load
-from dmjd.data.sources import class_names
+from dmjd.data.source import class_names
 from dmjd.engine.optim import warmup_cosine, warmup_poly
-from dmjd.engine.record import refuse_second_run
+from dmjd.engine.run import refuse_second_run
 from dmjd.errors import ConfigError
-from dmjd.tasks.backbone import Opened
+from dmjd.evaluation.extractor import Opened
 from dmjd.tasks.dense import (
     Judged,
     Picture,

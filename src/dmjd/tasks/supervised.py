@@ -13,15 +13,15 @@ from torch.optim import Optimizer
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dmjd.config import Augment, Learn, to_dict, to_yaml
-from dmjd.data import sources
+from dmjd.data import source as sources
 from dmjd.data.loader import LabelledBatch, LabelledSamples, Positions, ReadableSamples, train_batches
-from dmjd.data.sources import Images
+from dmjd.data.source import Images
 from dmjd.engine import checkpoint
-from dmjd.engine.devices import memory_errors
+from dmjd.engine.device import memory_errors
 from dmjd.engine.loop import train
 from dmjd.engine.optim import warmup_cosine, warmup_steps
-from dmjd.engine.record import Record
-from dmjd.tasks.backbone import Opened
+from dmjd.engine.run import Record
+from dmjd.evaluation.extractor import Opened
 
 # What may differ between a run and its resumption: none of it changes a loss on the same kind of device.
 MAY_CHANGE = {"out", "resume", "preset", "config", "data", "workers", "device", "debug", "log"}

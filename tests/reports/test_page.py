@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from dmjd.errors import CheckpointError
-from dmjd.tasks.report import (
+from dmjd.reports.page import (
     Layout,
     compact,
     duration,

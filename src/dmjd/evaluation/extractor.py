@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from dmjd.backbones.files import open_backbone
 from dmjd.config import Embed, Few, Judge, Run
-from dmjd.data import sources
-from dmjd.data.sources import Images, Parts
-from dmjd.data.transforms import center_crop
-from dmjd.engine.devices import choose_device, choose_precision
-from dmjd.engine.metrics import features
+from dmjd.data import source as sources
+from dmjd.data.crops import center_crop
+from dmjd.data.source import Images, Parts
+from dmjd.engine.device import choose_device, choose_precision
 from dmjd.errors import ConfigError, DataError
+from dmjd.evaluation.features import features
 
 
 class Opened:

@@ -9,12 +9,12 @@ import torch
 from safetensors.numpy import save_file
 
 from dmjd.config import Pretrain
-from dmjd.data.images import BadImage
+from dmjd.data.crops import center_crop
+from dmjd.data.decode import BadImage
 from dmjd.data.loader import Samples
-from dmjd.data.seeds import mix
-from dmjd.data.sources import Images, Parts
-from dmjd.data.transforms import center_crop
-from dmjd.engine.metrics import features, knn_top1, linear_top1, rankme, spread
+from dmjd.data.random import mix
+from dmjd.data.source import Images, Parts
+from dmjd.evaluation.features import features, knn_top1, linear_top1, rankme, spread
 from dmjd.masking import split
 from dmjd.method import DMJD
 

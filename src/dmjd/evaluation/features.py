@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dmjd.data.images import BadImage
-from dmjd.data.sources import Images
+from dmjd.data.decode import BadImage
+from dmjd.data.source import Images
 from dmjd.errors import DataError
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from dmjd.errors import ConfigError
 
-PRESETS = Path(__file__).parent / "presets"
+PRESETS = Path(__file__).parents[1] / "presets"
 
 BackboneName = Literal["vit", "convvit"]
 BackboneSize = Literal["tiny", "small", "base", "large"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from dmjd.data.images import BadImage, decode
+from dmjd.data.decode import BadImage, decode
 
 SIDES = (24, 40)  # height, width
 

@@ -102,13 +102,15 @@ def write_report(run: Path) -> Path:
         page["small"] = tensors["images"].shape[-1] < 128
         page["coverage"] = coverage(tensors["times_hidden"], layout.grid, tensors["masked"].shape[1])
     path = run / "report.html"
-    path.write_text(render("report.html", page), "utf-8")
+    path.write_text(render("pretrain.html", page), "utf-8")
     return path
 
 
 def render(template: str, page: Mapping[str, Any]) -> str:
     """Fill in one of the templates beside this file."""
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True
+    )
     templates.filters |= {"duration": duration, "compact": compact, "quote": lambda text: shlex.quote(str(text))}
     return templates.get_template(template).render(page)
 

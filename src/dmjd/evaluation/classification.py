@@ -14,8 +14,8 @@ from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
-from dmjd.tasks.report import data_uri
-from dmjd.tasks.results import write_results
+from dmjd.reports.page import data_uri
+from dmjd.reports.results import write_results
 
 MOST_NAMED = 40  # classes whose names fit beside the picture of a confusion matrix
 

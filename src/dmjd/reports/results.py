@@ -11,7 +11,7 @@ import yaml
 
 from dmjd.config import to_dict
 from dmjd.engine.checkpoint import write_atomically
-from dmjd.tasks.report import CURVES, curve, read_metrics, render
+from dmjd.reports.page import CURVES, curve, read_metrics, render
 
 
 def write_results(

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from dmjd.data.transforms import center_crop, random_crop
+from dmjd.data.crops import center_crop, random_crop
 
 WHOLE = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": False}
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dmjd.cli import main
 from dmjd.config import Knn
-from dmjd.data.sources import load
-from dmjd.tasks.classification import Result
+from dmjd.data.source import load
+from dmjd.evaluation.classification import Result
 
 CLASSES = ("ant", "bee", "<i>cat</i> & co", "dog", "elk", "fox", "gnu")
 VERBS = {

@@ -22,8 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmjd.data import shapes
-from dmjd.data.images import EXTENSIONS, BadImage, decode
-from dmjd.data.seeds import mix
+from dmjd.data.decode import EXTENSIONS, BadImage, decode
+from dmjd.data.random import mix
 from dmjd.errors import DataError
 
 HELD_OUT_PARTS = ("val", "validation", "test")

@@ -9,9 +9,9 @@ import timm
 import torch
 from PIL import Image
 
-from dmjd.backbones.maps import Maps
+from dmjd.backbones.feature_maps import Maps
 from dmjd.cli import main
-from dmjd.engine.cache import CachedTarget
+from dmjd.engine.target_cache import CachedTarget
 from dmjd.errors import StorageError
 from dmjd.targets import Teacher
 

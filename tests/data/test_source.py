@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dmjd.data import sources
-from dmjd.data.images import BadImage, decode
+from dmjd.data import source as sources
+from dmjd.data.decode import BadImage, decode
 from dmjd.data.shapes import CLASSES
-from dmjd.data.sources import Images, folder_images, hold_out, in_memory, load, load_all
+from dmjd.data.source import Images, folder_images, hold_out, in_memory, load, load_all
 from dmjd.errors import DataError
 
 

@@ -1,0 +1,1 @@
+"""Numbers from networks: what features and predictions are worth."""
