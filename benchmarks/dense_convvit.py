@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dmjd.backbones import Latents
 from dmjd.backbones.convvit import ConvBlock, ConvViT, ConvViTEncoder, PatchEmbed
 from dmjd.heads import Decoder
-from dmjd.masking import Split, take
+from dmjd.masking import TokenIds, gather_tokens
 from dmjd.method import DMJD
 
 
@@ -92,7 +92,7 @@ class DenseEncoder(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, images: Tensor, tokens: Split) -> Latents:
+    def forward(self, images: Tensor, tokens: TokenIds) -> Latents:
         """Encode the visible tokens of every view, on whole maps."""
         num_views = len(tokens.visible) // len(images)
         num_tokens = tokens.visible.shape[1] + tokens.hidden.shape[1]
@@ -109,16 +109,16 @@ class DenseDecoder(nn.Module):
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, latents: Latents, tokens: Split) -> Tensor:
+    def forward(self, latents: Latents, tokens: TokenIds) -> Tensor:
         """Predict all tokens and pick the hidden ones."""
         decoder = self.decoder
         visible_NKE = decoder.embed(latents.visible)
         mask_tokens = decoder.mask_token.to(visible_NKE.dtype).expand(*tokens.hidden.shape, -1)
         places = torch.cat([tokens.visible, tokens.hidden], dim=1).argsort(dim=1)
-        x = take(torch.cat([visible_NKE, mask_tokens], dim=1), places) + decoder.pos_embed
+        x = gather_tokens(torch.cat([visible_NKE, mask_tokens], dim=1), places) + decoder.pos_embed
         for block in decoder.blocks:
             x = block(x)
-        return take(decoder.pred(decoder.norm(x)), tokens.hidden)
+        return gather_tokens(decoder.pred(decoder.norm(x)), tokens.hidden)
 
 
 def dense_form(model: DMJD) -> DMJD:

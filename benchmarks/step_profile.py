@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from dmjd.config import Crop, Decoder, Model, Monitor, Pretrain, to_dict
-from dmjd.data.loader import Batch, Positions, collate, train_batches
-from dmjd.data.source import Held, Images
+from dmjd.data.loader import Batch, StepSampler, collate, train_batches
+from dmjd.data.source import Images, PackedImages
 from dmjd.engine.loop import train
 from dmjd.engine.optim import create_optimizer, warmup_cosine
 from dmjd.engine.run import Record
@@ -72,10 +72,10 @@ def main() -> None:
     side = arguments.image_size * 8 // 7
     pixels = torch.randint(0, 256, (256, 3, side, side), dtype=torch.uint8)
     names = [str(index) for index in range(len(pixels))]
-    images = Images(names=names, labels=None, classes=(), root=None, in_chans=3, held=Held.pack(pixels, {}))
+    images = Images(names=names, labels=None, classes=(), root=None, in_chans=3, held=PackedImages.pack(pixels, {}))
     model = from_settings(settings).train()
     optimizer = create_optimizer(model, name="adamw", lr=settings.lr, weight_decay=0.05, betas=(0.9, 0.95))
-    positions = Positions(len(images), settings.batch_size, 0, arguments.steps + 1, settings.seed)
+    positions = StepSampler(len(images), settings.batch_size, 0, arguments.steps + 1, settings.seed)
     samples = training_samples(settings, images)
     batches = iter(train_batches(samples, positions, collate, workers=0, pin_memory=False))
     record = Record(Path(tempfile.mkdtemp()), to_dict(settings), images, batch_size=settings.batch_size)

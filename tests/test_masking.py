@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import dmjd
-from dmjd.masking import mask_counts, split, take
+from dmjd.masking import gather_tokens, mask_counts, token_ids
 
 RATIOS = st.integers(1, 19).map(lambda twentieths: twentieths / 20)
 
@@ -135,17 +135,17 @@ def test_disjoint_masks__an_impossible_request_names_the_range_that_works(argume
 
 def test_split__lists_visible_and_hidden_tokens_in_raster_order():
     masked = torch.tensor([[[True, False, False, True], [False, True, True, False]]])
-    visible, hidden = split(masked)
+    visible, hidden = token_ids(masked)
     assert visible.tolist() == [[1, 2], [0, 3]]
     assert hidden.tolist() == [[0, 3], [1, 2]]
 
 
 def test_split__refuses_views_that_hide_different_numbers():
     with pytest.raises(ValueError, match="same number"):
-        split(torch.tensor([[[True, False], [True, True]]]))
+        token_ids(torch.tensor([[[True, False], [True, True]]]))
 
 
 def test_take__picks_the_tokens_of_every_view_image_major():
     tokens = torch.arange(2 * 3 * 1.0).view(2, 3, 1)
     ids = torch.tensor([[0, 2], [1, 2], [0, 1], [2, 0]])
-    assert take(tokens, ids).squeeze(-1).tolist() == [[0, 2], [1, 2], [3, 4], [5, 3]]
+    assert gather_tokens(tokens, ids).squeeze(-1).tolist() == [[0, 2], [1, 2], [3, 4], [5, 3]]

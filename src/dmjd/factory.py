@@ -18,7 +18,7 @@ from dmjd.backbones.vit import ViT, create_vit
 from dmjd.heads import Decoder, LinearHead, Projector
 from dmjd.masking import mask_counts
 from dmjd.method import DMJD
-from dmjd.targets import HOG, MeanTeacher, Pixels, Several, Target, Teacher
+from dmjd.targets import HOG, ConcatTarget, EmaTeacher, Pixels, Target, Teacher
 
 # Sections of the settings that a model is made of.
 SECTIONS = ("model", "masking", "masked", "visible", "hog", "teacher", "decoder")
@@ -128,7 +128,7 @@ def create_target(name: str, settings: config.Pretrain, encoder: Encoder) -> Tar
         CheckpointError: If a teacher does not load.
     """
     if len(names := config.target_names(name)) > 1:
-        return Several([create_target(part, settings, encoder) for part in names])
+        return ConcatTarget([create_target(part, settings, encoder) for part in names])
     model, teacher = settings.model, settings.teacher
     mean, std = STATISTICS[model.in_chans]
     if name == "hog":
@@ -139,7 +139,7 @@ def create_target(name: str, settings: config.Pretrain, encoder: Encoder) -> Tar
     if name == "ema":
         wants = {"input_size": (model.in_chans, *model.image_hw), "mean": mean, "std": std}
         student = Maps(deepcopy(encoder.backbone), layers=teacher.layers, in_chans=model.in_chans, wants=wants)
-        return MeanTeacher(student, model.grid, decay=teacher.decay)
+        return EmaTeacher(student, model.grid, decay=teacher.decay)
     network = HuggingFace(name.removeprefix("hf:")) if name.startswith("hf:") else open_backbone(name)[0]
     network.to(memory_format=torch.channels_last)  # convolutions are faster so
     return Teacher(Maps(network, layers=teacher.layers, in_chans=model.in_chans, bf16=teacher.bf16), model.grid)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dmjd.backbones import Latents
 from dmjd.backbones.blocks import NORM_EPS, init_weights, last_tokens, sincos_positions, transformer_blocks
-from dmjd.masking import Split, take
+from dmjd.masking import TokenIds, gather_tokens
 
 
 class Decoder(nn.Module):
@@ -43,14 +43,14 @@ class Decoder(nn.Module):
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, latents: Latents, tokens: Split) -> Float[Tensor, "N M T"]:
+    def forward(self, latents: Latents, tokens: TokenIds) -> Float[Tensor, "N M T"]:
         """Predict the hidden tokens, in the order of `tokens.hidden`."""
         num_rows, num_hidden = tokens.hidden.shape
         # Blocks do not care for the order of tokens: with the mask tokens last, nothing has to be unshuffled.
         prefix_NPE, visible_NKE = self.embed(latents.prefix), self.embed(latents.visible)
         position_NLE = self.pos_embed.expand(num_rows, -1, -1)
-        visible_NKE = visible_NKE + take(position_NLE, tokens.visible)
-        hidden_NME = self.mask_token + take(position_NLE, tokens.hidden)
+        visible_NKE = visible_NKE + gather_tokens(position_NLE, tokens.visible)
+        hidden_NME = self.mask_token + gather_tokens(position_NLE, tokens.hidden)
         x = torch.cat([prefix_NPE, visible_NKE, hidden_NME.to(visible_NKE.dtype)], dim=1)
         for block in self.blocks[:-1]:
             x = block(x)
@@ -65,7 +65,7 @@ class LinearHead(nn.Module):
         self.pred = nn.Linear(in_dim, out_dim)
         self.apply(init_weights)
 
-    def forward(self, latents: Latents, tokens: Split) -> Float[Tensor, "N M T"]:
+    def forward(self, latents: Latents, tokens: TokenIds) -> Float[Tensor, "N M T"]:
         """Predict the hidden tokens, in the order of `tokens.hidden`."""
         return self.pred(latents.hidden)
 
@@ -95,5 +95,5 @@ class Projector(nn.Module):
         self.apply(init_weights)
 
     def forward(self, latents: Latents) -> Float[Tensor, "N K T"]:
-        """Predict the visible tokens, in the order of `Split.visible`."""
+        """Predict the visible tokens, in the order of `TokenIds.visible`."""
         return self.predict(self.project(latents.visible))

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 
-class Split(NamedTuple):
+class TokenIds(NamedTuple):
     """The tokens of every row by number, in raster order."""
 
     visible: Int[Tensor, "N K"]
@@ -120,7 +120,7 @@ def mask_counts(
     return num_hidden, max(num_hidden, unit * round(num_tokens * predict / unit))
 
 
-def split(masked: Bool[Tensor, "B V L"], device: torch.device | None = None) -> Split:
+def token_ids(masked: Bool[Tensor, "B V L"], device: torch.device | None = None) -> TokenIds:
     """List the visible and the hidden tokens of every row, on `device`.
 
     Leave `masked` on the CPU: how many tokens it hides shapes what follows, and reading that from a GPU would stall it.
@@ -136,10 +136,10 @@ def split(masked: Bool[Tensor, "B V L"], device: torch.device | None = None) -> 
     if device is not None and device.type == "cuda":  # a copy from pageable memory waits for all that the GPU has to do
         order_NL = order_NL.pin_memory()
     order_NL = order_NL.to(device, non_blocking=True)
-    return Split(*order_NL.tensor_split([masked_NL.shape[1] - int(counts_N[0])], dim=1))
+    return TokenIds(*order_NL.tensor_split([masked_NL.shape[1] - int(counts_N[0])], dim=1))
 
 
-def take(tokens: Float[Tensor, "B L D"], ids: Int[Tensor, "N S"]) -> Float[Tensor, "N S D"]:
+def gather_tokens(tokens: Float[Tensor, "B L D"], ids: Int[Tensor, "N S"]) -> Float[Tensor, "N S D"]:
     """Pick S tokens for each of the V = N / B views of an image, without copying all L tokens V times first."""
     batch_size, _, width = tokens.shape
     ids_BVSD = ids.view(batch_size, -1, ids.shape[1], 1).expand(-1, -1, -1, width)

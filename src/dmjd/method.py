@@ -1,6 +1,6 @@
 """Disjoint masking with joint distillation (DMJD, arXiv 2301.00230) on one page.
 
-Several views of an image hide disjoint tokens (`masking`). One encoder reads what is visible of every view. The masked
+ConcatTarget views of an image hide disjoint tokens (`masking`). One encoder reads what is visible of every view. The masked
 branch predicts the targets of hidden tokens, the visible branch those of visible tokens. Plain MAE, ConvMAE, SimMIM and
 MaskFeat are the same page with one view and no visible branch.
 
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from dmjd.backbones import Encoder
 from dmjd.heads import Decoder, LinearHead, Projector
 from dmjd.losses import LossName, regression_loss
-from dmjd.masking import split, take
-from dmjd.targets import MeanTeacher, Target
+from dmjd.masking import gather_tokens, token_ids
+from dmjd.targets import EmaTeacher, Target
 
 
 class Predictions(NamedTuple):
-    """What the two branches say, beside what is true; tokens in the order of `masking.Split`."""
+    """What the two branches say, beside what is true; tokens in the order of `masking.TokenIds`."""
 
     masked: Float[Tensor, "N M T"]
     masked_target: Float[Tensor, "N M T"]
@@ -95,7 +95,7 @@ class DMJD(nn.Module):
 
         Args:
             images: Pixels of 0..255, uint8 or float, where the model is.
-            masked: True = hidden; best on the CPU (see `masking.split`).
+            masked: True = hidden; best on the CPU (see `masking.token_ids`).
             visible_order: For the ablation only. The official program compares predictions in this order of the visible
                 tokens with targets in raster order.
 
@@ -109,8 +109,8 @@ class DMJD(nn.Module):
             return Losses(masked_loss, masked_loss, torch.zeros_like(masked_loss))
         visible_NKT = said.visible
         if visible_order is not None:
-            places_NK = torch.searchsorted(split(masked).visible.contiguous(), visible_order).to(images.device)
-            visible_NKT = take(visible_NKT, places_NK)
+            places_NK = torch.searchsorted(token_ids(masked).visible.contiguous(), visible_order).to(images.device)
+            visible_NKT = gather_tokens(visible_NKT, places_NK)
         dims = dims if self.visible_target is None else own
         visible_loss = regression_loss(visible_NKT, said.visible_target, self.visible_loss, beta=self.beta, dims=dims)
         return Losses(masked_loss + self.visible_weight * visible_loss, masked_loss, visible_loss)
@@ -122,19 +122,21 @@ class DMJD(nn.Module):
     def follow(self, progress: float) -> None:
         """Let targets that are a running mean of the backbone follow it; `progress` is the share of the run done."""
         for module in self.modules():
-            if isinstance(module, MeanTeacher):
+            if isinstance(module, EmaTeacher):
                 module.follow(self.encoder.backbone, progress)
 
     def predict(self, images: Num[Tensor, "B C H W"], masked: Bool[Tensor, "B V L"]) -> Predictions:
         """Run both branches; arguments as in `forward`."""
-        tokens = split(masked, images.device)
+        tokens = token_ids(masked, images.device)
         with torch.no_grad():  # once per image, for all its views
             target_BLT = self.target(images)
             visible_BLT = target_BLT if self.visible_target is None else self.visible_target(images)
         latents = self.encoder(self.normalize(images), tokens)
         masked_NMT = self.decoder(latents, tokens)
-        masked_target = take(target_BLT, tokens.hidden)
+        masked_target = gather_tokens(target_BLT, tokens.hidden)
         if self.projector is None:
             return Predictions(masked_NMT, masked_target, None, None)
         # Predictions and targets are aligned token by token; the official program compares different tokens here.
-        return Predictions(masked_NMT, masked_target, self.projector(latents), take(visible_BLT, tokens.visible))
+        return Predictions(
+            masked_NMT, masked_target, self.projector(latents), gather_tokens(visible_BLT, tokens.visible)
+        )

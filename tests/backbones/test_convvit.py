@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import dmjd
 from dmjd.backbones.convvit import SIZES, ConvViT, create_convvit, nested_positions
 from dmjd.backbones.files import save_backbone
-from dmjd.masking import split
+from dmjd.masking import token_ids
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from dense_convvit import dense_classifier, dense_form, dense_latents
@@ -52,7 +52,7 @@ def test_convvit__visible_rows_equal_the_dense_formulation(grid, in_chans, patch
     images = torch.randn(2, in_chans, grid[0] * patch_size, grid[1] * patch_size, dtype=torch.float64)
     masked = masks_of(grid, views, mask_ratio)
     results = []
-    for forward in (lambda: encoder(images, split(masked)).visible, lambda: dense_latents(encoder, images, masked)):
+    for forward in (lambda: encoder(images, token_ids(masked)).visible, lambda: dense_latents(encoder, images, masked)):
         encoder.zero_grad()
         latents = forward()
         latents.square().mul(torch.linspace(1, 2, latents.shape[-1])).sum().backward()
@@ -84,7 +84,7 @@ def test_convvit__hidden_pixels_have_exactly_zero_gradient():
     encoder = encoder_of(grid)
     images = torch.randn(2, 3, 48, 64, requires_grad=True)
     masked = masks_of(grid, views, 0.5)
-    latents = encoder(images, split(masked)).visible
+    latents = encoder(images, token_ids(masked)).visible
     assert latents.shape == (4, 6, 16)
     for row in range(4):
         (gradient,) = torch.autograd.grad(latents[row].square().sum(), images, retain_graph=True)
@@ -100,7 +100,7 @@ def test_convvit__a_visible_token_sees_its_visible_neighbours():
     encoder.backbone.blocks3 = torch.nn.ModuleList()  # convolutions only
     masked = torch.tensor([[[False, False, True]]])
     images = torch.randn(1, 3, 16, 48, requires_grad=True)
-    first = encoder(images, split(masked)).visible[0, 0]
+    first = encoder(images, token_ids(masked)).visible[0, 0]
     (gradient,) = torch.autograd.grad(first.sum(), images)
     assert gradient[..., 16:32].abs().max() > 0
 

@@ -11,7 +11,7 @@ import dmjd
 from dmjd.backbones.blocks import last_tokens, sincos_positions, transformer_blocks
 from dmjd.backbones.files import save_backbone
 from dmjd.backbones.vit import ViT, create_vit
-from dmjd.masking import split
+from dmjd.masking import token_ids
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -51,7 +51,7 @@ def test_vit__hidden_pixels_have_exactly_zero_gradient(
     rows, columns = encoder.grid
     images = torch.randn(2, in_chans, rows * patch_size, columns * patch_size, requires_grad=True)
     masked = masks(encoder)
-    latents = encoder(images, split(masked))
+    latents = encoder(images, token_ids(masked))
     prefix = int(class_token) + reg_tokens
     tokens = rows * columns
     assert latents.prefix.shape == (4, prefix, 32)
@@ -72,7 +72,7 @@ def test_vit__a_view_equals_timm_on_the_kept_tokens():
     encoder = create_vit("tiny", image_size=32, patch_size=8, class_token=True, **TINY).eval()
     images = torch.randn(2, 3, 32, 32)
     masked = masks(encoder, views=1)
-    latents = encoder(images, split(masked))
+    latents = encoder(images, token_ids(masked))
     vit = encoder.backbone
     x = vit._pos_embed(vit.patch_embed(images))
     for image in range(2):
@@ -91,7 +91,7 @@ def test_vit__wraps_any_vision_transformer_of_timm(name):
         pytest.skip(f"{name} is no VisionTransformer in this timm")
     encoder = ViT(model)
     size = encoder.grid[0] * encoder.patch_size
-    latents = encoder(torch.randn(1, 3, size, size), split(masks(encoder, batch_size=1)))
+    latents = encoder(torch.randn(1, 3, size, size), token_ids(masks(encoder, batch_size=1)))
     assert latents.visible.shape == (2, 2, encoder.embed_dim)
 
 
@@ -99,9 +99,9 @@ def test_vit__mask_token_stands_for_every_hidden_patch():
     encoder = create_vit("tiny", image_size=32, patch_size=8, mask_token=True, **TINY).eval()
     masked = masks(encoder)
     images = torch.randn(2, 3, 32, 32)
-    before = encoder(images, split(masked))
+    before = encoder(images, token_ids(masked))
     encoder.mask_token.data += 1
-    after = encoder(images, split(masked))
+    after = encoder(images, token_ids(masked))
     assert not torch.allclose(before.visible, after.visible)
     assert before.hidden.shape == (4, 8, 32)
 

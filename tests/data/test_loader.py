@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dmjd.data.crops import random_crop
-from dmjd.data.loader import Batch, Positions, Samples, collate, order, read_or_substitute, train_batches
+from dmjd.data.loader import Batch, Samples, StepSampler, collate, order, read_or_substitute, train_batches
 from dmjd.data.source import folder_images, in_memory
 from dmjd.errors import DataError
 from dmjd.masking import block_masks
@@ -44,7 +44,7 @@ def samples_of(folder: Path, *, seed: int = 0, memory: bool = False) -> Samples:
 
 def batches_of(samples: Samples, *, workers: int = 0, **where: int) -> list[Batch]:
     where = {"count": COUNT, "batch_size": 4, "start": 0, "steps": 6, "seed": samples.seed} | where
-    return list(train_batches(samples, Positions(**where), collate, workers=workers, pin_memory=False))
+    return list(train_batches(samples, StepSampler(**where), collate, workers=workers, pin_memory=False))
 
 
 def equal(some: list[Batch], others: list[Batch]) -> bool:
@@ -145,7 +145,7 @@ def test_read_or_substitute__a_set_without_a_good_image_is_a_data_error(tmp_path
 sizes = st.integers(1, 40)
 
 
-def flat(positions: Positions) -> list[tuple[int, int]]:
+def flat(positions: StepSampler) -> list[tuple[int, int]]:
     return [key for micro in positions for key in micro]
 
 
@@ -155,7 +155,7 @@ def test_positions__every_epoch_shows_every_image_once_in_an_order_of_its_own(
     count: int, batch_size: int, seed: int
 ) -> None:
     steps = -(-3 * count // batch_size)
-    keys = flat(Positions(count, batch_size, 0, steps, seed))
+    keys = flat(StepSampler(count, batch_size, 0, steps, seed))
     assert len(keys) == steps * batch_size
     for epoch in range(3):
         shown = [index for at, index in keys if at == epoch]
@@ -181,9 +181,9 @@ def test_positions__ranks_and_accumulation_partition_the_batch_of_one_process(
     count: int, micro: int, accumulation: int, world_size: int, start: int
 ) -> None:
     batch_size = micro * accumulation * world_size
-    (*whole,) = Positions(count, batch_size, start, start + 3, seed=5)
+    (*whole,) = StepSampler(count, batch_size, start, start + 3, seed=5)
     parts = [
-        list(Positions(count, batch_size, start, start + 3, 5, accumulation, rank, world_size))
+        list(StepSampler(count, batch_size, start, start + 3, 5, accumulation, rank, world_size))
         for rank in range(world_size)
     ]
     for step, expected in enumerate(whole):
@@ -194,7 +194,7 @@ def test_positions__ranks_and_accumulation_partition_the_batch_of_one_process(
 
 @pytest.mark.parametrize(("start", "accumulation"), [(0, 1), (2, 1), (6, 1), (1, 3)])
 def test_positions__know_their_number(start: int, accumulation: int) -> None:
-    positions = Positions(10, 6, start, 6, 0, accumulation)
+    positions = StepSampler(10, 6, start, 6, 0, accumulation)
     assert len(positions) == len(list(positions)) == (6 - start) * accumulation
 
 

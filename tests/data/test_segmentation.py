@@ -9,7 +9,7 @@ from PIL import Image
 
 from dmjd.data.decode import BadImage
 from dmjd.data.loader import AnnotatedSamples
-from dmjd.data.segmentation import Augmentation, Pairs, load
+from dmjd.data.segmentation import Augmentation, SegmentationSet, load
 from dmjd.data.source import class_names
 from dmjd.errors import DataError
 
@@ -40,7 +40,7 @@ def root(tmp_path):
     return tmp_path
 
 
-def found(root: Path, **options: object) -> tuple[Pairs, Pairs]:
+def found(root: Path, **options: object) -> tuple[SegmentationSet, SegmentationSet]:
     return load(str(root), in_chans=3, **options)
 
 

@@ -11,7 +11,7 @@ import dmjd
 from dmjd.backbones.blocks import sincos_positions
 from dmjd.backbones.convvit import ConvViT
 from dmjd.factory import STATISTICS
-from dmjd.masking import split
+from dmjd.masking import token_ids
 from dmjd.reference import our_name
 from dmjd.targets.hog import hog_cells
 
@@ -82,7 +82,7 @@ def test_dmjd__losses_predictions_latents_and_gradients_equal_the_official_ones(
     visible = tensors["pred_visible"][rows].gather(1, raster.expand(-1, -1, 108))
     assert_close(said.masked.flatten(0, 1), tensors["pred_masked"][rows][hidden])
     assert_close(said.visible, visible)
-    latents = model.encoder(model.normalize(images), split(masked)).visible
+    latents = model.encoder(model.normalize(images), token_ids(masked)).visible
     assert_close(latents, tensors["latent"][rows].gather(1, raster.expand(-1, -1, latents.shape[-1])))
 
     misaligned = model(images, masked, visible_order=order)

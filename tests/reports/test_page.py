@@ -30,7 +30,7 @@ from dmjd.reports.page import (
 )
 
 ALWAYS = ["Key numbers", "Curves", "Settings", "How to reproduce", "What next"]
-WITH_SAMPLES = ["Held-out images", "How often each token was predicted"]
+WITH_SAMPLES = ["PackedImages-out images", "How often each token was predicted"]
 NUMBERS = {
     "untrained": {"knn_top1": 0.2714, "linear_top1": 0.3341},
     "trained": {"knn_top1": 0.6127, "linear_top1": 0.7253},

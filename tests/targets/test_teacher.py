@@ -18,7 +18,7 @@ from dmjd.backbones.huggingface import HuggingFace
 from dmjd.cli import main
 from dmjd.errors import CheckpointError, ConfigError
 from dmjd.losses import regression_loss
-from dmjd.targets import HOG, MeanTeacher, Pixels, Teacher
+from dmjd.targets import HOG, EmaTeacher, Pixels, Teacher
 from dmjd.targets.teacher import whiten
 
 
@@ -196,7 +196,7 @@ def test_pretrain__with_a_teacher_on_one_branch_it_learns_resumes_and_reports(te
 def test_mean_teacher__after_n_steps_it_is_the_closed_form():
     torch.manual_seed(0)
     student = vit()
-    teacher = MeanTeacher(Maps(deepcopy(student)), (4, 4), decay=(0.5, 0.9))
+    teacher = EmaTeacher(Maps(deepcopy(student)), (4, 4), decay=(0.5, 0.9))
     name, weight = next(iter(student.named_parameters()))
     mean = weight.detach().clone()
     for step in range(1, 5):
@@ -210,7 +210,7 @@ def test_mean_teacher__after_n_steps_it_is_the_closed_form():
 
 def test_dmjd__its_own_mean_is_saved_and_not_trained():
     model = small(masked_target="ema", visible_weight=1.0)
-    assert isinstance(model.target, MeanTeacher)
+    assert isinstance(model.target, EmaTeacher)
     assert model.visible_target is None
     assert any(name.startswith("target.maps.network") for name in model.state_dict())
     assert not any(name.startswith("target") for name, p in model.named_parameters() if p.requires_grad)

@@ -13,7 +13,7 @@ from torch import nn
 from dmjd.cli import main
 from dmjd.config import Detect
 from dmjd.data.detection import load
-from dmjd.evaluation.extractor import Opened
+from dmjd.evaluation.extractor import FeatureExtractor
 from dmjd.tasks.dense import opened
 from dmjd.tasks.detect import detector, instances, judge, see
 
@@ -148,7 +148,7 @@ class Oracle(nn.Module):
 def judged(tmp_path, backbones, boxes, answers):
     held_out = load(str(write(tmp_path / "data", boxes)), in_chans=3)[1]
     settings = Detect(data="none", backbone=str(backbones["vit"]), device="cpu")
-    return judge(Opened(settings, settings.backbone), Oracle(answers), held_out)
+    return judge(FeatureExtractor(settings, settings.backbone), Oracle(answers), held_out)
 
 
 BOXES = {

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dmjd.masking import Split
+from dmjd.masking import TokenIds
 
 
 class Latents(NamedTuple):
-    """What an encoder says of N rows; tokens in the order of `Split`."""
+    """What an encoder says of N rows; tokens in the order of `TokenIds`."""
 
     prefix: Float[Tensor, "N P D"]  # class and register tokens
     visible: Float[Tensor, "N K D"]
@@ -35,6 +35,6 @@ class Encoder(Protocol):
         """What is left after pre-training: a timm model."""
         ...
 
-    def __call__(self, images: Tensor, tokens: Split, /) -> Latents:
+    def __call__(self, images: Tensor, tokens: TokenIds, /) -> Latents:
         """Encode V views of images (B, C, H, W), already normalised; nothing of a hidden pixel reaches the latents."""
         ...

@@ -26,7 +26,7 @@ from torch.nn.grad import conv2d_weight
 
 from dmjd.backbones import Latents
 from dmjd.backbones.blocks import NORM_EPS, init_weights, sincos_positions, transformer_blocks
-from dmjd.masking import Split, take
+from dmjd.masking import TokenIds, gather_tokens
 
 CONV_NORM_EPS = 1e-5  # of the LayerNorms of stages 1 and 2
 
@@ -118,7 +118,7 @@ class Pointwise(nn.Conv2d):
         return F.linear(rows, self.weight.flatten(1), self.bias)
 
 
-class Joining(nn.Conv2d):
+class PatchMerge(nn.Conv2d):
     """A side x side convolution of stride side (its official shape) on nested rows: joins side^2 of them into one."""
 
     def __init__(self, in_dim: int, out_dim: int, side: int):
@@ -224,8 +224,8 @@ class ConvViT(nn.Module):
         self.grid = (height // patch_size, width // patch_size)
         self.num_features = self.head_hidden_size = self.embed_dim = third
         self.patch_embed1 = PatchEmbed(nn.Conv2d(in_chans, first, patch_size // 4, stride=patch_size // 4))
-        self.patch_embed2 = PatchEmbed(Joining(first, second, 2))
-        self.patch_embed3 = PatchEmbed(Joining(second, third, 2))
+        self.patch_embed2 = PatchEmbed(PatchMerge(first, second, 2))
+        self.patch_embed3 = PatchEmbed(PatchMerge(second, third, 2))
         self.patch_embed4 = nn.Linear(third, third)
         self.pos_embed = nn.Parameter(sincos_positions(self.grid, third), requires_grad=False)
         rates = iter(drop_path_rate * block / max(sum(depths) - 1, 1) for block in range(sum(depths)))
@@ -291,7 +291,7 @@ class ConvViT(nn.Module):
         if grid != self.grid:
             position = resample_abs_pos_embed(position, list(grid), list(self.grid), num_prefix_tokens=0)
         x = self.patch_embed4(self.patch_embed3(rows2)).view(num_rows, -1, self.embed_dim)
-        x = x + take(position.expand(num_rows, num_tokens, -1), tokens)
+        x = x + gather_tokens(position.expand(num_rows, num_tokens, -1), tokens)
         for block in self.blocks3:
             x = block(x)
         return rows1, rows2, x
@@ -353,13 +353,13 @@ class ConvViTEncoder(nn.Module):
         self.backbone, self.architecture = backbone, architecture
         self.embed_dim, self.grid, self.patch_size = backbone.embed_dim, backbone.grid, backbone.patch_size
         first, second = (info["num_chs"] for info in backbone.feature_info[:2])
-        self.stage1_output_decode = Joining(first, self.embed_dim, 4)
-        self.stage2_output_decode = Joining(second, self.embed_dim, 2)
+        self.stage1_output_decode = PatchMerge(first, self.embed_dim, 4)
+        self.stage2_output_decode = PatchMerge(second, self.embed_dim, 2)
         self.norm = nn.LayerNorm(self.embed_dim, eps=NORM_EPS)
         for stage in (self.stage1_output_decode, self.stage2_output_decode):
             stage.apply(init_weights)
 
-    def forward(self, images: Float[Tensor, "B C H W"], tokens: Split) -> Latents:
+    def forward(self, images: Float[Tensor, "B C H W"], tokens: TokenIds) -> Latents:
         """Encode the visible tokens of every view."""
         rows1, rows2, x = self.backbone.stages(images, tokens.visible)
         stages = self.stage1_output_decode(rows1) + self.stage2_output_decode(rows2)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dmjd.backbones import Latents
 from dmjd.backbones.blocks import init_weights, sincos_positions
-from dmjd.masking import Split, take
+from dmjd.masking import TokenIds, gather_tokens
 
 SIZES = ("tiny", "small", "base", "large")
 
@@ -32,11 +32,11 @@ class ViT(nn.Module):
         self.grid: tuple[int, int] = vit.patch_embed.grid_size
         self.patch_size: int = vit.patch_embed.patch_size[0]
 
-    def forward(self, images: Float[Tensor, "B C H W"], tokens: Split) -> Latents:
+    def forward(self, images: Float[Tensor, "B C H W"], tokens: TokenIds) -> Latents:
         """Encode the visible tokens of every view; patches are embedded once per image."""
         embedded = self.backbone._pos_embed(self.backbone.patch_embed(images))
         prefix, patches_BLD = embedded.tensor_split([self.num_prefix_tokens], dim=1)
-        visible_NKD = take(patches_BLD, tokens.visible)
+        visible_NKD = gather_tokens(patches_BLD, tokens.visible)
         num_views = len(visible_NKD) // len(images)
         latent = self._transform(torch.cat([prefix.repeat_interleave(num_views, dim=0), visible_NKD], dim=1))
         prefix, visible_NKD = latent.tensor_split([self.num_prefix_tokens], dim=1)
@@ -57,7 +57,7 @@ class MaskTokenViT(ViT):
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.embed_dim))
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, images: Float[Tensor, "B C H W"], tokens: Split) -> Latents:
+    def forward(self, images: Float[Tensor, "B C H W"], tokens: TokenIds) -> Latents:
         """Encode all tokens of every view."""
         patches = self.backbone.patch_embed(images)  # B L D, or B h w D where the model takes any image size
         num_views = len(tokens.hidden) // len(images)
@@ -67,7 +67,7 @@ class MaskTokenViT(ViT):
         patches_NLD = patches_NLD.scatter(1, hidden_ids, mask_tokens)
         latent = self._transform(self.backbone._pos_embed(patches_NLD.view(-1, *patches.shape[1:])))
         prefix, patches_NLD = latent.tensor_split([self.num_prefix_tokens], dim=1)
-        return Latents(prefix, take(patches_NLD, tokens.visible), take(patches_NLD, tokens.hidden))
+        return Latents(prefix, gather_tokens(patches_NLD, tokens.visible), gather_tokens(patches_NLD, tokens.hidden))
 
 
 def create_vit(

@@ -171,7 +171,7 @@ class Masked:
     target: str = "hog"
     """What is predicted: hog, pixels, normalized_pixels, ema (the running mean of the backbone itself), or a frozen
     teacher: timm:NAME, hf:NAME (a name or folder that Hugging Face transformers loads) or a backbone.safetensors.
-    Several with + between them: the losses are summed."""
+    ConcatTarget with + between them: the losses are summed."""
     loss: LossName = "l2"
     """Loss on hidden tokens: l2, l1, smooth_l1, cosine."""
 

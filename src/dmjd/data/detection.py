@@ -46,7 +46,7 @@ class Found(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scenes:
+class DetectionSet:
     """A numbered set of images with objects.
 
     Attributes:
@@ -129,7 +129,7 @@ def is_compressed(segmentation: Any) -> bool:
     return isinstance(segmentation, dict) and isinstance(segmentation["counts"], str | bytes)
 
 
-def load(data: str, *, in_chans: int, classes: tuple[str, ...] | None = None) -> tuple[Scenes, Scenes]:
+def load(data: str, *, in_chans: int, classes: tuple[str, ...] | None = None) -> tuple[DetectionSet, DetectionSet]:
     """Find the training and the held-out part of a set.
 
     Boxes are cut at the edge of their image where its size is known. One without area is left out, with a line on
@@ -165,7 +165,7 @@ def load(data: str, *, in_chans: int, classes: tuple[str, ...] | None = None) ->
     return train, held_out
 
 
-def collect(root: Path, found: Iterable[Found], classes: tuple[str, ...], in_chans: int) -> Scenes:
+def collect(root: Path, found: Iterable[Found], classes: tuple[str, ...], in_chans: int) -> DetectionSet:
     """Check and pack the images of one part."""
     names, records, flat, counts, outlined = [], [], [], [0] * len(classes), 0
     number = {name: place for place, name in enumerate(classes)}
@@ -190,7 +190,7 @@ def collect(root: Path, found: Iterable[Found], classes: tuple[str, ...], in_cha
         records.append(json.dumps({"size": image.size, "objects": objects}).encode())
     if flat:
         print(f"warning: {len(flat)} boxes without area left out, such as in {flat[0]}; {root}", file=sys.stderr)
-    return Scenes(
+    return DetectionSet(
         names=names,
         root=root,
         classes=classes,

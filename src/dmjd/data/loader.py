@@ -200,7 +200,7 @@ def collate_annotated(samples: list[tuple[Any, Any, dict[str, str]]]) -> Annotat
 
 
 @dataclass(frozen=True)
-class Positions(Sampler[list[tuple[int, int]]]):
+class StepSampler(Sampler[list[tuple[int, int]]]):
     """The (epoch, index) of every micro-batch of one rank, from a step to the end of the run.
 
     A step's batch is cut into accumulation * world_size micro-batches; rank r takes number r, r + world_size, ...
@@ -240,7 +240,7 @@ def collate(samples: list[Sample]) -> Batch:
 
 def train_batches(
     samples: ReadableSamples,
-    positions: Positions,
+    positions: StepSampler,
     collate: Callable[[list[Any]], Any],
     *,
     workers: int | None,

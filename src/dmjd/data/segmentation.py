@@ -33,7 +33,7 @@ class Annotated(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pairs:
+class SegmentationSet:
     """A numbered set of annotated images.
 
     Attributes:
@@ -98,7 +98,7 @@ def load(
     classes: Sequence[str] | None = None,
     ignore_index: int = 255,
     reduce_zero_label: bool = False,
-) -> tuple[Pairs, Pairs]:
+) -> tuple[SegmentationSet, SegmentationSet]:
     """Find the training and the held-out part of a set.
 
     Args:
@@ -123,7 +123,7 @@ def load(
     return replace(train, classes=named), replace(held_out, classes=named)
 
 
-def _part(root: Path, names: Sequence[str], **options: Any) -> Pairs:
+def _part(root: Path, names: Sequence[str], **options: Any) -> SegmentationSet:
     part = next((name for name in names if (root / "images" / name).is_dir()), None)
     if part is None:
         raise DataError(
@@ -142,10 +142,10 @@ def _part(root: Path, names: Sequence[str], **options: Any) -> Pairs:
         raise DataError(
             f"{what}: {alone[0]} (one of {len(alone)}); {images}, {annotations}; every image needs a NAME.png"
         )
-    return Pairs(names=found, root=images, annotations=annotations, classes=(), **options)
+    return SegmentationSet(names=found, root=images, annotations=annotations, classes=(), **options)
 
 
-def _count(train: Pairs) -> tuple[str, ...]:
+def _count(train: SegmentationSet) -> tuple[str, ...]:
     """Name the classes by their numbers, up to the highest label of the training part."""
     seen: set[int] = set()
     reason = "all pixels are ignored"

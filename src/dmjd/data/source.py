@@ -33,7 +33,7 @@ SHAPES_SIZES = {"train": 5000, "val": 1000}
 
 
 @dataclass(frozen=True)
-class Held:
+class PackedImages:
     """Decoded images of any sizes, packed into one buffer that worker processes share."""
 
     pixels: UInt8[Tensor, " bytes"]
@@ -42,17 +42,17 @@ class Held:
     bad: dict[int, str]  # files that did not decode, with the reason
 
     @classmethod
-    def pack(cls, decoded: Iterable[Tensor], bad: dict[int, str]) -> "Held":
+    def pack(cls, decoded: Iterable[Tensor], bad: dict[int, str]) -> "PackedImages":
         """Pack images (C, H, W); `bad` may be filled while they are decoded."""
         images = list(decoded)
         sizes = torch.tensor([image.numel() for image in images])
         pixels = torch.cat([image.reshape(-1) for image in images])
         return cls(pixels, torch.tensor([image.shape for image in images]), sizes.cumsum(0) - sizes, bad)
 
-    def subset(self, indices: Sequence[int]) -> "Held":
+    def subset(self, indices: Sequence[int]) -> "PackedImages":
         """Keep some of the images, in the same buffer."""
         bad = {new: self.bad[old] for new, old in enumerate(indices) if old in self.bad}
-        return Held(self.pixels, self.shapes[list(indices)], self.offsets[list(indices)], bad)
+        return PackedImages(self.pixels, self.shapes[list(indices)], self.offsets[list(indices)], bad)
 
     def read(self, index: int) -> UInt8[Tensor, "C H W"]:
         """Look one image up; raises `BadImage` as decoding did."""
@@ -80,7 +80,7 @@ class Images:
     classes: tuple[str, ...]
     root: Path | None
     in_chans: int
-    held: Held | None = None
+    held: PackedImages | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -257,7 +257,7 @@ def in_memory(images: Images) -> Images:
                 bad[index] = str(reason)
                 yield torch.empty(images.in_chans, 0, 0, dtype=torch.uint8)
 
-    return replace(images, held=Held.pack(decoded(), bad))
+    return replace(images, held=PackedImages.pack(decoded(), bad))
 
 
 def cache() -> Path:
@@ -277,7 +277,7 @@ def _array_images(name: str, array: np.ndarray, labels: Sequence[int], classes: 
         classes=tuple(classes),
         root=None,
         in_chans=in_chans,
-        held=Held.pack(pixels.expand(-1, in_chans, -1, -1), {}),
+        held=PackedImages.pack(pixels.expand(-1, in_chans, -1, -1), {}),
     )
 
 

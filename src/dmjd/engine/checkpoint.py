@@ -104,7 +104,7 @@ def verify(path: Path) -> bool:
 
 
 def flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split an optimizer's state into tensors, named `PARAMETER.KEY`, and plain numbers."""
+    """TokenIds an optimizer's state into tensors, named `PARAMETER.KEY`, and plain numbers."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}

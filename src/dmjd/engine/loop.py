@@ -23,7 +23,7 @@ class Step(NamedTuple):
     grad_norm: Tensor
     lr: float
     skipped: dict[str, str]
-    waited: float  # seconds this process has waited for images so far
+    data_seconds: float  # seconds this process has data_seconds for images so far
 
 
 def train(
@@ -55,14 +55,14 @@ def train(
         clip_grad: Largest norm of the gradient; 0 does not clip.
         autocast: Context of the forward pass.
     """
-    began, waited = time.perf_counter(), 0.0
+    began, data_seconds = time.perf_counter(), 0.0
     for step in range(start, steps):
         sums: dict[str, Tensor] = {}
         skipped: dict[str, str] = {}
         for part in range(accumulation):
             before = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - before
+            data_seconds += time.perf_counter() - before
             torch.manual_seed(mix(seed, step, part))
             with autocast():
                 losses = objective(batch)
@@ -78,4 +78,4 @@ def train(
             group["lr"] = lr(step) * group.get("lr_scale", 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        yield Step(step + 1, start, began, sums, norm, lr(step), skipped, waited)
+        yield Step(step + 1, start, began, sums, norm, lr(step), skipped, data_seconds)

@@ -125,7 +125,7 @@ class Record:
             **{name: float(value) for name, value in step.losses.items()},
             "lr": step.lr,
             "grad_norm": float(step.grad_norm),
-            "waited": round(step.waited, 3),
+            "data_seconds": round(step.data_seconds, 3),
         }
         now, since = time.perf_counter(), self.logged or (step.start, step.began)
         line["images_per_second"] = round((step.number - since[0]) * self.batch_size / (now - since[1]), 2)

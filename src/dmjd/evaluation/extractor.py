@@ -16,7 +16,7 @@ from dmjd.errors import ConfigError, DataError
 from dmjd.evaluation.features import features
 
 
-class Opened:
+class FeatureExtractor:
     """A backbone on its device, with what its `pretrained_cfg` wants of images: channels, size, mean and deviation.
 
     Images of any other size are resized to it, colour becomes grey and grey colour.
@@ -78,13 +78,13 @@ class Opened:
             return torch.cat([tokens.flatten(2).mean(dim=2) for tokens in maps], dim=1)
 
 
-def extractor(settings: Judge | Embed) -> Opened:
+def extractor(settings: Judge | Embed) -> FeatureExtractor:
     """Open the backbone that settings name, without a classifier."""
     torch.manual_seed(getattr(settings, "seed", 0))
-    return Opened(settings, settings.backbone, pretrained=not getattr(settings, "untrained", False))
+    return FeatureExtractor(settings, settings.backbone, pretrained=not getattr(settings, "untrained", False))
 
 
-def labelled(settings: Judge, backbone: Opened) -> Parts:
+def labelled(settings: Judge, backbone: FeatureExtractor) -> Parts:
     """Find the labelled images of settings, with only those training images whose labels are to be used.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What features are worth without training the network: k-NN, a linear classifier, RankMe, spread."""
+"""What features are worth without training the network: k-NN, a linear classifier, RankMe, standard deviation."""
 
 from collections.abc import Callable, Sequence
 
@@ -143,7 +143,7 @@ def rankme(embeddings: Float[Tensor, "n D"]) -> float:
     return float((-(share * share.clamp_min(1e-12).log()).sum()).exp())
 
 
-def spread(embeddings: Float[Tensor, "n D"]) -> float:
+def feature_std(embeddings: Float[Tensor, "n D"]) -> float:
     """Spread of features over the unit sphere: the mean deviation of their directions' coordinates, times sqrt(D).
 
     1 where they point everywhere alike, 0 where all point the same way: collapse (SimSiam, Chen and He 2021).

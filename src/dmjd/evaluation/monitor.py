@@ -14,8 +14,8 @@ from dmjd.data.decode import BadImage
 from dmjd.data.loader import Samples
 from dmjd.data.random import mix
 from dmjd.data.source import Images, Parts
-from dmjd.evaluation.features import features, knn_top1, linear_top1, rankme, spread
-from dmjd.masking import split
+from dmjd.evaluation.features import feature_std, features, knn_top1, linear_top1, rankme
+from dmjd.masking import token_ids
 from dmjd.method import DMJD
 
 NUM_PICTURES = 8  # held-out images in the report
@@ -51,7 +51,7 @@ def measure(
     )
     held_out, shown = compute(parts.held_out, evenly(len(parts.held_out), max_images))
     if parts.train.labels is None or parts.held_out.labels is None:
-        measured = {"rankme": rankme(held_out), "spread": spread(held_out)}
+        measured = {"rankme": rankme(held_out), "feature_std": feature_std(held_out)}
     else:
         bank, seen = compute(parts.train, evenly(len(parts.train), max_images))
         pairs = (bank, parts.train.labels_of(seen), held_out, parts.held_out.labels_of(shown))
@@ -88,7 +88,7 @@ def write_samples(
     images, masked = torch.stack(pictures).to(device), torch.cat(masks)
     model.eval()
     said = model.predict(images, masked).masked.float().cpu()
-    hidden = split(masked).hidden[..., None].expand(-1, -1, said.shape[-1])
+    hidden = token_ids(masked).hidden[..., None].expand(-1, -1, said.shape[-1])
     predicted = torch.zeros(len(said), math.prod(settings.model.grid), said.shape[-1]).scatter(1, hidden, said)
     counted = [samples[last_epoch, index][1].sum(dim=0) for index in evenly(len(samples.images), NUM_COUNTED)]
     tensors = {

@@ -33,7 +33,12 @@ VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", WARN: "warn"} | {hue: f"h
 
 HOG_BINS = 9
 PICTURE_BUDGET = 1_500_000  # characters of inline pictures: keeps the file below 2 MB
-MEASURES = {"knn_top1": "k-NN top-1", "linear_top1": "Linear probe top-1", "rankme": "RankMe", "spread": "Spread"}
+MEASURES = {
+    "knn_top1": "k-NN top-1",
+    "linear_top1": "Linear probe top-1",
+    "rankme": "RankMe",
+    "feature_std": "Feature deviation",
+}
 CURVES: dict[str, dict[str, str]] = {
     "Loss": {
         "total": "loss",
@@ -48,7 +53,7 @@ CURVES: dict[str, dict[str, str]] = {
     "AP, percent": {"boxes": "map", "masks": "mask_map"},
     "k-NN top-1, percent": {"k-NN top-1": "knn_top1"},
     "RankMe": {"RankMe": "rankme"},
-    "Spread": {"spread": "spread"},
+    "Feature deviation": {"feature deviation": "feature_std"},
     "Images per second": {"images per second": "images_per_second"},
 }
 SHARES = frozenset(["top1", "knn_top1", "miou", "map", "mask_map"])  # shown in percent
@@ -221,7 +226,7 @@ def legend(axes: Any, **names: Any) -> None:
 
 def curve(title: str, keys: Mapping[str, str], lines: Sequence[Line]) -> dict[str, Any] | None:
     """A figure of logged quantities: a smooth line over the faint raw one; None where nothing was logged."""
-    x = "epoch" if {"knn_top1", "rankme", "spread", *SHARES} & set(keys.values()) else "step"
+    x = "epoch" if {"knn_top1", "rankme", "feature_std", *SHARES} & set(keys.values()) else "step"
     logged = {name: points for name, key in keys.items() if (points := series(lines, key, x)).size}
     if not logged:
         return None
@@ -420,7 +425,7 @@ def sample_rows(tensors: Mapping[str, np.ndarray], layout: Layout) -> list[list[
             pasted = np.where(places(hidden, layout.grid, known.shape), show(guess, image), known)
             shots.append((f"View {view}: seen", f"view {view}, {hidden.mean():.0%} of its tokens hidden", seen))
             shots.append(("Predicted", f"view {view}, the prediction at its hidden tokens", pasted))
-        name = f"Held-out image {len(rows) + 1}"
+        name = f"PackedImages-out image {len(rows) + 1}"
         row = [{"caption": caption, "alt": f"{name}: {alt}", "src": png(shot)} for caption, alt, shot in shots]
         budget -= sum(len(shot["src"]) for shot in row)
         if rows and budget < 0:

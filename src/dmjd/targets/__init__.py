@@ -8,12 +8,12 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from dmjd.targets.concat import Several
+from dmjd.targets.concat import ConcatTarget
 from dmjd.targets.hog import HOG, hog
 from dmjd.targets.pixels import Pixels
-from dmjd.targets.teacher import MeanTeacher, Teacher
+from dmjd.targets.teacher import EmaTeacher, Teacher
 
-__all__ = ["HOG", "MeanTeacher", "Pixels", "Several", "Target", "Teacher", "hog"]
+__all__ = ["HOG", "ConcatTarget", "EmaTeacher", "Pixels", "Target", "Teacher", "hog"]
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""Several targets at once: each has its part of the width, and a branch's loss is the sum of theirs."""
+"""ConcatTarget targets at once: each has its part of the width, and a branch's loss is the sum of theirs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 
-class Several(nn.Module):
+class ConcatTarget(nn.Module):
     """Targets side by side; `dims` are their widths."""
 
     def __init__(self, targets: Sequence[Any]):

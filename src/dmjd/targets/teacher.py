@@ -13,7 +13,7 @@ from dmjd.backbones.feature_maps import Maps
 class Teacher(nn.Module):
     """Tokens of a frozen network, LayerNormed without affine, on the student's grid.
 
-    Several maps are LayerNormed, brought to the grid and averaged (data2vec, section 3). The network is no submodule:
+    ConcatTarget maps are LayerNormed, brought to the grid and averaged (data2vec, section 3). The network is no submodule:
     it is neither trained nor part of a checkpoint.
 
     Args:
@@ -38,7 +38,7 @@ class Teacher(nn.Module):
         return whiten(torch.stack([on_grid(features, self.grid) for features in maps]).mean(dim=0))
 
 
-class MeanTeacher(Teacher):
+class EmaTeacher(Teacher):
     """The running mean of the student's own weights as the teacher (data2vec, Baevski et al. 2022).
 
     It is part of a checkpoint, but not trained: `follow` draws it towards the student after every step.
@@ -53,7 +53,7 @@ class MeanTeacher(Teacher):
         super().__init__(maps, grid)
         self.maps, self.decay = maps, decay
 
-    def train(self, mode: bool = True) -> "MeanTeacher":
+    def train(self, mode: bool = True) -> "EmaTeacher":
         """Leave the network in evaluation mode: it has no drop path."""
         super().train(mode)
         self.maps.eval()

@@ -24,7 +24,7 @@ from dmjd.data.source import folder_images
 from dmjd.engine.optim import create_optimizer, warmup_cosine
 from dmjd.engine.run import Record
 from dmjd.errors import ConfigError, DataError
-from dmjd.evaluation.extractor import Opened
+from dmjd.evaluation.extractor import FeatureExtractor
 from dmjd.reports.page import jpeg
 from dmjd.reports.results import write_results
 from dmjd.tasks.supervised import supervise
@@ -48,7 +48,7 @@ class Judged:
     pictures: dict[str, Sequence[Picture]] = field(default_factory=dict)
 
 
-def opened(settings: Dense, window: int | None = None) -> tuple[Opened, Pyramid]:
+def opened(settings: Dense, window: int | None = None) -> tuple[FeatureExtractor, Pyramid]:
     """Open the backbone that settings name, and make maps of it, with windowed attention if wanted.
 
     Raises:
@@ -58,7 +58,7 @@ def opened(settings: Dense, window: int | None = None) -> tuple[Opened, Pyramid]
     torch.manual_seed(settings.seed)
     # A trained network's file describes its backbone; the weights of all come later, by `load_around`.
     pretrained = not settings.untrained and settings.predict is None
-    backbone = Opened(settings, settings.backbone, pretrained=pretrained, drop_path_rate=settings.drop_path)
+    backbone = FeatureExtractor(settings, settings.backbone, pretrained=pretrained, drop_path_rate=settings.drop_path)
     try:
         pyramid = Pyramid(backbone.model, window).to(backbone.device).eval()
     except ValueError as error:
@@ -74,7 +74,7 @@ def opened(settings: Dense, window: int | None = None) -> tuple[Opened, Pyramid]
 
 def fit(
     settings: Dense,
-    backbone: Opened,
+    backbone: FeatureExtractor,
     model: nn.Module,
     samples: AnnotatedSamples,
     objective: Callable[[AnnotatedBatch], dict[str, Tensor]],

@@ -25,12 +25,12 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from dmjd.backbones.files import load_around, read_task
 from dmjd.backbones.pyramid import Pyramid
 from dmjd.config import Detect
-from dmjd.data.detection import Augmentation, Scenes, load
+from dmjd.data.detection import Augmentation, DetectionSet, load
 from dmjd.data.loader import AnnotatedBatch, AnnotatedSamples
 from dmjd.data.source import class_names
 from dmjd.engine.run import refuse_second_run
 from dmjd.errors import ConfigError, DataError
-from dmjd.evaluation.extractor import Opened
+from dmjd.evaluation.extractor import FeatureExtractor
 from dmjd.tasks.dense import (
     Judged,
     Picture,
@@ -77,7 +77,9 @@ class Maps(nn.Module):
         return self.fpn(dict(zip("0123", self.pyramid(images), strict=True)))
 
 
-def detector(settings: Detect, backbone: Opened, pyramid: Pyramid, num_classes: int, *, masks: bool) -> nn.Module:
+def detector(
+    settings: Detect, backbone: FeatureExtractor, pyramid: Pyramid, num_classes: int, *, masks: bool
+) -> nn.Module:
     """Make torchvision's detector: images (C, H, W) of 0..1 in a list, losses or boxes out."""
     width, hidden = settings.fpn_channels, settings.head_channels
     mean, std = backbone.statistics
@@ -165,7 +167,7 @@ def detect(settings: Detect) -> None:
     )
 
 
-def judge(backbone: Opened, model: nn.Module, held_out: Scenes) -> Judged:
+def judge(backbone: FeatureExtractor, model: nn.Module, held_out: DetectionSet) -> Judged:
     """Compute COCO's average precision (0 to 1) of boxes, and of masks if there are any, on all held-out images.
 
     Small, medium and large are so by the area of the box (COCO's own program takes that of the outline, for boxes too).
@@ -214,7 +216,7 @@ def share(value: Tensor) -> float | None:
     return round(float(value), 4) if value >= 0 else None
 
 
-def see(backbone: Opened, model: nn.Module, image: UInt8[Tensor, "C H W"]) -> dict[str, Tensor]:
+def see(backbone: FeatureExtractor, model: nn.Module, image: UInt8[Tensor, "C H W"]) -> dict[str, Tensor]:
     """Find objects in an image: boxes, labels from 0, scores in falling order, and masks if the network has them."""
     with backbone.autocast():
         (found,) = model([image.to(backbone.device) / 255])

@@ -16,7 +16,7 @@ from dmjd.engine.optim import create_optimizer
 from dmjd.engine.run import Record, refuse_second_run
 from dmjd.errors import ConfigError
 from dmjd.evaluation.classification import Result
-from dmjd.evaluation.extractor import Opened, labelled
+from dmjd.evaluation.extractor import FeatureExtractor, labelled
 from dmjd.tasks.supervised import labelled_samples, supervise, to_device, training_transform
 
 
@@ -32,7 +32,9 @@ def finetune(settings: Finetune) -> None:
     """
     refuse_second_run(settings.out, resume=settings.resume)
     torch.manual_seed(settings.seed)
-    backbone = Opened(settings, settings.backbone, pretrained=not settings.untrained, drop_path_rate=settings.drop_path)
+    backbone = FeatureExtractor(
+        settings, settings.backbone, pretrained=not settings.untrained, drop_path_rate=settings.drop_path
+    )
     train, held_out = labelled(settings, backbone)
     model, architecture = put_head(backbone.model, backbone.architecture, len(train.classes))
     model.to(backbone.device)

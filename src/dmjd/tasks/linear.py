@@ -14,7 +14,7 @@ from dmjd.engine.optim import create_lars
 from dmjd.engine.run import refuse_second_run
 from dmjd.errors import DataError
 from dmjd.evaluation.classification import Result
-from dmjd.evaluation.extractor import Opened, extractor, labelled
+from dmjd.evaluation.extractor import FeatureExtractor, extractor, labelled
 from dmjd.evaluation.features import logistic_regression
 from dmjd.tasks.supervised import labelled_samples, supervise, to_device, training_transform
 
@@ -41,7 +41,7 @@ def linear(settings: Linear) -> None:
     result.finish(settings, settings.out, time.perf_counter() - began)
 
 
-def sweep(settings: Linear, backbone: Opened, parts: Parts) -> Result:
+def sweep(settings: Linear, backbone: FeatureExtractor, parts: Parts) -> Result:
     """Fit logistic regressions on features computed once, with the penalty that does best on a slice of them."""
     sides = []
     for images in parts:
@@ -74,7 +74,7 @@ def choose_penalty(bank: Tensor, labels: Tensor, seed: int) -> float:
     return max(zip(right, PENALTIES, strict=True))[1]
 
 
-def paper(settings: Linear, backbone: Opened, parts: Parts) -> Result:
+def paper(settings: Linear, backbone: FeatureExtractor, parts: Parts) -> Result:
     """Train BatchNorm without affine and a linear layer by LARS on crops and flips, as MAE and the paper do."""
     train, held_out = parts
     found, seen = backbone.features(held_out, layers=settings.layers)  # frozen: once is enough

@@ -16,7 +16,7 @@ from dmjd.backbones.files import save_backbone
 from dmjd.config import Pretrain, to_dict, to_yaml
 from dmjd.data import source as sources
 from dmjd.data.crops import random_crop
-from dmjd.data.loader import Batch, Positions, Samples, collate, train_batches
+from dmjd.data.loader import Batch, Samples, StepSampler, collate, train_batches
 from dmjd.data.source import Images, Parts
 from dmjd.engine import checkpoint
 from dmjd.engine.device import choose_device, choose_precision, memory_errors
@@ -28,7 +28,7 @@ from dmjd.engine.target_cache import keep_targets
 from dmjd.errors import ConfigError
 from dmjd.evaluation.monitor import measure, num_measured, write_samples
 from dmjd.factory import from_settings
-from dmjd.masking import block_masks, split
+from dmjd.masking import block_masks, token_ids
 from dmjd.method import DMJD
 from dmjd.reports.page import write_report
 
@@ -137,11 +137,11 @@ def train_steps(
     """Train from step `start` to the end."""
     optim, count = settings.optim, len(samples.images)
     warmup = warmup_steps(optim.warmup_epochs, count, settings.batch_size, steps)
-    positions = Positions(count, settings.batch_size, start, steps, settings.seed, optim.accumulation)
+    positions = StepSampler(count, settings.batch_size, start, steps, settings.seed, optim.accumulation)
     batches = train_batches(samples, positions, collate, workers=settings.workers, pin_memory=device.type == "cuda")
 
     def objective(batch: Batch) -> dict[str, Tensor]:
-        images = batch.images.to(device, non_blocking=True)  # masks stay here, see `masking.split`
+        images = batch.images.to(device, non_blocking=True)  # masks stay here, see `masking.token_ids`
         losses = model(images, batch.masked, None if settings.visible.aligned else shuffled_visible(batch.masked))
         return {"loss": losses.total, "loss_masked": losses.masked, "loss_visible": losses.visible}
 
@@ -179,7 +179,7 @@ def train_steps(
 
 def shuffled_visible(masked: Bool[Tensor, "B V L"]) -> Int[Tensor, "N K"]:
     """Draw an order of the visible tokens of every view."""
-    visible_NK = split(masked).visible
+    visible_NK = token_ids(masked).visible
     return visible_NK.gather(1, torch.rand(visible_NK.shape).argsort(dim=1))
 
 

@@ -18,12 +18,12 @@ from dmjd.backbones.files import load_around, read_task
 from dmjd.backbones.pyramid import Pyramid
 from dmjd.config import Segment
 from dmjd.data.loader import AnnotatedBatch, AnnotatedSamples
-from dmjd.data.segmentation import Augmentation, Pairs, load
+from dmjd.data.segmentation import Augmentation, SegmentationSet, load
 from dmjd.data.source import class_names
 from dmjd.engine.optim import warmup_cosine, warmup_poly
 from dmjd.engine.run import refuse_second_run
 from dmjd.errors import ConfigError
-from dmjd.evaluation.extractor import Opened
+from dmjd.evaluation.extractor import FeatureExtractor
 from dmjd.tasks.dense import (
     Judged,
     Picture,
@@ -152,7 +152,7 @@ def pixel_loss(
     return total / (labels != ignore_index).sum().clamp(min=1)
 
 
-def judge(settings: Segment, backbone: Opened, model: nn.Module, held_out: Pairs) -> Judged:
+def judge(settings: Segment, backbone: FeatureExtractor, model: nn.Module, held_out: SegmentationSet) -> Judged:
     """Compare predictions with the labels of all held-out images, at the images' own size."""
     count, ignored = len(held_out.classes), held_out.ignore_index
     confusion = MulticlassConfusionMatrix(count, ignore_index=ignored, validate_args=False).to(backbone.device)
@@ -198,7 +198,7 @@ def scores(
 
 
 def classify(
-    settings: Segment, backbone: Opened, model: nn.Module, image: UInt8[Tensor, "C H W"]
+    settings: Segment, backbone: FeatureExtractor, model: nn.Module, image: UInt8[Tensor, "C H W"]
 ) -> Int[Tensor, "H W"]:
     """Find the class of every pixel, looking at the image with its shorter side as in training."""
     pixels = resize(image.to(backbone.device), [settings.short_side])

@@ -14,14 +14,14 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from dmjd.config import Augment, Learn, to_dict, to_yaml
 from dmjd.data import source as sources
-from dmjd.data.loader import LabelledBatch, LabelledSamples, Positions, ReadableSamples, train_batches
+from dmjd.data.loader import LabelledBatch, LabelledSamples, ReadableSamples, StepSampler, train_batches
 from dmjd.data.source import Images
 from dmjd.engine import checkpoint
 from dmjd.engine.device import memory_errors
 from dmjd.engine.loop import train
 from dmjd.engine.optim import warmup_cosine, warmup_steps
 from dmjd.engine.run import Record
-from dmjd.evaluation.extractor import Opened
+from dmjd.evaluation.extractor import FeatureExtractor
 
 # What may differ between a run and its resumption: none of it changes a loss on the same kind of device.
 MAY_CHANGE = {"out", "resume", "preset", "config", "data", "workers", "device", "debug", "log"}
@@ -38,7 +38,7 @@ class Transform:
         return self.steps(to_pil_image(image))
 
 
-def training_transform(backbone: Opened, augment: Augment) -> Transform:
+def training_transform(backbone: FeatureExtractor, augment: Augment) -> Transform:
     """Make timm's training transform for a backbone's input."""
     mean, std = backbone.statistics
     transform = create_transform(
@@ -80,7 +80,7 @@ def supervise(
     optimizer: Optimizer,
     evaluate: Callable[[Record], dict[str, float]],
     *,
-    backbone: Opened,
+    backbone: FeatureExtractor,
     checkpointed: nn.Module,
     lr: float,
     warmup_epochs: float,
@@ -117,7 +117,7 @@ def supervise(
         start = record.resume(newest, model=checkpointed, optimizer=optimizer, may_change=MAY_CHANGE)
     else:
         record.begin(to_yaml(settings))
-    positions = Positions(count, settings.batch_size, start, steps, settings.seed, accumulation)
+    positions = StepSampler(count, settings.batch_size, start, steps, settings.seed, accumulation)
     batches = train_batches(samples, positions, collate, workers=settings.workers, pin_memory=device.type == "cuda")
     warmup = warmup_steps(warmup_epochs, count, settings.batch_size, steps)
     trained.train()
