@@ -5,68 +5,75 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import yaml
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Yaml
 from safetensors import SafetensorError
 
-from dmjd import config, errors
-
-DEFAULTS = config.Pretrain()
-Flat = Parameter(name="*")  # a settings class's own fields become the flags of the verb
-
-
-def pretrain(*, settings: Annotated[config.Pretrain, Flat] = DEFAULTS) -> None:
-    """Pre-train a backbone on unlabelled images."""
-    from dmjd.tasks.pretrain import pretrain
-
-    pretrain(settings)
+from dmjd import errors
+from dmjd.config import downstream
+from dmjd.config.pretrain import PretrainSettings
+from dmjd.config.rules import PRESETS
 
 
-def knn(*, settings: Annotated[config.Knn, Flat]) -> None:
-    """Classify the held-out images of a labelled set by their nearest neighbours in feature space."""
-    from dmjd.tasks.knn import knn
+class Verb(NamedTuple):
+    """A row of the table of verbs: `dmjd NAME` is the function NAME of `dmjd.tasks.NAME`."""
 
-    knn(settings)
-
-
-def linear(*, settings: Annotated[config.Linear, Flat]) -> None:
-    """Judge a frozen backbone by a linear classifier on its features."""
-    from dmjd.tasks.linear import linear
-
-    linear(settings)
+    name: str
+    settings: Any
+    does: str
+    presets: Path | None = None  # folder of its recipes
 
 
-def finetune(*, settings: Annotated[config.Finetune, Flat]) -> None:
-    """Train a backbone and a classifier on labelled images."""
-    from dmjd.tasks.finetune import finetune
+VERBS = (
+    Verb("pretrain", PretrainSettings, "Pre-train a backbone on unlabelled images.", PRESETS),
+    Verb("knn", downstream.KnnSettings, "Classify held-out images by their nearest neighbours in feature space."),
+    Verb(
+        "linear",
+        downstream.LinearSettings,
+        "Judge a frozen backbone by a linear classifier on its features.",
+        PRESETS / "linear",
+    ),
+    Verb(
+        "finetune",
+        downstream.FinetuneSettings,
+        "Train a backbone and a classifier on labelled images.",
+        PRESETS / "finetune",
+    ),
+    Verb(
+        "segment",
+        downstream.SegmentSettings,
+        "Train a backbone and UPerNet on images with a class for every pixel, or predict with them.",
+        PRESETS / "segment",
+    ),
+    Verb(
+        "detect",
+        downstream.DetectSettings,
+        "Train a backbone and Faster or Mask R-CNN on images with boxes, or predict with them.",
+        PRESETS / "detect",
+    ),
+    Verb("embed", downstream.EmbedSettings, "Write the features of images to a file."),
+)
 
-    finetune(settings)
 
+def command(verb: Verb) -> Callable[..., None]:
+    """Make the function that the command line calls for a verb, whose settings' fields become its flags."""
 
-def segment(*, settings: Annotated[config.Segment, Flat]) -> None:
-    """Train a backbone and UPerNet on images with a class for every pixel, or predict with them."""
-    from dmjd.tasks.segment import segment
+    def run_verb(*, settings: Any) -> None:
+        # torch takes seconds to import: only a verb that runs waits for it.
+        getattr(import_module(f"dmjd.tasks.{verb.name}"), verb.name)(settings)
 
-    segment(settings)
-
-
-def detect(*, settings: Annotated[config.Detect, Flat]) -> None:
-    """Train a backbone and Faster or Mask R-CNN on images with boxes, or predict with them."""
-    from dmjd.tasks.detect import detect
-
-    detect(settings)
-
-
-def embed(*, settings: Annotated[config.Embed, Flat]) -> None:
-    """Write the features of images to a file."""
-    from dmjd.tasks.embed import embed
-
-    embed(settings)
+    run_verb.__annotations__["settings"] = Annotated[verb.settings, Parameter(name="*")]
+    run_verb.__doc__ = verb.does
+    if not any(setting.default is setting.default_factory is MISSING for setting in fields(verb.settings)):
+        run_verb.__kwdefaults__ = {"settings": verb.settings()}  # all has a default: no flag is required
+    return run_verb
 
 
 def report(run: Path, /, *, debug: bool = False) -> None:
@@ -76,12 +83,9 @@ def report(run: Path, /, *, debug: bool = False) -> None:
         run: Directory of a pre-training run.
         debug: Show the traceback of an error.
     """
-    from dmjd.reports.page import write_report
+    from dmjd.tasks.report import report
 
-    print(write_report(run))
-
-
-VERBS: tuple[Callable[..., None], ...] = (pretrain, knn, linear, finetune, segment, detect, embed, report)
+    report(run)
 
 
 def application(layers: Sequence[Path] = ()) -> App:
@@ -93,36 +97,28 @@ def application(layers: Sequence[Path] = ()) -> App:
         config=[Yaml(path, use_commands_as_keys=False) for path in layers],
     )
     for verb in VERBS:
-        app.command(verb, name=verb.__name__)
+        app.command(command(verb), name=verb.name)
+    app.command(report, name="report")
     return app
-
-
-# Verbs with presets: their settings, and where the presets are.
-PRESETS: dict[str, tuple[Any, Path]] = {
-    "pretrain": (config.Pretrain, config.PRESETS),
-    "linear": (config.Linear, config.PRESETS / "linear"),
-    "finetune": (config.Finetune, config.PRESETS / "finetune"),
-    "segment": (config.Segment, config.PRESETS / "segment"),
-    "detect": (config.Detect, config.PRESETS / "detect"),
-}
 
 
 def layers_of(arguments: Sequence[str]) -> list[Path]:
     """Find the YAML files below the flags: a run to resume, else --config, else --preset (or the default preset)."""
-    if not arguments or arguments[0] not in PRESETS or "--help" in arguments:
+    verb = next((verb for verb in VERBS if arguments and verb.name == arguments[0]), None)
+    if verb is None or verb.presets is None or "--help" in arguments:
         return []
-    settings, folder = PRESETS[arguments[0]]
+    defaults: Any = get_type_hints(verb.settings)["run"]
     given = {name: flag_value(arguments, name) for name in ("--preset", "--config", "--out")}
     file = [Path(given["--config"])] if given["--config"] else []
     named = next((read_yaml(path).get("preset") for path in file), None)
-    preset = str(given["--preset"] or named or settings.preset)
-    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    preset = str(given["--preset"] or named or defaults.preset)
+    names = sorted(path.stem for path in verb.presets.glob("*.yaml"))
     if preset not in names:
         nearest = get_close_matches(preset, names, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(names)}"
         raise errors.ConfigError(f"no preset of this name; --preset {preset}; {hint}")
-    path = folder / f"{preset}.yaml"
-    saved = Path(given["--out"] or settings.out) / "config.yaml"
+    path = verb.presets / f"{preset}.yaml"
+    saved = Path(given["--out"] or defaults.out) / "config.yaml"
     if "--resume" in arguments and saved.is_file():
         read_yaml(saved)
         # What is given again is compared with what was saved, not ignored.
@@ -175,7 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         code, message = explain(error)
-        print(f"error: {message}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"error{'' if rank == '0' else f' (process {rank})'}: {message}", file=sys.stderr)
         return code
     except KeyboardInterrupt:  # while nothing was to be saved
         print("stopped", file=sys.stderr)
@@ -187,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def explain(error: Exception) -> tuple[int, str]:
     """Turn a user's mistake into an exit code and one line."""
-    message = " ".join(str(error).split())
+    message = " ".join(str(error).split()).replace("parameter * requires", "parameter --backbone requires")
     if isinstance(error, errors.UserError):
         return error.exit_code, message
     if isinstance(error, FileNotFoundError):

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dmjd.backbones import Latents
-from dmjd.backbones.blocks import NORM_EPS, init_weights, last_tokens, sincos_positions, transformer_blocks
+from dmjd.backbones.blocks import NORM_EPS, QueryBlock, init_weights, sincos_positions, transformer_blocks
 from dmjd.masking import TokenIds, gather_tokens
 
 
@@ -17,7 +17,7 @@ class Decoder(nn.Module):
         out_dim: T, width of the target.
         grid: Rows and columns of tokens.
         embed_dim: Width of the decoder.
-        depth: Number of blocks.
+        depth: Number of blocks, at least 1.
         num_heads: Heads of a block.
         mlp_ratio: Width of a block's MLP over the width of the decoder.
     """
@@ -37,7 +37,8 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(in_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(sincos_positions(grid, embed_dim), requires_grad=False)
-        self.blocks = transformer_blocks(embed_dim, depth, num_heads, mlp_ratio)
+        self.blocks = transformer_blocks(embed_dim, depth - 1, num_heads, mlp_ratio)
+        self.blocks.append(QueryBlock(embed_dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True))
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         self.pred = nn.Linear(embed_dim, out_dim)
         self.apply(init_weights)
@@ -54,7 +55,7 @@ class Decoder(nn.Module):
         x = torch.cat([prefix_NPE, visible_NKE, hidden_NME.to(visible_NKE.dtype)], dim=1)
         for block in self.blocks[:-1]:
             x = block(x)
-        return self.pred(self.norm(last_tokens(self.blocks[-1], x, num_hidden)))
+        return self.pred(self.norm(self.blocks[-1](x, num_hidden)))
 
 
 class LinearHead(nn.Module):
@@ -97,3 +98,17 @@ class Projector(nn.Module):
     def forward(self, latents: Latents) -> Float[Tensor, "N K T"]:
         """Predict the visible tokens, in the order of `TokenIds.visible`."""
         return self.predict(self.project(latents.visible))
+
+
+class MisalignedProjector(Projector):
+    """The visible branch as the official program has it: each prediction meets the target of some other token.
+
+    That program leaves predictions in the order in which the encoder saw the tokens, at random, and targets in raster
+    order. An ablation: what it gives may be part of the published figures.
+    """
+
+    def forward(self, latents: Latents) -> Float[Tensor, "N K T"]:
+        """Predict the visible tokens, in an order drawn anew for every view."""
+        predictions_NKT = super().forward(latents)
+        order_NK = torch.rand(predictions_NKT.shape[:2], device=predictions_NKT.device).argsort(dim=1)
+        return gather_tokens(predictions_NKT, order_NK)

@@ -32,18 +32,18 @@ def regression_loss(
     name: LossName,
     *,
     beta: float = 2.0,
-    dims: Sequence[int] = (),
+    widths: Sequence[int] = (),
 ) -> Float[Tensor, ""]:
-    """Compare predictions and targets token by token, in float32 whatever the precision of the model.
+    """Compare predictions and targets token by token, in float32 even where the model computes in bf16.
 
     Args:
         predicted: Predictions of S tokens a row.
         target: Their targets.
         name: `l2` (squared error), `l1`, `smooth_l1` or `cosine` (1 - cosine of the angle).
         beta: Where smooth-L1 turns from quadratic to linear, in units of the target (official DMJD: 2).
-        dims: Widths of several targets that lie side by side, whose losses are summed; default: one target.
+        widths: Widths of several targets that lie side by side, whose losses are summed; default: one target.
     """
     options = {"beta": beta} if name == "smooth_l1" else {}
-    widths = list(dims) or [target.shape[-1]]
-    parts = zip(predicted.float().split(widths, dim=-1), target.float().split(widths, dim=-1), strict=True)
-    return torch.stack([LOSSES[name](said, true, **options) for said, true in parts]).sum()
+    predicted, target = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (predicted, target))
+    parts = (x.split(list(widths) or target.shape[-1], dim=-1) for x in (predicted, target))
+    return torch.stack([LOSSES[name](*pair, **options) for pair in zip(*parts, strict=True)]).sum()

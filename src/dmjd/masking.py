@@ -1,16 +1,16 @@
 """Disjoint masks: which tokens each view of an image hides (DM).
 
-All views of an image are drawn at once. Its tokens are shuffled, the first P of them are bent into a circle, and view v
-hides the v-th arc of M tokens. So every view hides M tokens, together they hide P, and no token of the circle is hidden
+All views of an image are drawn at once. Its tokens are shuffled, the first U of them are bent into a circle, and view v
+hides the v-th arc of M tokens. So every view hides M tokens, together they hide U, and no token of the circle is hidden
 twice before all are hidden once.
 
 A mask is bool, True = hidden from the encoder. Letters: B images, V views, N = B*V rows (image-major), L tokens of
-which a view hides M and shows K = L - M, P tokens that at least one view hides.
+which a view hides M and shows K = L - M, U tokens that at least one view hides.
 """
 
 import math
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,8 +38,15 @@ def disjoint_masks(
     One view is MAE's masking; four at a mask ratio of 0.75 show every token exactly once. Arguments and errors are
     those of `block_masks`.
     """
-    ratios: Any = {"num_views": num_views, "mask_ratio": mask_ratio, "predict_ratio": predict_ratio}
-    return block_masks(batch_size, (1, num_tokens), block=1, generator=generator, **ratios)
+    return block_masks(
+        batch_size,
+        (1, num_tokens),
+        block=1,
+        num_views=num_views,
+        mask_ratio=mask_ratio,
+        predict_ratio=predict_ratio,
+        generator=generator,
+    )
 
 
 def block_masks(
@@ -63,7 +70,7 @@ def block_masks(
         block: Side of a square, in tokens.
         num_views: V.
         mask_ratio: Corruption rate m_corr in (0, 1): a view keeps K = block^2 * floor(L / block^2 * (1 - m_corr)).
-        predict_ratio: Prediction rate m_pred: P = round(m_pred * L), in whole squares where these tile the grid.
+        predict_ratio: Prediction rate m_pred: U = round(m_pred * L), in whole squares where these tile the grid.
         generator: Source of randomness; its device is the masks' device.
 
     Raises:
@@ -71,8 +78,9 @@ def block_masks(
     """
     rows, columns = grid
     num_tokens = rows * columns
-    ratios: Any = {"num_views": num_views, "mask_ratio": mask_ratio, "predict_ratio": predict_ratio}
-    num_hidden, num_predicted = mask_counts(grid, block=block, **ratios)
+    num_hidden, num_predicted = mask_counts(
+        grid, block=block, num_views=num_views, mask_ratio=mask_ratio, predict_ratio=predict_ratio
+    )
     device = generator.device if generator is not None else torch.device("cpu")
     row_h, column_w = (torch.arange(side, device=device) // block for side in grid)
     square_L = (row_h[:, None] * math.ceil(columns / block) + column_w).flatten()
@@ -92,12 +100,12 @@ def block_masks(
 def mask_counts(
     grid: tuple[int, int], *, block: int, num_views: int, mask_ratio: float, predict_ratio: float
 ) -> tuple[int, int]:
-    """Count the tokens that each view hides, M, and that at least one view hides, P.
+    """Count the tokens that each view hides, M, and that at least one view hides, U.
 
     Ratios are the decimals they are written as: a fifth of 100 tokens is 20, whatever 1 - 0.8 is in binary.
 
     Raises:
-        ValueError: If no V masks of M tokens cover exactly P tokens.
+        ValueError: If no V masks of M tokens cover exactly U tokens.
     """
     num_tokens, area = grid[0] * grid[1], block * block
     if not (math.isfinite(mask_ratio) and math.isfinite(predict_ratio)):

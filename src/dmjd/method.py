@@ -1,23 +1,24 @@
 """Disjoint masking with joint distillation (DMJD, arXiv 2301.00230) on one page.
 
-ConcatTarget views of an image hide disjoint tokens (`masking`). One encoder reads what is visible of every view. The masked
+Several views of an image hide disjoint tokens (`masking`). One encoder reads what is visible of every view. The masked
 branch predicts the targets of hidden tokens, the visible branch those of visible tokens. Plain MAE, ConvMAE, SimMIM and
 MaskFeat are the same page with one view and no visible branch.
 
 Shape letters, here and everywhere:
     B images, V views, N = B*V rows (image-major), C H W an image;
-    L tokens of an image, of which a view shows K and hides M (L = K + M), P prefix (class, register) tokens;
-    D width of the encoder, E of the decoder, T of the target.
+    L tokens of an image, of which a view shows K and hides M (L = K + M); U tokens are hidden in at least one view;
+    P prefix (class, register) tokens, S tokens of any kind; D width of the encoder, E of the decoder, T of the target.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
 from dmjd.backbones import Encoder
+from dmjd.backbones.normalize import STATISTICS, Normalize
 from dmjd.heads import Decoder, LinearHead, Projector
 from dmjd.losses import LossName, regression_loss
 from dmjd.masking import gather_tokens, token_ids
@@ -25,7 +26,7 @@ from dmjd.targets import EmaTeacher, Target
 
 
 class Predictions(NamedTuple):
-    """What the two branches say, beside what is true; tokens in the order of `masking.TokenIds`."""
+    """What the two branches predict, beside what is true; tokens in the order of `masking.TokenIds`."""
 
     masked: Float[Tensor, "N M T"]
     masked_target: Float[Tensor, "N M T"]
@@ -51,7 +52,7 @@ class DMJD(nn.Module):
         decoder: The masked branch.
         projector: The visible branch; None for masked modelling alone.
         visible_weight: Weight theta of the visible branch (equation of the total loss; official: 1).
-        visible_target: Target of the visible branch, where it shall have one of its own.
+        visible_target: Target of the visible branch, if it has one of its own.
         masked_loss: Loss of the masked branch.
         visible_loss: Loss of the visible branch.
         beta: Where smooth-L1 turns linear.
@@ -59,10 +60,7 @@ class DMJD(nn.Module):
         std: Standard deviation of every channel, for values in 0..1.
     """
 
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
+    def __init__(  # 11 parameters: the terms of the paper's loss, each by its own name
         self,
         encoder: Encoder,
         target: Target,
@@ -74,56 +72,44 @@ class DMJD(nn.Module):
         masked_loss: LossName = "l2",
         visible_loss: LossName = "smooth_l1",
         beta: float = 2.0,
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
+        mean: Sequence[float] = STATISTICS[3][0],
+        std: Sequence[float] = STATISTICS[3][1],
     ):
         super().__init__()
         self.encoder, self.target, self.decoder, self.projector = encoder, target, decoder, projector
         self.visible_target = visible_target
         self.visible_weight, self.masked_loss, self.visible_loss = visible_weight, masked_loss, visible_loss
         self.beta = beta
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        self.normalize = Normalize(mean, std)
 
-    def forward(
-        self,
-        images: Num[Tensor, "B C H W"],
-        masked: Bool[Tensor, "B V L"],
-        visible_order: Int[Tensor, "N K"] | None = None,
-    ) -> Losses:
+    def forward(self, images: Num[Tensor, "B C H W"], masked: Bool[Tensor, "B V L"]) -> Losses:
         """Compute the losses of a batch.
 
         Args:
             images: Pixels of 0..255, uint8 or float, where the model is.
             masked: True = hidden; best on the CPU (see `masking.token_ids`).
-            visible_order: For the ablation only. The official program compares predictions in this order of the visible
-                tokens with targets in raster order.
 
         Raises:
             ValueError: If the views hide different numbers of tokens.
         """
-        said = self.predict(images, masked)
-        dims, own = (getattr(target, "dims", ()) for target in (self.target, self.visible_target))
-        masked_loss = regression_loss(said.masked, said.masked_target, self.masked_loss, beta=self.beta, dims=dims)
-        if said.visible is None or said.visible_target is None:
+        predictions = self.predict(images, masked)
+        masked_loss = regression_loss(
+            predictions.masked,
+            predictions.masked_target,
+            self.masked_loss,
+            beta=self.beta,
+            widths=self.target.widths,
+        )
+        if predictions.visible is None or predictions.visible_target is None:
             return Losses(masked_loss, masked_loss, torch.zeros_like(masked_loss))
-        visible_NKT = said.visible
-        if visible_order is not None:
-            places_NK = torch.searchsorted(token_ids(masked).visible.contiguous(), visible_order).to(images.device)
-            visible_NKT = gather_tokens(visible_NKT, places_NK)
-        dims = dims if self.visible_target is None else own
-        visible_loss = regression_loss(visible_NKT, said.visible_target, self.visible_loss, beta=self.beta, dims=dims)
+        visible_loss = regression_loss(
+            predictions.visible,
+            predictions.visible_target,
+            self.visible_loss,
+            beta=self.beta,
+            widths=(self.visible_target or self.target).widths,
+        )
         return Losses(masked_loss + self.visible_weight * visible_loss, masked_loss, visible_loss)
-
-    def normalize(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Bring pixels of 0..255 to what the encoder takes."""
-        return (images / 255 - self.mean) / self.std
-
-    def follow(self, progress: float) -> None:
-        """Let targets that are a running mean of the backbone follow it; `progress` is the share of the run done."""
-        for module in self.modules():
-            if isinstance(module, EmaTeacher):
-                module.follow(self.encoder.backbone, progress)
 
     def predict(self, images: Num[Tensor, "B C H W"], masked: Bool[Tensor, "B V L"]) -> Predictions:
         """Run both branches; arguments as in `forward`."""
@@ -133,10 +119,19 @@ class DMJD(nn.Module):
             visible_BLT = target_BLT if self.visible_target is None else self.visible_target(images)
         latents = self.encoder(self.normalize(images), tokens)
         masked_NMT = self.decoder(latents, tokens)
-        masked_target = gather_tokens(target_BLT, tokens.hidden)
+        masked_target_NMT = gather_tokens(target_BLT, tokens.hidden)
         if self.projector is None:
-            return Predictions(masked_NMT, masked_target, None, None)
+            return Predictions(masked_NMT, masked_target_NMT, None, None)
         # Predictions and targets are aligned token by token; the official program compares different tokens here.
-        return Predictions(
-            masked_NMT, masked_target, self.projector(latents), gather_tokens(visible_BLT, tokens.visible)
-        )
+        visible_target_NKT = gather_tokens(visible_BLT, tokens.visible)
+        return Predictions(masked_NMT, masked_target_NMT, self.projector(latents), visible_target_NKT)
+
+    def features(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
+        """Compute the backbone's pooled features of whole images of 0..255: what is left after pre-training."""
+        return self.encoder.backbone(self.normalize(images))
+
+    def update_targets(self, progress: float) -> None:
+        """Move targets that are a running mean of the backbone; `progress` is the share of the run done, 0 to 1."""
+        for module in self.modules():
+            if isinstance(module, EmaTeacher):
+                module.update(self.encoder.backbone, progress)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dmjd.backbones.convvit import ConvViT, ConvViTEncoder
+from dmjd.backbones.normalize import STATISTICS
 from dmjd.backbones.vit import ViT, create_vit
 from dmjd.errors import CheckpointError
-from dmjd.factory import STATISTICS
 from dmjd.heads import Decoder, Projector
 from dmjd.losses import LossName
 from dmjd.method import DMJD

@@ -9,11 +9,11 @@ import timm
 import torch
 from PIL import Image
 
-from dmjd.backbones.feature_maps import Maps
+from dmjd.backbones.feature_maps import FeatureMaps
 from dmjd.cli import main
-from dmjd.engine.target_cache import CachedTarget
+from dmjd.engine.target_cache import TargetCache, cache_targets
 from dmjd.errors import StorageError
-from dmjd.targets import Teacher
+from dmjd.targets import HOG, Teacher
 
 TINY = """--model.image_size 32 --model.patch_size 8 --model.embed_dim 16 --model.depth 1 --model.num_heads 2
 --decoder.embed_dim 16 --decoder.depth 1 --decoder.num_heads 2 --batch_size 8 --workers 0 --device cpu
@@ -24,30 +24,31 @@ def teacher(seed: int = 0, layers: tuple[int, ...] = (-1,)) -> Teacher:
     torch.manual_seed(seed)
     shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
     network = timm.create_model("vit_tiny_patch16_224", **shape, pretrained_cfg_overlay={"input_size": (3, 32, 32)})
-    return Teacher(Maps(network, layers=layers), (4, 4))
+    return Teacher(FeatureMaps(network, layers=layers), (4, 4))
 
 
 def images(count: int = 3) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def rows(cache: CachedTarget) -> int:
+def rows(cache: TargetCache) -> int:
     return int(sqlite3.connect(cache.path).execute("SELECT count(*) FROM targets").fetchone()[0])
 
 
 def test_cache__targets_are_the_teachers_and_crops_seen_before_are_not_computed_again(tmp_path):
     own = teacher()
-    cache = CachedTarget(own, tmp_path, precision="fp32")
     expected = own(images())
-    first = cache(images()[:2])
+    (cache,) = cache_targets(torch.nn.Sequential(HOG(8, cell_size=4), own), tmp_path, precision="fp32")
+    assert own.cache is cache
+    first = own(images()[:2])
     torch.testing.assert_close(first, expected[:2], atol=2e-3, rtol=2e-3)  # float16
     assert rows(cache) == 2
     with torch.no_grad():
-        for weight in own._maps[0].network.parameters():
+        for weight in own.maps.network.parameters():
             weight.zero_()  # whatever is computed from now on is wrong
-    again = cache(images()[[1, 0]])
+    again = own(images()[[1, 0]])
     assert torch.equal(again, first[[1, 0]])
-    mixed = cache(images()[[0, 2]])
+    mixed = own(images()[[0, 2]])
     assert torch.equal(mixed[0], first[0])
     assert not torch.allclose(mixed[1], expected[2], atol=1e-2)
     assert rows(cache) == 3
@@ -55,27 +56,29 @@ def test_cache__targets_are_the_teachers_and_crops_seen_before_are_not_computed_
 
 def test_cache__another_teacher_or_precision_has_another_file(tmp_path):
     given = [(teacher(), "fp32"), (teacher(1), "fp32"), (teacher(layers=(0, 1)), "fp32"), (teacher(), "bf16")]
-    assert len({CachedTarget(each, tmp_path, precision=precision).path for each, precision in given}) == 4
-    assert CachedTarget(teacher(), tmp_path, precision="fp32").path in tmp_path.iterdir()
+    assert len({TargetCache(each, tmp_path, precision=precision).path for each, precision in given}) == 4
+    assert TargetCache(teacher(), tmp_path, precision="fp32").path in tmp_path.iterdir()
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (12, 20)], ids=["small", "large"])
 def test_cache__the_estimate_is_the_size_of_the_file(grid, tmp_path):
-    cache = CachedTarget(Teacher(teacher()._maps[0], grid), tmp_path, precision="fp32")
+    own = Teacher(teacher().maps, grid)
+    cache = TargetCache(own, tmp_path, precision="fp32")
     for start in range(0, 2000, 500):
-        cache(torch.randint(0, 256, (500, 3, 32, 32), generator=torch.Generator().manual_seed(start)).byte())
+        crops = torch.randint(0, 256, (500, 3, 32, 32), generator=torch.Generator().manual_seed(start))
+        cache(crops.byte(), own)
     cache.database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     assert 0.8 < cache.path.stat().st_size / cache.bytes_for(2000) <= 1
 
 
 def test_cache__a_disk_too_small_and_a_file_that_is_no_cache_are_one_line(tmp_path):
-    cache = CachedTarget(teacher(), tmp_path, precision="fp32")
+    cache = TargetCache(teacher(), tmp_path, precision="fp32")
     with pytest.raises(StorageError, match=r"needs .* GB, .* GB are free; .*; choose another --teacher.cache"):
         cache.reserve(10**13)
     cache.database.close()
     cache.path.write_bytes(b"no database" * 1000)
     with pytest.raises(StorageError, match=r"no usable cache of targets .*; remove it"):
-        CachedTarget(teacher(), tmp_path, precision="fp32")
+        TargetCache(teacher(), tmp_path, precision="fp32")
 
 
 def test_pretrain__with_kept_targets_a_second_run_loses_the_same_and_computes_none(tmp_path, capsys):
@@ -83,7 +86,7 @@ def test_pretrain__with_kept_targets_a_second_run_loses_the_same_and_computes_no
         path = tmp_path / "photos" / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
-    timm.models.save_for_hf(teacher()._maps[0].network, tmp_path / "teacher")
+    timm.models.save_for_hf(teacher().maps.network, tmp_path / "teacher")
     words = [
         *TINY.split(),
         "--data",

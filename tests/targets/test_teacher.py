@@ -10,15 +10,19 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn import functional as F
 
 import dmjd
-from dmjd.backbones.feature_maps import Maps
+from dmjd.backbones.feature_maps import FeatureMaps
+from dmjd.backbones.files import save_backbone
 from dmjd.backbones.huggingface import HuggingFace
+from dmjd.backbones.normalize import STATISTICS, Normalize
+from dmjd.backbones.vit import create_vit
 from dmjd.cli import main
 from dmjd.errors import CheckpointError, ConfigError
 from dmjd.losses import regression_loss
-from dmjd.targets import HOG, EmaTeacher, Pixels, Teacher
+from dmjd.targets import HOG, EmaTeacher, Pixels, TargetRequest, Teacher, create_target
 from dmjd.targets.teacher import whiten
 
 
@@ -54,7 +58,7 @@ def images(side=32, batch_size=2):
 )
 @pytest.mark.parametrize("grid", [(8, 8), (3, 5)])
 def test_teacher__any_network_gives_whitened_tokens_on_the_students_grid(network, width, grid):
-    teacher = Teacher(Maps(network()), grid)
+    teacher = Teacher(FeatureMaps(network()), grid)
     with torch.no_grad():
         target = teacher(images())
     assert target.shape == (2, grid[0] * grid[1], teacher.dim) == (2, grid[0] * grid[1], width)
@@ -65,7 +69,7 @@ def test_teacher__any_network_gives_whitened_tokens_on_the_students_grid(network
 @pytest.mark.parametrize("side", [7, 14])
 def test_teacher__grids_of_7_and_14_are_brought_to_8_in_raster_order(side):
     network = vit(image_size=side * 8)
-    target = Teacher(Maps(network), (8, 8))(images(side * 8)[:1])
+    target = Teacher(FeatureMaps(network), (8, 8))(images(side * 8)[:1])
     pixels = (images(side * 8)[:1] / 255 - 0.5) / 0.5
     (features,) = network.forward_intermediates(pixels, indices=[-1], intermediates_only=True)
     expected = F.interpolate(features, (8, 8), mode="bilinear", antialias=True)
@@ -75,7 +79,7 @@ def test_teacher__grids_of_7_and_14_are_brought_to_8_in_raster_order(side):
 
 def test_teacher__on_its_own_grid_tokens_are_its_own_whitened():
     network = vit()
-    target = Teacher(Maps(network), (4, 4))(images())
+    target = Teacher(FeatureMaps(network), (4, 4))(images())
     (tokens,) = network.forward_intermediates(
         (images() / 255 - 0.5) / 0.5, indices=[-1], intermediates_only=True, output_fmt="NLC"
     )
@@ -85,15 +89,15 @@ def test_teacher__on_its_own_grid_tokens_are_its_own_whitened():
 
 def test_teacher__several_layers_are_whitened_and_averaged():
     network = vit()
-    single = [Teacher(Maps(network, layers=[layer]), (4, 4))(images()) for layer in (0, 2)]
-    both = Teacher(Maps(network, layers=[0, -1]), (4, 4))(images())
+    single = [Teacher(FeatureMaps(network, layers=[layer]), (4, 4))(images()) for layer in (0, 2)]
+    both = Teacher(FeatureMaps(network, layers=[0, -1]), (4, 4))(images())
     torch.testing.assert_close(both, whiten((single[0] + single[1]) / 2))
 
 
 def test_teacher__images_of_another_size_are_resized_to_its_own():
-    assert Teacher(Maps(vit()), (4, 4))(images(48)).shape == (2, 16, 24)
+    assert Teacher(FeatureMaps(vit()), (4, 4))(images(48)).shape == (2, 16, 24)
     flat = torch.full((1, 3, 48, 48), 77, dtype=torch.uint8)
-    teacher = Teacher(Maps(vit()), (4, 4))
+    teacher = Teacher(FeatureMaps(vit()), (4, 4))
     torch.testing.assert_close(teacher(flat), teacher(flat[..., :32, :32]), atol=1e-4, rtol=1e-4)
 
 
@@ -104,7 +108,19 @@ def test_teacher__images_of_another_size_are_resized_to_its_own():
 )
 def test_teacher__what_cannot_be_is_a_value_error(network, layers, in_chans):
     with pytest.raises(ValueError, match="teacher"):
-        Maps(network(), layers=layers, in_chans=in_chans)
+        FeatureMaps(network(), layers=layers, in_chans=in_chans)
+
+
+def request(**options):
+    """Ask for a target of a student with 4 x 4 tokens; `options` are those of teachers."""
+    student = create_vit("tiny", image_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2)
+    return TargetRequest(
+        encoder=student,
+        in_chans=3,
+        image_hw=(32, 32),
+        normalize=Normalize(*STATISTICS[3]),
+        options={"teacher": options},
+    )
 
 
 def small(**overrides):
@@ -117,9 +133,6 @@ def small(**overrides):
 
 @pytest.fixture(scope="module")
 def teacher_file(tmp_path_factory):
-    from dmjd.backbones.files import save_backbone
-    from dmjd.backbones.vit import create_vit
-
     torch.manual_seed(3)
     encoder = create_vit("tiny", image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
     path = tmp_path_factory.mktemp("teacher") / "backbone.safetensors"
@@ -134,12 +147,12 @@ def test_dmjd__views_of_an_image_share_their_teachers_targets(teacher_file):
         for seed in (0, 1)
     )
     for masked in (first, second):
-        said = model.predict(images(), masked)
+        predictions = model.predict(images(), masked)
         full = model.target(images())
         hidden = masked.flatten(0, 1)
         for row in range(4):
-            torch.testing.assert_close(said.masked_target[row], full[row // 2][hidden[row]])
-            torch.testing.assert_close(said.visible_target[row], full[row // 2][~hidden[row]])
+            torch.testing.assert_close(predictions.masked_target[row], full[row // 2][hidden[row]])
+            torch.testing.assert_close(predictions.visible_target[row], full[row // 2][~hidden[row]])
 
 
 def test_dmjd__each_branch_has_its_own_target_and_loss(teacher_file):
@@ -149,9 +162,9 @@ def test_dmjd__each_branch_has_its_own_target_and_loss(teacher_file):
     assert isinstance(model.target, Pixels)
     assert isinstance(model.visible_target, Teacher)
     masked = dmjd.block_masks(2, (4, 4), num_views=2, mask_ratio=0.5)
-    said, losses = model.predict(images(), masked), model(images(), masked)
-    assert (said.masked.shape[-1], said.visible.shape[-1]) == (8 * 8 * 3, 24)
-    cosine = (1 - F.cosine_similarity(said.visible, said.visible_target, dim=-1)).mean()
+    predictions, losses = model.predict(images(), masked), model(images(), masked)
+    assert (predictions.masked.shape[-1], predictions.visible.shape[-1]) == (8 * 8 * 3, 24)
+    cosine = (1 - F.cosine_similarity(predictions.visible, predictions.visible_target, dim=-1)).mean()
     torch.testing.assert_close(losses.visible, cosine)
     torch.testing.assert_close(losses.total, losses.masked + 0.5 * cosine)
 
@@ -164,13 +177,65 @@ def test_dmjd__without_a_visible_branch_its_target_is_not_made():
 
 def test_dmjd__a_teacher_is_neither_trained_nor_saved_but_moves_along(teacher_file):
     plain, taught = small(masked_target="hog"), small(masked_target=str(teacher_file))
-    names = {name for name in taught.state_dict() if "target" in name}
-    assert not names
-    assert {name for name, _ in taught.named_parameters()} == {name for name, _ in plain.named_parameters()}
+    assert not [name for name in taught.state_dict() if "target" in name]
+    trained = [{name for name, weight in model.named_parameters() if weight.requires_grad} for model in (taught, plain)]
+    assert trained[0] == trained[1]
     taught.double()
-    assert next(taught.target._maps[0].network.parameters()).dtype == torch.float64
+    assert next(taught.target.maps.network.parameters()).dtype == torch.float64
     taught.train()
-    assert not taught.target._maps[0].network.training
+    assert not taught.target.maps.network.training
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_teacher__a_checkpoint_neither_holds_nor_misses_it_nor_changes_it(assign):
+    model = nn.ModuleDict({"first": Teacher(FeatureMaps(vit()), (4, 4)), "head": nn.Linear(2, 2)})
+    before, saved = model["first"](images()), model.state_dict()
+    assert set(saved) == {"head.weight", "head.bias"}
+    saved["head.bias"] = torch.ones(2)
+    assert deepcopy(model).load_state_dict(saved, assign=assign) == ([], [])
+    assert model.load_state_dict(saved, assign=assign) == ([], [])
+    assert set(saved) == {"head.weight", "head.bias"}
+    assert model["head"].bias.tolist() == [1, 1]
+    assert torch.equal(model["first"](images()), before)
+    assert not any(weight.requires_grad for weight in model["first"].parameters())
+
+
+def test_ema_teacher__a_checkpoint_without_it_is_refused_beside_a_teacher_too():
+    model = nn.ModuleDict(
+        {"mean": EmaTeacher(FeatureMaps(vit()), (4, 4)), "teacher": Teacher(FeatureMaps(vit()), (4, 4))}
+    )
+    saved = model.state_dict()
+    assert set(saved) == {f"mean.maps.network.{name}" for name in vit().state_dict()}
+    del saved["mean.maps.network.norm.bias"]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(saved)
+    assert model.load_state_dict(saved, strict=False).missing_keys == ["mean.maps.network.norm.bias"]
+
+
+def test_teacher__its_fingerprint_is_what_its_targets_depend_on():
+    others = [
+        Teacher(FeatureMaps(vit(), layers=[0, 1]), (4, 4)),
+        Teacher(FeatureMaps(vit()), (2, 2)),
+        Teacher(FeatureMaps(vit(), bf16=True), (4, 4)),
+        Teacher(FeatureMaps(vit(), takes={"input_size": (3, 32, 32), "mean": (0.4,) * 3, "std": (0.5,) * 3}), (4, 4)),
+        Teacher(FeatureMaps(vit()).half(), (4, 4)),
+    ]
+    own = Teacher(FeatureMaps(vit()), (4, 4)).fingerprint()
+    assert own == Teacher(FeatureMaps(vit()), (4, 4)).fingerprint()
+    assert len({own, *(teacher.fingerprint() for teacher in others)}) == 6
+
+
+def test_teacher__a_cache_is_asked_first():
+    teacher = Teacher(FeatureMaps(vit()), (4, 4))
+    plain = teacher(images())
+    teacher.cache = lambda images, compute: compute(images.flip(0)) + 1
+    assert torch.equal(teacher(images()), plain.flip(0) + 1)
+
+
+def test_teacher__in_float64_it_stays_in_float64():
+    exact, plain = Teacher(FeatureMaps(vit()), (4, 4)).double()(images()), Teacher(FeatureMaps(vit()), (4, 4))(images())
+    assert (exact.dtype, plain.dtype) == (torch.float64, torch.float32)
+    torch.testing.assert_close(exact.float(), plain, atol=1e-4, rtol=1e-4)
 
 
 def test_pretrain__with_a_teacher_on_one_branch_it_learns_resumes_and_reports(teacher_file, tmp_path):
@@ -193,10 +258,10 @@ def test_pretrain__with_a_teacher_on_one_branch_it_learns_resumes_and_reports(te
     assert main(["pretrain", "--data", str(tmp_path / "photos"), "--out", str(out), "--resume"]) == 0
 
 
-def test_mean_teacher__after_n_steps_it_is_the_closed_form():
+def test_ema_teacher__after_n_steps_it_is_the_closed_form():
     torch.manual_seed(0)
     student = vit()
-    teacher = EmaTeacher(Maps(deepcopy(student)), (4, 4), decay=(0.5, 0.9))
+    teacher = EmaTeacher(FeatureMaps(deepcopy(student)), (4, 4), decay=(0.5, 0.9))
     name, weight = next(iter(student.named_parameters()))
     mean = weight.detach().clone()
     for step in range(1, 5):
@@ -204,7 +269,7 @@ def test_mean_teacher__after_n_steps_it_is_the_closed_form():
             weight += torch.randn_like(weight)
         decay = 0.5 + 0.4 * step / 4
         mean = decay * mean + (1 - decay) * weight.detach()
-        teacher.follow(student, step / 4)
+        teacher.update(student, step / 4)
     torch.testing.assert_close(teacher.maps.network.state_dict()[name], mean)
 
 
@@ -221,7 +286,7 @@ def test_dmjd__its_own_mean_is_saved_and_not_trained():
         weight = model.encoder.backbone.blocks[0].mlp.fc1.weight
         weight += torch.randn_like(weight)
     torch.testing.assert_close(model.target(images()), before)
-    model.follow(0.0)
+    model.update_targets(0.0)
     assert (model.target(images()) - before).abs().max() > 1e-4
 
 
@@ -254,7 +319,7 @@ def test_pretrain__with_its_own_mean_a_stopped_run_resumes_to_the_last_bit(tmp_p
 
 
 def test_teacher__in_bf16_its_targets_are_nearly_the_same_whatever_is_around(teacher_file):
-    plain, fast = (small(masked_target=str(teacher_file), teacher_bf16=bf16).target for bf16 in (False, True))
+    plain, fast = (create_target(str(teacher_file), request(bf16=bf16)) for bf16 in (False, True))
     exact, rough = plain(images()), fast(images())
     assert 0 < (exact - rough).abs().mean() < 0.02
     assert rough.dtype == torch.float32
@@ -263,22 +328,22 @@ def test_teacher__in_bf16_its_targets_are_nearly_the_same_whatever_is_around(tea
 def test_dmjd__several_targets_are_predicted_side_by_side_and_their_losses_summed(teacher_file):
     model = small(masked_target=f"hog+{teacher_file}", visible_target="pixels+ema", visible_weight=0.5)
     masked = dmjd.block_masks(2, (4, 4), num_views=2, mask_ratio=0.5)
-    said, losses = model.predict(images(), masked), model(images(), masked)
-    hog, teacher = said.masked_target.split([4 * 9 * 3, 24], dim=-1)
+    predictions, losses = model.predict(images(), masked), model(images(), masked)
+    hog, teacher = predictions.masked_target.split([4 * 9 * 3, 24], dim=-1)
     torch.testing.assert_close(model.target(images())[..., : 4 * 9 * 3], HOG(8, cell_size=4)(images()))
     each = [
         regression_loss(predicted, true, "l2")
-        for predicted, true in zip(said.masked.split([4 * 9 * 3, 24], dim=-1), (hog, teacher), strict=True)
+        for predicted, true in zip(predictions.masked.split([4 * 9 * 3, 24], dim=-1), (hog, teacher), strict=True)
     ]
     torch.testing.assert_close(losses.masked, each[0] + each[1])
-    assert losses.masked > regression_loss(said.masked, said.masked_target, "l2")
-    assert said.visible.shape[-1] == 8 * 8 * 3 + 16
+    assert losses.masked > regression_loss(predictions.masked, predictions.masked_target, "l2")
+    assert predictions.visible.shape[-1] == 8 * 8 * 3 + 16
     torch.testing.assert_close(losses.total, losses.masked + 0.5 * losses.visible)
     before = model.visible_target(images())[..., -16:]
     with torch.no_grad():
         weight = model.encoder.backbone.blocks[0].mlp.fc1.weight
         weight += torch.randn_like(weight)
-    model.follow(0.0)
+    model.update_targets(0.0)
     assert (model.visible_target(images())[..., -16:] - before).abs().max() > 1e-4  # a mean among several follows
 
 
@@ -312,7 +377,7 @@ def write_huggingface(folder, kind):
 @pytest.mark.parametrize("kind", ["vit", "registers", "clip", "convolutional"])
 def test_huggingface__vision_models_of_a_folder_are_teachers(kind, tmp_path):
     model = write_huggingface(tmp_path, kind)
-    teacher = small(masked_target=f"hf:{tmp_path}").target
+    teacher = create_target(f"hf:{tmp_path}", request())
     pixels = (images() / 255 - 0.4) / 0.3
     with torch.no_grad():
         target = teacher(images())
@@ -339,4 +404,4 @@ def test_huggingface__what_does_not_load_is_one_line(tmp_path):
 
 def test_teacher__a_folder_of_timm_is_named_as_timm_names_it(tmp_path):
     timm.models.save_for_hf(vit(), tmp_path)
-    assert small(masked_target=f"timm:local-dir:{tmp_path}").target(images()).shape == (2, 16, 24)
+    assert create_target(f"timm:local-dir:{tmp_path}", request())(images()).shape == (2, 16, 24)

@@ -20,22 +20,21 @@ def transformer_blocks(
     return nn.ModuleList(Block(dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True, drop_path=rate) for rate in rates)
 
 
-def last_tokens(block: Block, tokens: Float[Tensor, "N S D"], count: int) -> Float[Tensor, "N M D"]:
-    """Run a block for its last `count` tokens only; they attend to all S tokens.
+class QueryBlock(Block):
+    """The last block of a decoder: all S tokens are attended to, only the last M are computed.
 
-    Equal to `block(tokens)[:, -count:]` for a block of `transformer_blocks`, without the queries, the projection and
-    the MLP of the other tokens.
+    Equal to `Block.forward(tokens)[:, -M:]`, without the queries, the projection and the MLP of the other tokens.
     """
-    attn, normed, width = block.attn, block.norm1(tokens), tokens.shape[-1]
-    heads = {"num_heads": attn.num_heads, "head_dim": attn.head_dim}
-    query = F.linear(normed[:, -count:], attn.qkv.weight[:width], attn.qkv.bias[:width])
-    key, value = F.linear(normed, attn.qkv.weight[width:], attn.qkv.bias[width:]).chunk(2, dim=-1)
-    query, key, value = (
-        x.unflatten(-1, (heads["num_heads"], heads["head_dim"])).transpose(1, 2) for x in (query, key, value)
-    )
-    attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-    tokens = tokens[:, -count:] + attn.proj(attended)
-    return tokens + block.mlp(block.norm2(tokens))
+
+    def forward(self, tokens: Float[Tensor, "N S D"], count: int) -> Float[Tensor, "N M D"]:
+        """Compute the last `count` = M tokens."""
+        attn, normed, width = self.attn, self.norm1(tokens), tokens.shape[-1]
+        query = F.linear(normed[:, -count:], attn.qkv.weight[:width], attn.qkv.bias[:width])
+        key, value = F.linear(normed, attn.qkv.weight[width:], attn.qkv.bias[width:]).chunk(2, dim=-1)
+        query, key, value = (x.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        tokens = tokens[:, -count:] + attn.proj(attended)
+        return tokens + self.mlp(self.norm2(tokens))
 
 
 def sincos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "1 L D"]:

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-from dmjd.backbones import Latents
+from dmjd.backbones import Architecture, Latents, encodes, register_encoder
 from dmjd.backbones.blocks import NORM_EPS, init_weights, sincos_positions, transformer_blocks
 from dmjd.masking import TokenIds, gather_tokens
 
@@ -114,7 +114,7 @@ class Pointwise(nn.Conv2d):
         super().__init__(in_dim, out_dim, 1)
 
     def forward(self, rows: Float[Tensor, "S D"]) -> Float[Tensor, "S E"]:
-        """Multiply."""
+        """Multiply every row by the one matrix."""
         return F.linear(rows, self.weight.flatten(1), self.bias)
 
 
@@ -125,7 +125,7 @@ class PatchMerge(nn.Conv2d):
         super().__init__(in_dim, out_dim, side, stride=side)
 
     def forward(self, rows: Float[Tensor, "S D"]) -> Float[Tensor, "R E"]:
-        """Multiply."""
+        """Multiply side^2 neighbouring rows, as one, by the weights in their nested order."""
         weight = self.weight.permute(0, 2, 3, 1)  # E, row, column, D
         if self.kernel_size[0] == 4:
             weight = weight.unflatten(2, (2, 2)).unflatten(1, (2, 2)).transpose(2, 3)
@@ -154,7 +154,7 @@ class ConvMlp(nn.Module):
         self.fc1, self.fc2 = Pointwise(dim, hidden_dim), Pointwise(hidden_dim, dim)
 
     def forward(self, rows: Float[Tensor, "S D"]) -> Float[Tensor, "S D"]:
-        """Apply."""
+        """Transform every row by itself."""
         return self.fc2(F.gelu(self.fc1(rows)))
 
 
@@ -172,7 +172,7 @@ class ConvBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, rows: Float[Tensor, "S D"], layout: Layout) -> Float[Tensor, "S D"]:
-        """Apply; what lies outside the rows counts as zero."""
+        """Transform the rows of a stage; map positions without a row count as zero."""
         inner = DepthwiseOnRows.apply(self.conv1(self.norm1(rows)), self.attn.weight, self.attn.bias, layout)
         rows = rows + self.drop(self.conv2(inner), layout)
         return rows + self.drop(self.mlp(self.norm2(rows)), layout)
@@ -198,7 +198,7 @@ class ConvViT(nn.Module):
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first one.
     """
 
-    def __init__(
+    def __init__(  # 10 parameters: timm's own, as its `create_model` passes them
         self,
         img_size: int | Sequence[int] = 224,
         patch_size: int = 16,
@@ -343,12 +343,13 @@ class ConvViT(nn.Module):
         return self.forward_head(self.forward_features(images))
 
 
+@encodes(ConvViT)
 class ConvViTEncoder(nn.Module):
     """The hybrid in pre-training: stages 1 and 2 are added to the transformer's output before the last norm."""
 
     num_prefix_tokens = 0
 
-    def __init__(self, backbone: ConvViT, architecture: tuple[str, dict[str, Any]] | None = None):
+    def __init__(self, backbone: ConvViT, architecture: Architecture | None = None):
         super().__init__()
         self.backbone, self.architecture = backbone, architecture
         self.embed_dim, self.grid, self.patch_size = backbone.embed_dim, backbone.grid, backbone.patch_size
@@ -367,6 +368,7 @@ class ConvViTEncoder(nn.Module):
         return Latents(visible_NKD[:, :0], visible_NKD, None)
 
 
+@register_encoder("convvit")
 def create_convvit(
     size: str = "base",
     *,

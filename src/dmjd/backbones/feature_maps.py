@@ -9,15 +9,17 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dmjd.backbones.normalize import Normalize
 
-class Maps(nn.Module):
+
+class FeatureMaps(nn.Module):
     """Maps of chosen layers of a network, from images of 0..255.
 
     Args:
         network: A timm model, or another with timm's `forward_intermediates` and `pretrained_cfg`.
         layers: Which maps, by timm's numbers; negative ones count from the end.
         in_chans: Channels of the images.
-        wants: `input_size`, `mean` and `std` of the images it takes; default: those of its `pretrained_cfg`.
+        takes: `input_size`, `mean` and `std` of the images it takes; default: those of its `pretrained_cfg`.
         bf16: Compute in bfloat16, whatever the precision around.
 
     Attributes:
@@ -27,26 +29,22 @@ class Maps(nn.Module):
         ValueError: If the network takes other channels, has no such layers, or the layers' widths differ.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         network: nn.Module,
         *,
         layers: Sequence[int] = (-1,),
         in_chans: int = 3,
-        wants: Mapping[str, Any] | None = None,
+        takes: Mapping[str, Any] | None = None,
         bf16: bool = False,
     ):
         super().__init__()
-        wanted: Any = wants or getattr(network, "pretrained_cfg", None)
+        wanted: Any = takes or getattr(network, "pretrained_cfg", None)
         if wanted is None or wanted["input_size"][0] != in_chans or not hasattr(network, "forward_intermediates"):
             raise ValueError(f"the teacher does not read images of {in_chans} channel(s), or has no layers to look at")
         self.network, self.layers, self.bf16 = network, list(layers), bf16
         self.size = tuple(wanted["input_size"][1:])
-        self.register_buffer("mean", torch.tensor(wanted["mean"])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(wanted["std"])[:, None, None], persistent=False)
+        self.normalize = Normalize(wanted["mean"], wanted["std"])
         try:
             with torch.no_grad():
                 (self.dim,) = {features.shape[1] for features in self.eval()(torch.zeros(1, in_chans, *self.size))}
@@ -59,7 +57,7 @@ class Maps(nn.Module):
         if pixels.shape[-2:] != self.size:
             pixels = F.interpolate(pixels, self.size, mode="bicubic", antialias=True).clamp(0, 255)
         network: Any = self.network
-        how = {"intermediates_only": True, "stop_early": True, "output_fmt": "NCHW"}
+        options = {"intermediates_only": True, "stop_early": True, "output_fmt": "NCHW"}
         with torch.autocast(pixels.device.type, torch.bfloat16) if self.bf16 else nullcontext():
-            maps = network.forward_intermediates((pixels / 255 - self.mean) / self.std, indices=self.layers, **how)
-        return [features.float() for features in maps]
+            maps = network.forward_intermediates(self.normalize(pixels), indices=self.layers, **options)
+        return [features.to(torch.promote_types(features.dtype, torch.float32)) for features in maps]

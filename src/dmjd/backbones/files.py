@@ -1,6 +1,7 @@
 """`backbone.safetensors`: a timm model's weights under timm's names, and in its metadata how to make the model."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dmjd.backbones.convvit  # noqa: F401 (registers its models with timm)
+from dmjd.backbones import Architecture
 from dmjd.errors import CheckpointError, ConfigError
-
-Architecture = tuple[str, dict[str, Any]]  # name and arguments for `timm.create_model`
 
 
 def save_backbone(
@@ -23,7 +23,7 @@ def save_backbone(
     std: Any,
     *,
     around: nn.Module | None = None,
-    task: dict[str, Any] | None = None,
+    task: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a timm model: weights, its name and arguments for `timm.create_model`, and the images' statistics.
 
@@ -47,7 +47,7 @@ def save_backbone(
     }
     if around is not None:
         place = next(name for name, module in around.named_modules() if module is model)
-        metadata |= {"task": json.dumps(task), "backbone_prefix": f"{place}."}
+        metadata |= {"task": json.dumps(dict(task or {})), "backbone_prefix": f"{place}."}
     partial = path.with_name(f".{path.name}.partial")
     weights = (around or model).state_dict()
     save_file({key: value.contiguous() for key, value in weights.items()}, partial, metadata)
@@ -128,6 +128,30 @@ def open_backbone(name: str, *, pretrained: bool = True, drop_path_rate: float =
     return put_head(model, (architecture, arguments), 0)
 
 
+def create_network(name: str, *, image_hw: tuple[int, int], in_chans: int) -> tuple[nn.Module, Architecture]:
+    """Make the untrained network of `timm:NAME` or of a backbone file for images of a size, without a classifier.
+
+    Raises:
+        CheckpointError: If there is no such file or model.
+        ConfigError: If the network is bound to another size.
+    """
+    kind, _, timm_name = name.partition(":")
+    size = {"img_size": list(image_hw), "in_chans": in_chans, "num_classes": 0}
+    architecture: Architecture = (timm_name, {}) if kind == "timm" else _read(name, pretrained=False)[1]
+    arguments = {**architecture[1], **size}
+    if kind == "timm" and not is_model(timm_name):
+        raise CheckpointError(f"timm has no such model; {name}; see timm.list_models()")
+    try:
+        return timm.create_model(architecture[0], **arguments), (architecture[0], arguments)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ConfigError(f"no network of {image_hw[0]}x{image_hw[1]} px ({error}); {name}; see --model") from None
+
+
+def is_model(name: str) -> bool:
+    """Tell whether timm has a model of this name, with or without a tag of its weights."""
+    return name in timm.list_models(name.partition(".")[0]) or name in timm.list_pretrained(name)
+
+
 def put_head(model: nn.Module, architecture: Architecture, num_classes: int) -> tuple[nn.Module, Architecture]:
     """Give a model a new linear head, nearly silent at first as in MAE's fine-tuning; 0 classes: pooled features."""
     model.reset_classifier(num_classes)  # type: ignore[operator]
@@ -141,7 +165,7 @@ def put_head(model: nn.Module, architecture: Architecture, num_classes: int) -> 
 def _fetch(model: str, given: str, pretrained: bool, extra: dict[str, Any]) -> tuple[nn.Module, Architecture]:
     """Make a model of timm."""
     hub = model.startswith(("hf-hub:", "local-dir:"))  # timm's own prefixes, for a hub and for a folder
-    if not hub and model not in timm.list_models(model.partition(".")[0]) and model not in timm.list_pretrained(model):
+    if not hub and not is_model(model):
         raise CheckpointError(f"timm has no such model; {given}; see timm.list_models()")
     try:
         return timm.create_model(model, pretrained=pretrained, **extra), (model, {})

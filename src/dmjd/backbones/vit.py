@@ -9,13 +9,14 @@ from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from dmjd.backbones import Latents
+from dmjd.backbones import Architecture, Latents, encodes, register_encoder
 from dmjd.backbones.blocks import init_weights, sincos_positions
 from dmjd.masking import TokenIds, gather_tokens
 
 SIZES = ("tiny", "small", "base", "large")
 
 
+@encodes(VisionTransformer)
 class ViT(nn.Module):
     """Any `VisionTransformer` of timm; hidden tokens never enter its blocks (MAE).
 
@@ -24,7 +25,7 @@ class ViT(nn.Module):
         architecture: Name and arguments that make the same model by `timm.create_model`.
     """
 
-    def __init__(self, vit: VisionTransformer, architecture: tuple[str, dict[str, Any]] | None = None):
+    def __init__(self, vit: VisionTransformer, architecture: Architecture | None = None):
         super().__init__()
         self.backbone, self.architecture = vit, architecture
         self.embed_dim: int = vit.embed_dim
@@ -52,7 +53,7 @@ class ViT(nn.Module):
 class MaskTokenViT(ViT):
     """A ViT that sees one learned mask token in the place of every hidden patch (BEiT, SimMIM, MaskFeat)."""
 
-    def __init__(self, vit: VisionTransformer, architecture: tuple[str, dict[str, Any]] | None = None):
+    def __init__(self, vit: VisionTransformer, architecture: Architecture | None = None):
         super().__init__(vit, architecture)
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.embed_dim))
         nn.init.normal_(self.mask_token, std=0.02)
@@ -70,6 +71,7 @@ class MaskTokenViT(ViT):
         return Latents(prefix, gather_tokens(patches_NLD, tokens.visible), gather_tokens(patches_NLD, tokens.hidden))
 
 
+@register_encoder("vit")
 def create_vit(
     size: str = "base",
     *,
@@ -116,7 +118,7 @@ def create_vit(
     name = f"vit_{size}_patch16_224"
     try:
         vit = timm.create_model(name, **arguments)
-    except AssertionError as error:  # a width that the heads do not divide
+    except (AssertionError, TypeError) as error:  # a width that the heads do not divide, an argument of another model
         raise ValueError(f"ViT {size}: {error}") from None
     vit.apply(init_weights)
     for token in (vit.cls_token, vit.reg_token):

@@ -21,7 +21,9 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
-from dmjd.data.decode import EXTENSIONS, BadImage, decode
+from dmjd.data.decode import EXTENSIONS, BadImage
+from dmjd.data.folder import FolderFiles
+from dmjd.data.packed import PackedStrings
 from dmjd.errors import DataError
 
 COCO_PARTS = (("train",), ("val", "valid", "test"))
@@ -37,41 +39,27 @@ class Objects(NamedTuple):
     masks: Bool[Tensor, "n H W"] | None
 
 
-class Found(NamedTuple):
-    """An image and its objects as the files have them."""
+class Record(NamedTuple):
+    """What the files of a set say about one image."""
 
     name: str
     size: tuple[int, int] | None  # height and width, if they are given
     objects: list[dict[str, Any]]  # each with `class`, `box` (left, top, right, bottom), `ignored`, `segmentation`
 
 
-@dataclass(frozen=True, kw_only=True)
-class DetectionSet:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DetectionSet(FolderFiles):
     """A numbered set of images with objects.
 
     Attributes:
-        names: Path of each image below `root`.
-        root: Folder of the images.
-        classes: Names of the classes.
-        in_chans: Channels to decode, 3 or 1.
-        records: JSON of every image's objects one after the other, in one buffer that worker processes share.
-        ends: Where the records end.
+        records: Size and objects of each image, as JSON.
         masks: Whether objects have masks.
         counts: Objects of every class that count.
     """
 
-    names: Sequence[str]
-    root: Path
-    classes: tuple[str, ...]
-    in_chans: int
-    records: UInt8[Tensor, " bytes"]
-    ends: Int[Tensor, " n"]
+    records: PackedStrings
     masks: bool
     counts: tuple[int, ...]
-    held: None = None
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def read(self, index: int) -> tuple[UInt8[Tensor, "C H W"], Objects]:
         """Decode an image and its objects.
@@ -79,10 +67,9 @@ class DetectionSet:
         Raises:
             BadImage: If it or a mask does not decode, or has not the size that its annotation gives.
         """
-        image = decode(self.root / self.names[index], self.in_chans)
+        image = self.image(index)
         height, width = image.shape[1:]
-        start = int(self.ends[index - 1]) if index else 0
-        record = json.loads(bytes(self.records[start : int(self.ends[index])].numpy()))
+        record = json.loads(self.records[index])
         if record["size"] not in (None, [height, width]):
             given = "x".join(map(str, record["size"]))
             raise BadImage(f"image of {height}x{width} pixels, annotated as {given}")
@@ -129,8 +116,10 @@ def is_compressed(segmentation: Any) -> bool:
     return isinstance(segmentation, dict) and isinstance(segmentation["counts"], str | bytes)
 
 
-def load(data: str, *, in_chans: int, classes: tuple[str, ...] | None = None) -> tuple[DetectionSet, DetectionSet]:
-    """Find the training and the held-out part of a set.
+def open_detection(
+    data: str, *, in_chans: int, classes: tuple[str, ...] | None = None
+) -> tuple[DetectionSet, DetectionSet]:
+    """Find the training and the held-out part of a set with boxes.
 
     Boxes are cut at the edge of their image where its size is known. One without area is left out, with a line on
     stderr. A part has masks if most of its objects have an outline; the box stands for that of the others.
@@ -165,7 +154,7 @@ def load(data: str, *, in_chans: int, classes: tuple[str, ...] | None = None) ->
     return train, held_out
 
 
-def collect(root: Path, found: Iterable[Found], classes: tuple[str, ...], in_chans: int) -> DetectionSet:
+def collect(root: Path, found: Iterable[Record], classes: tuple[str, ...], in_chans: int) -> DetectionSet:
     """Check and pack the images of one part."""
     names, records, flat, counts, outlined = [], [], [], [0] * len(classes), 0
     number = {name: place for place, name in enumerate(classes)}
@@ -187,16 +176,15 @@ def collect(root: Path, found: Iterable[Found], classes: tuple[str, ...], in_cha
             counts[number[each["class"]]] += not each["ignored"]
             objects.append({**each, "class": number[each["class"]], "box": [left, top, right, bottom]})
         names.append(image.name)
-        records.append(json.dumps({"size": image.size, "objects": objects}).encode())
+        records.append(json.dumps({"size": image.size, "objects": objects}))
     if flat:
         print(f"warning: {len(flat)} boxes without area left out, such as in {flat[0]}; {root}", file=sys.stderr)
     return DetectionSet(
-        names=names,
         root=root,
+        names=PackedStrings.pack(names),
         classes=classes,
         in_chans=in_chans,
-        records=torch.from_numpy(np.frombuffer(b"".join(records), np.uint8).copy()),
-        ends=torch.tensor([len(record) for record in records]).cumsum(0),
+        records=PackedStrings.pack(records),
         masks=2 * outlined > sum(counts),
         counts=tuple(counts),
     )
@@ -223,14 +211,14 @@ def coco_file(root: Path, parts: Sequence[str]) -> Path:
     )
 
 
-def coco_images(root: Path, names: Sequence[str], found: Sequence[Found]) -> Path:
+def coco_images(root: Path, names: Sequence[str], found: Sequence[Record]) -> Path:
     """Find the folder that a part's paths start from: of one of these names, in images/ or not, images/ or the root."""
     places = [place for name in names for place in (root / name, root / "images" / name)] + [root / "images", root]
     holding = (place for place in places if any((place / image.name).is_file() for image in found[:10]))
     return next(holding, next(place for place in places if place.is_dir()))
 
 
-def read_coco(file: Path) -> tuple[tuple[str, ...], list[Found]]:
+def read_coco(file: Path) -> tuple[tuple[str, ...], list[Record]]:
     """Read a file of COCO: names of its categories by their numbers, and its images.
 
     Raises:
@@ -240,7 +228,7 @@ def read_coco(file: Path) -> tuple[tuple[str, ...], list[Found]]:
         content = json.loads(file.read_text("utf-8"))
         categories = {each["id"]: each["name"] for each in sorted(content["categories"], key=lambda each: each["id"])}
         images = {
-            each["id"]: Found(each["file_name"], size if all(size) else None, [])
+            each["id"]: Record(each["file_name"], size if all(size) else None, [])
             for each in content["images"]
             for size in [(int(each.get("height") or 0), int(each.get("width") or 0))]
         }
@@ -264,7 +252,7 @@ def read_coco(file: Path) -> tuple[tuple[str, ...], list[Found]]:
 # -- Pascal VOC --------------------------------------------------------------------------------------------------------
 
 
-def read_voc(root: Path, listed: Path) -> list[Found]:
+def read_voc(root: Path, listed: Path) -> list[Record]:
     """Read the images of a part of Pascal VOC, which a file lists; 1, 0 or -1 after a name is left out.
 
     Coordinates count pixels from 1 to the last one inside: the left edge of a box is xmin - 1, the right one xmax. A
@@ -283,7 +271,7 @@ def read_voc(root: Path, listed: Path) -> list[Found]:
     return [read_xml(root, name) for name in names]
 
 
-def read_xml(root: Path, name: str) -> Found:
+def read_xml(root: Path, name: str) -> Record:
     """Read one file of Pascal VOC; see `read_voc`."""
     file = root / "Annotations" / f"{name}.xml"
     try:
@@ -308,7 +296,7 @@ def read_xml(root: Path, name: str) -> Found:
     folder = root / "JPEGImages"
     pictures = (f"{name}{ending}" for ending in (".jpg", *sorted(EXTENSIONS)))
     picture = next((picture for picture in pictures if (folder / picture).is_file()), f"{name}.jpg")
-    return Found(picture, (size[0], size[1]) if all(size) else None, objects)
+    return Record(picture, (size[0], size[1]) if all(size) else None, objects)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -341,7 +329,7 @@ class LargeScaleJitter(v2.Transform):
 
 
 @dataclass(frozen=True)
-class Augmentation:
+class DetectionAugmentation:
     """Large-scale jitter, a crop and a mirror, of an image and its objects."""
 
     steps: v2.Compose
@@ -349,8 +337,8 @@ class Augmentation:
     @classmethod
     def of(
         cls, crop: tuple[int, int], *, scale: tuple[float, float], flip: bool, mean: Sequence[float]
-    ) -> "Augmentation":
-        """Choose what is done.
+    ) -> "DetectionAugmentation":
+        """Make an augmentation, which draws from the global generators.
 
         Args:
             crop: Height and width of the crop.

@@ -1,4 +1,11 @@
-"""One number out of several: the seed of whatever belongs to exactly these numbers."""
+"""Randomness as a function of numbers: the seed of whatever belongs to exactly these, and generators set to one."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
 
 _MASK = (1 << 64) - 1
 
@@ -15,3 +22,21 @@ def mix(*numbers: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31
     return state >> 1
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Set the global generators of Python, NumPy and torch (on the CPU) to a seed, and back to where they were.
+
+    The augmentations of timm and torchvision draw from these, and take no generator of ours.
+    """
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (timm draws there)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            torch.random.default_generator.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

@@ -18,8 +18,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from dmjd.data.decode import BadImage, decode
-from dmjd.data.source import folder_images
+from dmjd.data.decode import BadImage
+from dmjd.data.folder import FolderFiles, image_names
+from dmjd.data.packed import PackedStrings
 from dmjd.errors import DataError
 
 PARTS = (("train", "training"), ("val", "validation", "test"))
@@ -32,31 +33,19 @@ class Annotated(NamedTuple):
     labels: Int[Tensor, "H W"]  # the class's number, or ignore_index
 
 
-@dataclass(frozen=True, kw_only=True)
-class SegmentationSet:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SegmentationSet(FolderFiles):
     """A numbered set of annotated images.
 
     Attributes:
-        names: Path of each image below `root`.
-        root: Folder of the images.
         annotations: Folder of the annotations.
-        classes: Names of the classes.
         ignore_index: Number of pixels without a class.
         reduce_zero_label: 0 has no class, 1 is the first class.
-        in_chans: Channels to decode, 3 or 1.
     """
 
-    names: Sequence[str]
-    root: Path
     annotations: Path
-    classes: Sequence[str]
     ignore_index: int
     reduce_zero_label: bool
-    in_chans: int
-    held: None = None
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def read(self, index: int) -> Annotated:
         """Decode an image and its annotation.
@@ -64,7 +53,7 @@ class SegmentationSet:
         Raises:
             BadImage: If one does not decode, their sizes differ, or a number is no class's.
         """
-        image, labels = decode(self.root / self.names[index], self.in_chans), self.labels(index)
+        image, labels = self.image(index), self.labels(index)
         if image.shape[1:] != labels.shape:
             (height, width), (rows, columns) = image.shape[1:], labels.shape
             raise BadImage(f"image of {height}x{width} but annotation of {rows}x{columns} pixels")
@@ -91,7 +80,7 @@ class SegmentationSet:
         return labels
 
 
-def load(
+def open_segmentation(
     data: str,
     *,
     in_chans: int,
@@ -99,7 +88,7 @@ def load(
     ignore_index: int = 255,
     reduce_zero_label: bool = False,
 ) -> tuple[SegmentationSet, SegmentationSet]:
-    """Find the training and the held-out part of a set.
+    """Find the training and the held-out part of a set with a class for every pixel.
 
     Args:
         data: Folder of the set.
@@ -114,25 +103,25 @@ def load(
     """
     root = Path(data)
     train, held_out = (
-        _part(root, names, in_chans=in_chans, ignore_index=ignore_index, reduce_zero_label=reduce_zero_label)
-        for names in PARTS
+        _part(root, part, in_chans=in_chans, ignore_index=ignore_index, reduce_zero_label=reduce_zero_label)
+        for part in PARTS
     )
-    named = classes or _count(train)
+    named = tuple(classes or _count(train))
     if ignore_index < len(named):
         raise DataError(f"label {ignore_index} is both a class and ignored; {data}; see --ignore_index and --classes")
     return replace(train, classes=named), replace(held_out, classes=named)
 
 
-def _part(root: Path, names: Sequence[str], **options: Any) -> SegmentationSet:
-    part = next((name for name in names if (root / "images" / name).is_dir()), None)
+def _part(root: Path, part_names: Sequence[str], **options: Any) -> SegmentationSet:
+    part = next((name for name in part_names if (root / "images" / name).is_dir()), None)
     if part is None:
         raise DataError(
-            f"no folder images/{names[0]}; {root}; --data needs images/PART/NAME.jpg and annotations/PART/NAME.png "
+            f"no folder images/{part_names[0]}; {root}; --data needs images/PART/NAME.jpg and annotations/PART/NAME.png "
             "with the parts train and val"
         )
     images, annotations = root / "images" / part, root / "annotations" / part
-    found = folder_images(images, 3).names
-    pictures = folder_images(annotations, 1).names if annotations.is_dir() else []
+    found = image_names(images)
+    pictures = image_names(annotations) if annotations.is_dir() else []
     stems, annotated = (
         {Path(name).with_suffix("").as_posix() for name in names}
         for names in (found, [name for name in pictures if name.endswith(".png")])
@@ -142,7 +131,8 @@ def _part(root: Path, names: Sequence[str], **options: Any) -> SegmentationSet:
         raise DataError(
             f"{what}: {alone[0]} (one of {len(alone)}); {images}, {annotations}; every image needs a NAME.png"
         )
-    return SegmentationSet(names=found, root=images, annotations=annotations, classes=(), **options)
+    names = PackedStrings.pack(found)
+    return SegmentationSet(root=images, names=names, annotations=annotations, classes=(), **options)
 
 
 def _count(train: SegmentationSet) -> tuple[str, ...]:
@@ -168,7 +158,7 @@ def _count(train: SegmentationSet) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Augmentation:
+class SegmentationAugmentation:
     """Random size, crop, mirror and colours of an image, and the same size, crop and mirror of its labels."""
 
     steps: v2.Compose
@@ -183,8 +173,8 @@ class Augmentation:
         photometric: bool,
         mean: Sequence[float],
         ignore_index: int,
-    ) -> "Augmentation":
-        """Choose what is done.
+    ) -> "SegmentationAugmentation":
+        """Make an augmentation, which draws from the global generators.
 
         Args:
             crop: Height and width of the crop.

@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -18,24 +19,56 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dmjd.engine.distributed import local, shared_like, whole
 from dmjd.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2  # 1 named the optimizer's states by number
 KEEP = 2
 MANIFEST = "MANIFEST.json"
 
 
-def save(folder: Path, *, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> Path:
-    """Write `folder/step-NNNNNNNN`; `state` is any JSON that `read_state` shall return."""
-    final = folder / f"step-{step:08d}"
+class Tensors(NamedTuple):
+    """Whole tensors of a run by name, and the plain numbers of its optimizer."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    numbers: dict[str, Any]  # `states` by name, and `groups` in their order: some optimizers count steps there
+
+
+def collect(model: nn.Module, trained: nn.Module, optimizer: Optimizer) -> Tensors:
+    """Bring together what a checkpoint holds, whatever the ranks; all of them have to call this.
+
+    An optimizer's state goes by the name of its parameter, as NAME:KEY, so that it fits any number of ranks and any
+    order of parameter groups.
+
+    Args:
+        model: Whose state is kept.
+        trained: The part of it whose parameters are the optimizer's.
+        optimizer: Whose state is kept.
+    """
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for name, parameter in trained.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}:{key}"] = whole(value).cpu().contiguous()
+            else:
+                numbers[f"{name}:{key}"] = value
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    weights = {name: whole(value).cpu().contiguous() for name, value in model.state_dict().items()}
+    return Tensors(weights, tensors, {"states": numbers, "groups": groups})
+
+
+def save(folder: Path, tensors: Tensors, state: Mapping[str, Any]) -> Path:
+    """Write `folder/step-NNNNNNNN`; `state` is any JSON, with the `step`, that `read_state` shall return."""
+    final = folder / f"step-{state['step']:08d}"
     partial = folder / f".{final.name}.partial"
     for abandoned in folder.glob(".*.partial"):
         shutil.rmtree(abandoned)
     partial.mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, partial / "model.safetensors")
-    tensors, plain = flatten(optimizer)
-    save_file(tensors, partial / "optimizer.safetensors")
-    content = {**state, "format": FORMAT, "step": step, "optimizer": plain}
+    save_file(tensors.model, partial / "model.safetensors")
+    save_file(tensors.optimizer, partial / "optimizer.safetensors")
+    content = {**state, "format": FORMAT, "optimizer": tensors.numbers}
     (partial / "state.json").write_text(json.dumps(content, indent=1))
     digests = {path.name: sha256(path) for path in sorted(partial.iterdir())}
     (partial / MANIFEST).write_text(json.dumps(digests, indent=1))
@@ -80,18 +113,35 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load(path: Path, *, model: nn.Module, optimizer: Optimizer) -> None:
-    """Restore a model and its optimizer.
+def load(path: Path, *, model: nn.Module, trained: nn.Module, optimizer: Optimizer) -> None:
+    """Restore what `collect` brought together, on one rank or on any number of them.
 
     Raises:
         CheckpointError: If the checkpoint is of another model.
     """
     try:
-        model.load_state_dict(load_file(path / "model.safetensors"))
+        ours = model.state_dict()
+        weights = {name: shared_like(value, ours.get(name, value)) for name, value in read(path / "model").items()}
+        model.load_state_dict(weights)
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"the checkpoint does not fit the model: {reason}; {path}; check the settings") from None
-    unflatten(optimizer, load_file(path / "optimizer.safetensors"), read_state(path)["optimizer"])
+    numbers, states = read_state(path)["optimizer"], dict[str, dict[str, Any]]()
+    for group, saved in zip(optimizer.param_groups, numbers["groups"], strict=True):
+        group.update(saved)
+    for name, value in {**read(path / "optimizer"), **numbers["states"]}.items():
+        parameter, _, key = name.rpartition(":")
+        states.setdefault(parameter, {})[key] = value
+    for name, parameter in trained.named_parameters():
+        for key, value in states.get(name, {}).items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                value = shared_like(value.to(parameter.device), parameter)
+            optimizer.state[parameter][key] = value
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of `path`.safetensors."""
+    return load_file(path.with_suffix(".safetensors"))
 
 
 def verify(path: Path) -> bool:
@@ -101,29 +151,6 @@ def verify(path: Path) -> bool:
         return bool(digests) and all(sha256(path / name) == digest for name, digest in digests.items())
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """TokenIds an optimizer's state into tensors, named `PARAMETER.KEY`, and plain numbers."""
-    state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {}
-    for parameter, entries in state["state"].items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{parameter}.{key}"] = value.contiguous()
-            else:
-                numbers[f"{parameter}.{key}"] = value
-    return tensors, {"numbers": numbers, "groups": state["param_groups"]}
-
-
-def unflatten(optimizer: Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    """Undo `flatten`."""
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in {**tensors, **plain["numbers"]}.items():
-        parameter, key = name.split(".", 1)
-        state.setdefault(int(parameter), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": plain["groups"]})
 
 
 def sha256(path: Path) -> str:
@@ -150,5 +177,5 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def is_finite(model: nn.Module) -> bool:
-    """Tell whether every weight is a number; one wait for the device."""
-    return bool(torch.stack([value.isfinite().all() for value in model.parameters()]).all())
+    """Tell whether every weight, or this rank's share of it, is finite; one wait for the device."""
+    return bool(torch.stack([local(value).isfinite().all() for value in model.parameters()]).all())

@@ -1,16 +1,47 @@
 """The training loop, in plain sight."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from dmjd.data.random import mix
+from dmjd.engine.distributed import ParallelModel, whole
+
+Objective = Callable[[ParallelModel, Any], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How long a run is, how large its steps are, and what happens on the way.
+
+    Attributes:
+        steps: Optimizer steps of the whole run.
+        batch_size: Images in one of them, over all ranks and parts.
+        seed: Of the order of images, of samples, and of what the network draws itself.
+        accumulation: Parts of a rank's share of a step, whose gradients are averaged.
+        clip_grad: Largest norm of the gradient; 0 does not clip.
+        workers: Processes that load images; None for as many as fit the machine.
+        log_every: Steps between two lines of metrics.jsonl.
+        evaluations: How many, beside those before and after the run.
+        saves: How many checkpoints; the last step has one in any case.
+    """
+
+    steps: int
+    batch_size: int
+    seed: int = 0
+    accumulation: int = 1
+    clip_grad: float = 0.0
+    workers: int | None = None
+    log_every: int = 10
+    evaluations: int = 5
+    saves: int = 20
 
 
 class Step(NamedTuple):
@@ -19,63 +50,59 @@ class Step(NamedTuple):
     number: int  # steps done, this one included
     start: int  # steps done before this process, and when it began to step
     began: float
-    losses: dict[str, Tensor]  # by name; `loss` is what was minimised
+    losses: dict[str, Tensor]  # by name, of this rank's images; `loss` is what was minimised
     grad_norm: Tensor
     lr: float
-    skipped: dict[str, str]
-    data_seconds: float  # seconds this process has data_seconds for images so far
+    skipped: dict[str, str]  # files of this rank that did not decode
+    data_seconds: float  # this process has waited for images so far
 
 
 def train(
-    objective: Callable[[Any], dict[str, Tensor]],
-    parameters: Sequence[nn.Parameter],
-    batches: Iterator[Any],
+    model: ParallelModel,
     optimizer: Optimizer,
+    batches: Iterator[Any],
+    objective: Objective,
+    plan: Plan,
     *,
     start: int,
-    steps: int,
-    seed: int,
-    accumulation: int,
     lr: Callable[[int], float],
-    clip_grad: float,
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> Iterator[Step]:
-    """Run the steps start .. steps - 1 and hand out each as it is done; between two of them the caller looks around.
+    """Run the steps start .. plan.steps - 1 and hand out each as it is done; between two the caller looks around.
 
     Args:
+        model: What is trained.
+        optimizer: Steps on its parameters; a group may have an `lr_scale`.
+        batches: `plan.accumulation` micro-batches a step; a batch says in `skipped` which files did not decode.
         objective: From a micro-batch to scalars by name; `loss` is minimised, the others are only reported.
-        parameters: What is trained.
-        batches: `accumulation` micro-batches a step; a batch says in `skipped` which files did not decode.
-        optimizer: Steps on the parameters; a group may have an `lr_scale`.
+        plan: Of the run.
         start: Steps done before.
-        steps: Steps of the whole run.
-        seed: Whatever a model draws itself (drop path) depends on it, the step and the micro-batch alone.
-        accumulation: Micro-batches whose gradients are averaged.
         lr: Learning rate by step.
-        clip_grad: Largest norm of the gradient; 0 does not clip.
         autocast: Context of the forward pass.
     """
     began, data_seconds = time.perf_counter(), 0.0
-    for step in range(start, steps):
+    for step in range(start, plan.steps):
         sums: dict[str, Tensor] = {}
         skipped: dict[str, str] = {}
-        for part in range(accumulation):
+        for part in range(plan.accumulation):
             before = time.perf_counter()
             batch = next(batches)
             data_seconds += time.perf_counter() - before
-            torch.manual_seed(mix(seed, step, part))
-            with autocast():
-                losses = objective(batch)
-            (losses["loss"] / accumulation).backward()
+            # What the network draws itself (drop path) depends on the step and the micro-batch, not on who computes it.
+            torch.manual_seed(mix(plan.seed, step, model.ranks.number(part)))
+            with model.synchronized(last=part == plan.accumulation - 1):
+                with autocast():
+                    losses = objective(model, batch)
+                (losses["loss"] / plan.accumulation).backward()
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach() / accumulation
+                sums[name] = sums.get(name, 0) + value.detach() / plan.accumulation
             skipped |= batch.skipped
-        if clip_grad:
-            norm = clip_grad_norm_(parameters, clip_grad)
+        if plan.clip_grad:
+            norm = clip_grad_norm_(model.parameters, plan.clip_grad)
         else:
-            norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+            norm = get_total_norm([parameter.grad for parameter in model.parameters if parameter.grad is not None])
         for group in optimizer.param_groups:
             group["lr"] = lr(step) * group.get("lr_scale", 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        yield Step(step + 1, start, began, sums, norm, lr(step), skipped, data_seconds)
+        yield Step(step + 1, start, began, sums, whole(norm), lr(step), skipped, data_seconds)

@@ -3,11 +3,14 @@
 import math
 import sys
 from collections.abc import Callable
+from typing import Literal
 
 import timm.optim
 from timm.optim.lars import Lars
 from torch import nn
 from torch.optim import Optimizer
+
+from dmjd.errors import ConfigError
 
 
 def create_optimizer(
@@ -26,7 +29,7 @@ def create_optimizer(
     layers are those of the model's `group_matcher`. What `heads` hold comes after the model's last layer.
 
     Raises:
-        ValueError: If timm has no optimizer of this name, or it takes no betas.
+        ConfigError: If timm has no optimizer of this name, or it takes no betas.
     """
     try:
         if heads is None:
@@ -37,14 +40,37 @@ def create_optimizer(
         groups += timm.optim.param_groups_weight_decay(heads, weight_decay)
         return timm.optim.create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, betas=betas)
     except (AssertionError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"optim.name {name!r}: {error}") from None
+        raise ConfigError(f"optim.name {name!r}: {error}") from None
+
+
+Shape = Literal["cosine", "poly"]
+
+
+def learning_rate(
+    lr: float, *, warmup_epochs: float, count: int, batch_size: int, steps: int, shape: Shape = "cosine"
+) -> Callable[[int], float]:
+    """Make the learning rate of step s = 0, 1, ...: linear up to `lr`, then down to zero.
+
+    A function of the step alone, so that a resumed run needs no state. A warm-up that takes all of the run is worth a
+    warning.
+
+    Args:
+        lr: Peak.
+        warmup_epochs: Length of the linear rise, in epochs.
+        count: Images of an epoch.
+        batch_size: Images of a step.
+        steps: Steps of the run.
+        shape: `cosine`, or `poly`: a straight line, the polynomial of power 1 that segmentation recipes have.
+    """
+    warmup = warmup_epochs * count / batch_size
+    if warmup >= steps:
+        said = f"warm-up takes {warmup:.0f} steps, the run has {steps}"
+        print(f"warning: {said}: see --optim.warmup_epochs", file=sys.stderr)
+    return (warmup_cosine if shape == "cosine" else warmup_poly)(lr, warmup=warmup, steps=steps)
 
 
 def warmup_cosine(lr: float, *, warmup: float, steps: int) -> Callable[[int], float]:
-    """Learning rate of step s = 0, 1, ...: linear up to `lr` over `warmup` steps, then a cosine down to zero.
-
-    A function of the step alone, so that a resumed run needs no state.
-    """
+    """Rise linearly to `lr` over `warmup` steps, then fall to zero along a cosine."""
 
     def at(step: int) -> float:
         if step < warmup:
@@ -55,26 +81,12 @@ def warmup_cosine(lr: float, *, warmup: float, steps: int) -> Callable[[int], fl
 
 
 def warmup_poly(lr: float, *, warmup: float, steps: int) -> Callable[[int], float]:
-    """Learning rate of step s = 0, 1, ...: linear up to `lr` over `warmup` steps, then linear down to zero.
-
-    The polynomial of power 1 that segmentation recipes have.
-    """
+    """Rise linearly to `lr` over `warmup` steps, then fall linearly to zero."""
 
     def at(step: int) -> float:
         return lr * min((step + 1) / (warmup + 1), (steps - step) / max(steps - warmup, 1))
 
     return at
-
-
-def warmup_steps(epochs: float, count: int, batch_size: int, steps: int) -> float:
-    """Turn epochs of warm-up over `count` images into steps, with a warning if that is all of the run."""
-    warmup = epochs * count / batch_size
-    if warmup >= steps:
-        print(
-            f"warning: warm-up takes {warmup:.0f} steps, the run has {steps}: see --optim.warmup_epochs",
-            file=sys.stderr,
-        )
-    return warmup
 
 
 def create_lars(head: nn.Linear, lr: float) -> Optimizer:

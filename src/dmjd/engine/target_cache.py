@@ -4,6 +4,7 @@ import hashlib
 import math
 import shutil
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,15 +17,15 @@ from dmjd.targets import Teacher
 PAGE = 4096  # bytes; a larger target takes whole pages, smaller ones share them
 
 
-class CachedTarget(nn.Module):
-    """A frozen teacher whose targets are kept in a file, in float16 and by the content of the crop.
+class TargetCache:
+    """The targets of a frozen teacher in a file, in float16 and by the content of the crop.
 
     The file is an SQLite database: a run may be killed at any moment, several runs may share it, and a crop's target is
     found whatever the order. Keys are hashes of the pixels, so on a GPU the images of a batch come back once a step.
 
     Args:
-        teacher: What is kept.
-        folder: Where; the file's name is made of the teacher's weights and settings.
+        teacher: Whose targets are kept; to be its `cache`.
+        folder: Where; the file's name is made of the teacher's fingerprint and the precision.
         precision: Of the run, which the targets depend on a little.
 
     Raises:
@@ -32,10 +33,10 @@ class CachedTarget(nn.Module):
     """
 
     def __init__(self, teacher: Teacher, folder: Path, *, precision: str):
-        super().__init__()
-        self.teacher, self.dim, self.num_tokens = teacher, teacher.dim, teacher.grid[0] * teacher.grid[1]
+        self.dim, self.num_tokens = teacher.dim, math.prod(teacher.grid)
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{identity(teacher, precision)[:16]}.sqlite"
+        name = hashlib.sha256(f"{teacher.fingerprint()} {precision}".encode()).hexdigest()
+        self.path = folder / f"{name[:16]}.sqlite"
         try:
             self.database = sqlite3.connect(self.path, timeout=60, isolation_level=None)
             self.database.execute("PRAGMA journal_mode = WAL")
@@ -65,8 +66,8 @@ class CachedTarget(nn.Module):
         )
 
     @torch.no_grad()
-    def forward(self, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B L T"]:
-        """Read the targets of images of 0..255, and compute those that are not there yet.
+    def __call__(self, images: UInt8[Tensor, "B C H W"], compute: Callable[[Tensor], Tensor]) -> Float[Tensor, "B L T"]:
+        """Read the targets of images of 0..255; `compute` makes those that are not there yet, and they are kept.
 
         Raises:
             StorageError: If they cannot be written.
@@ -76,7 +77,7 @@ class CachedTarget(nn.Module):
         found = dict(self.database.execute(f"SELECT crop, target FROM targets WHERE crop IN ({marks})", keys))
         missing = [place for place, key in enumerate(keys) if key not in found]
         if missing:
-            targets = self.teacher(images[missing]).half().cpu().numpy()
+            targets = compute(images[missing]).half().cpu().numpy()
             rows = [(keys[place], target.tobytes()) for place, target in zip(missing, targets, strict=True)]
             try:
                 self.database.execute("BEGIN")
@@ -89,21 +90,15 @@ class CachedTarget(nn.Module):
         return tokens.view(len(keys), self.num_tokens, self.dim).to(images.device, torch.float32)
 
 
-def identity(teacher: Teacher, precision: str) -> str:
-    """Hash what a teacher's targets depend on, beside the images."""
-    maps = teacher._maps[0]
-    digest = hashlib.sha256(repr((teacher.grid, maps.layers, maps.size, maps.bf16, precision)).encode())
-    for value in (maps.mean, maps.std, *maps.network.state_dict().values()):
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def cache_targets(model: nn.Module, folder: Path, *, precision: str) -> list[TargetCache]:
+    """Give every frozen teacher of a model a cache in a folder, and return the caches.
 
-
-def keep_targets(model: nn.Module, folder: Path, *, precision: str) -> list[CachedTarget]:
-    """Put a cache before every frozen teacher of a model, and return the caches."""
+    Raises:
+        StorageError: If a file there is no database.
+    """
     caches = []
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if type(child) is Teacher:
-                caches.append(CachedTarget(child, folder, precision=precision))
-                setattr(parent, name, caches[-1])
+    for module in model.modules():
+        if isinstance(module, Teacher):
+            module.cache = TargetCache(module, folder, precision=precision)
+            caches.append(module.cache)
     return caches

@@ -1,152 +1,162 @@
-"""What features are worth without training the network: k-NN, a linear classifier, RankMe, standard deviation."""
+"""Features of images by a frozen backbone, whatever the device, the precision and the number of ranks."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from dmjd.data.decode import BadImage
-from dmjd.data.source import Images
-from dmjd.errors import DataError
+from dmjd.backbones.files import open_backbone
+from dmjd.backbones.normalize import Normalize
+from dmjd.data.crops import center_crop
+from dmjd.data.loader import read_batches
+from dmjd.data.source import Parts, Source, labels_of
+from dmjd.engine.device import choose_precision
+from dmjd.engine.distributed import Ranks
+from dmjd.errors import ConfigError, DataError
+
+LabelledFeatures = tuple[Float[Tensor, "n D"], Int[Tensor, " n"]]
 
 
 @torch.inference_mode()
-def features(
+def extract(
     pooled: Callable[[Tensor], Tensor],
-    images: Images,
+    source: Source,
     indices: Sequence[int],
     *,
-    transform: Callable[[Tensor], Tensor],
-    device: torch.device,
+    image_hw: tuple[int, int],
+    ranks: Ranks,
+    workers: int | None = None,
     batch_size: int = 256,
-    progress: bool = False,
 ) -> tuple[Float[Tensor, "n D"], list[int]]:
-    """Compute features of some images, leaving out what does not decode.
+    """Compute features of some images, leaving out what does not decode; every rank does its share.
 
     Args:
         pooled: From uint8 images (B, C, H, W) on the device to features (B, D).
-        images: The set.
-        indices: Which of its images, by number.
-        transform: Brings an image to the size that `pooled` takes.
-        device: Where to compute.
-        batch_size: Images at a time.
-        progress: Show a bar.
+        source: The images.
+        indices: Which of them, by number.
+        image_hw: Size that `pooled` takes: images are resized to cover it, and their middle is cut out.
+        ranks: Who computes.
+        workers: Processes that load images; None for as many as fit.
+        batch_size: Images at a time, on a rank.
 
     Returns:
-        Features on the CPU, and the numbers of their images.
+        Features on the CPU in the order of `indices`, and the numbers of their images, on every rank.
 
     Raises:
         DataError: If none decodes.
     """
-    chunks, kept = [], []
-    starts = range(0, len(indices), batch_size)
-    for start in tqdm(starts, desc="features", unit=" batches", leave=False, disable=None if progress else True):
-        batch = []
-        for index in indices[start : start + batch_size]:
-            try:
-                batch.append(transform(images.read(index)))
-                kept.append(index)
-            except BadImage:
-                continue
-        if batch:
-            chunks.append(pooled(torch.stack(batch).to(device)).float().cpu())
-    if not chunks:
-        raise DataError(f"none of {len(indices)} images decodes; {images.root}; check --data")
-    return torch.cat(chunks), kept
+    batches = read_batches(
+        source,
+        ranks.share(indices),
+        partial(center_crop, size=image_hw),
+        batch_size=batch_size,
+        workers=workers,
+        pin_memory=ranks.device.type == "cuda",
+    )
+    chunks: list[Tensor] = []
+    kept: list[int] = []
+    total = -(-len(ranks.share(indices)) // batch_size)
+    for images, numbers in tqdm(batches, desc="features", total=total, unit=" batches", leave=False, disable=None):
+        if numbers:
+            chunks.append(pooled(images.to(ranks.device, non_blocking=True)).float().cpu())
+            kept += numbers
+    shares = [share for share in ranks.gather((torch.cat(chunks), kept) if chunks else None) if share is not None]
+    if not shares:
+        raise DataError(f"none of {len(indices)} images decodes; {source.address}; check --data")
+    if len(shares) == 1:
+        return shares[0]
+    features, numbers = torch.cat([share[0] for share in shares]), [number for share in shares for number in share[1]]
+    place = {index: place for place, index in enumerate(indices)}
+    order = sorted(range(len(numbers)), key=lambda row: place[numbers[row]])
+    return features[order], [numbers[row] for row in order]
 
 
-def knn_votes(
-    bank: Float[Tensor, "m D"],
-    bank_labels: Int[Tensor, " m"],
-    queries: Float[Tensor, "n D"],
-    *,
-    k: int = 20,
-    temperature: float = 0.07,
-    num_classes: int | None = None,
-    max_similarities: int = 2**28,
-) -> Float[Tensor, "n classes"]:
-    """Let the k nearest neighbours in cosine similarity vote, each with weight exp(similarity / temperature).
+class FeatureExtractor:
+    """A backbone on its device, with what its `pretrained_cfg` says of images: channels, size, mean and deviation.
 
-    The weighting is that of instance discrimination (Wu et al. 2018), usual for self-supervised features.
+    Images of any other size are resized to it, colour becomes grey and grey colour.
 
     Args:
-        bank: Features of labelled images.
-        bank_labels: Their classes.
-        queries: Features to classify.
-        k: Neighbours that vote.
-        temperature: In units of cosine similarity.
-        num_classes: Columns of the result, if more than the labels show.
-        max_similarities: As many exist at a time (2**28 are 1 GiB), at least one query's.
+        name: A backbone file or timm:NAME.
+        ranks: Who computes.
+        precision: Of the matrix products, as `choose_precision` takes it.
+        workers: Processes that load images; None for as many as fit.
+        pretrained: With its weights, or the same network untrained.
+        drop_path_rate: Stochastic depth in training.
 
-    Returns:
-        Shares of the votes; rows sum to one.
+    Raises:
+        CheckpointError: If the backbone does not load.
+        ConfigError: If it takes images of other channels than 1 or 3.
     """
-    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    columns = num_classes or int(bank_labels.max()) + 1
-    shares = []
-    for part in queries.split(max(max_similarities // len(bank), 1)):
-        similarity, neighbour = (part @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = torch.zeros(len(part), columns).scatter_add_(
-            1, bank_labels[neighbour], (similarity / temperature).exp()
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        ranks: Ranks,
+        precision: str = "auto",
+        workers: int | None = None,
+        pretrained: bool = True,
+        drop_path_rate: float = 0.0,
+    ):
+        self.ranks, self.device, self.workers = ranks, ranks.device, workers
+        self.autocast = choose_precision(precision, self.device)
+        model, self.architecture = open_backbone(name, pretrained=pretrained, drop_path_rate=drop_path_rate)
+        self.model = model.to(self.device)
+        wanted: Any = model.pretrained_cfg
+        self.in_chans, *size = wanted["input_size"]
+        if self.in_chans not in (1, 3):
+            raise ConfigError(f"the backbone takes {self.in_chans} channels; {name}; images have 1 or 3")
+        self.image_hw: tuple[int, int] = (size[0], size[1])
+        self.statistics: tuple[list[float], list[float]] = (list(wanted["mean"]), list(wanted["std"]))
+        self.normalize = Normalize(*self.statistics).to(self.device)
+
+    def features(
+        self, source: Source, *, layers: tuple[int, ...] = (), batch_size: int = 256
+    ) -> tuple[Float[Tensor, "n D"], list[int]]:
+        """Compute features of all images that decode, in order, and say which these are.
+
+        Args:
+            source: The images.
+            layers: Blocks whose mean-pooled tokens are joined; none for the model's own output.
+            batch_size: Images at a time.
+
+        Raises:
+            ConfigError: If the model has no such layers.
+            DataError: If no image decodes.
+        """
+        return extract(
+            partial(self.pooled, layers=layers),
+            source,
+            range(len(source)),
+            image_hw=self.image_hw,
+            ranks=self.ranks,
+            workers=self.workers,
+            batch_size=batch_size,
         )
-        shares.append(votes / votes.sum(dim=1, keepdim=True))
-    return torch.cat(shares)
 
+    def labelled_features(
+        self, parts: Parts, *, layers: tuple[int, ...] = (), batch_size: int = 256
+    ) -> tuple[LabelledFeatures, LabelledFeatures]:
+        """Compute features and labels of the training and of the held-out images of a labelled set."""
+        train, held_out = (self.features(part, layers=layers, batch_size=batch_size) for part in parts)
+        return (train[0], labels_of(parts.train, train[1])), (held_out[0], labels_of(parts.held_out, held_out[1]))
 
-def knn_top1(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, *, k: int = 20, temperature: float = 0.07
-) -> float:
-    """Share of queries for whose class their neighbours vote (`knn_votes`)."""
-    predicted = knn_votes(bank, bank_labels, queries, k=k, temperature=temperature).argmax(dim=1)
-    return float((predicted == labels).float().mean())
-
-
-def logistic_regression(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, *, num_classes: int, penalty: float = 1.0
-) -> Float[Tensor, "n classes"]:
-    """Fit a logistic regression on standardised features and return the classes' probabilities.
-
-    Args:
-        bank: Features of labelled images.
-        bank_labels: Their classes, two at least.
-        queries: Features to classify.
-        num_classes: Columns of the result.
-        penalty: Weight of half the squared norm against the sum of the losses (scikit-learn's 1 / C).
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=1 / penalty, max_iter=1000, tol=1e-3))
-    probe.fit(bank.double().numpy(), bank_labels.numpy())
-    found = torch.from_numpy(probe.predict_proba(queries.double().numpy()))
-    return torch.zeros(len(queries), num_classes).index_copy_(1, torch.from_numpy(probe.classes_), found.float())
-
-
-def linear_top1(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> float:
-    """Accuracy of a logistic regression with penalty 1."""
-    num_classes = int(max(bank_labels.max(), labels.max())) + 1
-    shares = logistic_regression(bank, bank_labels, queries, num_classes=num_classes)
-    return float((shares.argmax(dim=1) == labels).float().mean())
-
-
-def rankme(embeddings: Float[Tensor, "n D"]) -> float:
-    """Effective rank of features (RankMe, Garrido et al. 2023): exp of the entropy of their singular values.
-
-    Between 1 (all features on a line: collapse) and min(n, D).
-    """
-    singular = torch.linalg.svdvals(embeddings.double())
-    share = singular / singular.sum().clamp_min(1e-12)
-    return float((-(share * share.clamp_min(1e-12).log()).sum()).exp())
-
-
-def feature_std(embeddings: Float[Tensor, "n D"]) -> float:
-    """Spread of features over the unit sphere: the mean deviation of their directions' coordinates, times sqrt(D).
-
-    1 where they point everywhere alike, 0 where all point the same way: collapse (SimSiam, Chen and He 2021).
-    """
-    directions = F.normalize(embeddings.double(), dim=1)
-    return float(directions.std(dim=0, correction=0).mean() * embeddings.shape[1] ** 0.5)
+    def pooled(self, images: Tensor, layers: tuple[int, ...] = (), *, normalized: bool = False) -> Tensor:
+        """Compute features (B, D) of images (B, C, H, W) of 0..255, or of what the model takes."""
+        model: Any = self.model
+        images = images if normalized else self.normalize(images)
+        with self.autocast():
+            if not layers:
+                return model(images)
+            try:
+                maps = model.forward_intermediates(
+                    images, indices=list(layers), intermediates_only=True, output_fmt="NCHW"
+                )
+            except (AttributeError, AssertionError, IndexError) as error:
+                raise ConfigError(f"the backbone has no such layers ({error}); --layers {layers}") from None
+            return torch.cat([tokens.flatten(2).mean(dim=2) for tokens in maps], dim=1)

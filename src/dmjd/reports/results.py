@@ -1,4 +1,4 @@
-"""What every judgement by labels leaves behind: result.json, per_class.csv, report.html and one line of JSON."""
+"""What every judgement by labels leaves behind: result.json, per_class.csv and report.html."""
 
 import csv
 import io
@@ -7,23 +7,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from dmjd.config import to_dict
 from dmjd.engine.checkpoint import write_atomically
-from dmjd.reports.page import CURVES, curve, read_metrics, render
+from dmjd.reports.curves import draw_curves, read_metrics
+from dmjd.reports.page import write_page
 
 
 def write_results(
-    settings: Any, out: Path, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], template: str, **page: Any
+    out: Path,
+    *,
+    verb: str,
+    settings: str,
+    summary: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    template: str,
+    page: Mapping[str, Any],
 ) -> None:
     """Write result.json, per_class.csv and report.html.
 
     Args:
-        settings: Of the verb; they stand at the end of the page.
-        out: Directory of the results; the curves come from its metrics.jsonl.
+        out: Directory of the results, made if there is none; the curves come from its metrics.jsonl.
+        verb: What the command line calls it.
+        settings: As YAML; they stand at the end of the page.
         summary: The numbers.
-        rows: The table by class.
+        rows: The table by class, at least one row.
         template: Of the page.
         page: What else the template shows.
     """
@@ -34,14 +40,12 @@ def write_results(
     writer.writerows(rows)
     write_atomically(out / "per_class.csv", table.getvalue())
     write_atomically(out / "result.json", json.dumps(summary, indent=1))
-    lines = read_metrics(out / "metrics.jsonl")
-    page = {
+    common = {
         "name": out.resolve().name,
-        "verb": type(settings).__name__.lower(),
+        "verb": verb,
         "summary": summary,
         "rows": rows,
-        "curves": [figure for title, keys in CURVES.items() if (figure := curve(title, keys, lines))],
-        "settings": yaml.safe_dump(to_dict(settings), sort_keys=False),
-        **page,
+        "curves": draw_curves(read_metrics(out / "metrics.jsonl")),
+        "settings": settings,
     }
-    write_atomically(out / "report.html", render(template, page))
+    write_page(out / "report.html", template, {**common, **page})

@@ -1,22 +1,34 @@
-"""ConcatTarget targets at once: each has its part of the width, and a branch's loss is the sum of theirs."""
+"""Several targets at once: each has its part of the width, and the loss of a branch is the sum of theirs."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float, Num, UInt8
 from torch import Tensor, nn
+
+from dmjd.targets.protocol import Target
 
 
 class ConcatTarget(nn.Module):
-    """Targets side by side; `dims` are their widths."""
+    """Targets side by side, in the order given; only the first one is drawn."""
 
-    def __init__(self, targets: Sequence[Any]):
+    def __init__(self, targets: Sequence[Target]):
         super().__init__()
-        self.targets = nn.ModuleList(targets)
-        self.dims = tuple(target.dim for target in targets)
-        self.dim = sum(self.dims)
+        modules: Any = targets
+        self.targets = nn.ModuleList(modules)
+        self.widths: tuple[int, ...] = tuple(target.dim for target in targets)
+        self.dim = sum(self.widths)
+        self.backdrop: Literal["image", "target"] = targets[0].backdrop
+        self.caption = f"{targets[0].caption.rstrip('.')}; of {len(targets)} targets, only the first is drawn."
 
     def forward(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B L T"]:
-        """Compute the targets of images of 0..255."""
+        """Compute the targets of images of 0..255 and join them along the width."""
         return torch.cat([target(images) for target in self.targets], dim=-1)
+
+    def picture(
+        self, values: Float[Tensor, "L T"], image: UInt8[Tensor, "C H W"], truth: Float[Tensor, "n L T"]
+    ) -> UInt8[Tensor, "c h w"]:
+        """Draw the first target's part of the values."""
+        first: Any = self.targets[0]
+        return first.picture(values[..., : self.widths[0]], image, truth[..., : self.widths[0]])

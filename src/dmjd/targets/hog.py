@@ -4,12 +4,16 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float, Num, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dmjd.errors import ConfigError
+from dmjd.targets.protocol import TargetRequest, register_target
+
 NUM_BINS = 9  # of 20 degrees each: unsigned gradients span 180
 AT_ONCE = 4  # images; all that is as large as the images then stays in the cache of a CPU, and small on a GPU
+STAR = 11  # pixels of the side of a cell's picture
 
 # dmjd: the official program of the paper. maskfeat: MaskFeat's own. mmpretrain: the same with a Gaussian window.
 HogVariant = Literal["dmjd", "maskfeat", "mmpretrain"]
@@ -49,12 +53,14 @@ def hog_cells(
     window_HW = torch.exp(-0.5 * (place_H[:, None] + place_W))
     cells = []
     for part in images.split(AT_ONCE):
-        rising, running = (central if variant == "dmjd" else sobel)(part.float())
+        rising, running = (central if variant == "dmjd" else sobel)(
+            part.to(torch.promote_types(part.dtype, torch.float32))
+        )
         magnitude = torch.hypot(rising, running)
         magnitude = magnitude * window_HW if variant == "mmpretrain" else magnitude
         orientation = (torch.atan2(rising, running) * (NUM_BINS / math.pi)).floor() % NUM_BINS
         places = (cell_HW * NUM_BINS + orientation.long()).flatten(2)
-        sums = torch.zeros(*places.shape[:2], rows * columns * NUM_BINS, device=device)
+        sums = magnitude.new_zeros(*places.shape[:2], rows * columns * NUM_BINS)
         cells.append(sums.scatter_add_(2, places, magnitude.flatten(2)).unflatten(2, (rows, columns, NUM_BINS)))
     return torch.cat(cells) / (cell_size**2 if variant == "dmjd" else 1)
 
@@ -84,15 +90,74 @@ def hog(
 
 
 class HOG(nn.Module):
-    """`hog` as a target; raises `ValueError` where a patch of `patch_size` px does not consist of whole cells."""
+    """`hog` as a target.
+
+    Args:
+        patch_size: Side of a token, in pixels.
+        in_chans: Channels of an image; each has histograms of its own.
+        cell_size: Side of a cell, in pixels.
+        variant: Whose histograms, as in `hog_cells`.
+
+    Raises:
+        ConfigError: If a patch does not consist of whole cells.
+    """
+
+    backdrop: Literal["image", "target"] = "target"
+    caption = "Each star shows the edge directions of one cell, which are its histogram of oriented gradients."
 
     def __init__(self, patch_size: int = 16, *, in_chans: int = 3, cell_size: int = 8, variant: HogVariant = "dmjd"):
         super().__init__()
         if patch_size % cell_size:
-            raise ValueError(f"cell_size {cell_size} does not divide patch_size {patch_size}")
+            sizes = f"hog.cell_size {cell_size}, model.patch_size {patch_size}"
+            raise ConfigError(f"a patch does not consist of whole HOG cells; {sizes}; choose a cell that divides it")
         self.patch_size, self.cell_size, self.variant = patch_size, cell_size, variant
         self.dim = (patch_size // cell_size) ** 2 * NUM_BINS * in_chans
+        self.widths: tuple[int, ...] = (self.dim,)
 
     def forward(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B L T"]:
         """Compute the targets of images of 0..255."""
         return hog(images, self.patch_size, cell_size=self.cell_size, variant=self.variant)
+
+    def picture(
+        self, values: Float[Tensor, "L T"], image: UInt8[Tensor, "C H W"], truth: Float[Tensor, "n L T"]
+    ) -> UInt8[Tensor, "1 h w"]:
+        """Draw a star of strokes for each cell, as bright as the positive part of its bins, mean over channels.
+
+        White is a value of 2 where bins are whitened (they reach sqrt(8) where one is alone in its cell), else 1.
+        """
+        cells, whitened = self.patch_size // self.cell_size, self.variant == "dmjd"
+        shape = (cells, cells, NUM_BINS, -1) if whitened else (-1, NUM_BINS, cells, cells)
+        bins = values.float().cpu().nan_to_num().unflatten(1, shape)
+        bins = bins.mean(dim=-1) if whitened else bins.mean(dim=1).permute(0, 2, 3, 1)  # L i j bin
+        strength = (bins / (2 if whitened else 1)).clamp(0, 1)[..., None, None]
+        stars = (strength * strokes(STAR)).amax(dim=3)  # L i j STAR STAR
+        stars = stars.unflatten(0, (image.shape[-2] // self.patch_size, -1))
+        picture = stars.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
+        return ((picture * 15).round() * 17).to(torch.uint8)[None]  # 16 levels: a small file
+
+
+def strokes(size: int) -> Float[Tensor, "bins {size} {size}"]:
+    """Draw a line through the middle for each bin along the edge, which is at right angles to the bin's gradient."""
+    angle = ((torch.arange(NUM_BINS, dtype=torch.float64) + 0.5) * (math.pi / NUM_BINS))[:, None, None]
+    place = torch.arange(size, dtype=torch.float64) - size // 2
+    across = (place * angle.cos() + place[:, None] * angle.sin()).abs()
+    return (1.2 - across).clamp(0, 1) * (torch.hypot(place[:, None], place) < size / 2)
+
+
+def default_cell_size(patch_size: int) -> int:
+    """Choose the side of a cell: 8 for patches of 16, 24, 32 ..., else half a patch, or all of an odd one."""
+    half = patch_size // 2 if patch_size % 2 == 0 else patch_size
+    return 8 if patch_size >= 16 and patch_size % 8 == 0 else half
+
+
+@register_target("hog")
+def build_hog(request: TargetRequest) -> HOG:
+    """Make the target `hog` for an encoder's tokens."""
+    request.refuse_argument()
+    patch_size = request.encoder.patch_size
+    return HOG(
+        patch_size,
+        in_chans=request.in_chans,
+        cell_size=request.option("hog", "cell_size", default_cell_size(patch_size)),
+        variant=request.option("hog", "variant", "dmjd"),
+    )

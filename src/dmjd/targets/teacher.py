@@ -1,73 +1,107 @@
-"""Features of another network as the target: a frozen one (CLIP, DINO, any of timm or ours), or the student's mean."""
+"""Features of a frozen network as the target: CLIP, DINO, any network of timm or transformers, or one of ours."""
 
+import hashlib
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float, Num, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmjd.backbones.feature_maps import Maps
+from dmjd.backbones.feature_maps import FeatureMaps
+from dmjd.backbones.files import open_backbone
+from dmjd.backbones.huggingface import HuggingFace
+from dmjd.errors import ConfigError
+from dmjd.targets.protocol import TargetRequest, register_target
+
+Compute = Callable[[Tensor], Tensor]
 
 
-class Teacher(nn.Module):
-    """Tokens of a frozen network, LayerNormed without affine, on the student's grid.
+class FeatureTarget(nn.Module):
+    """Tokens of a network that is not trained, LayerNormed without affine, on the student's grid.
 
-    ConcatTarget maps are LayerNormed, brought to the grid and averaged (data2vec, section 3). The network is no submodule:
-    it is neither trained nor part of a checkpoint.
+    Several maps are LayerNormed, brought to the grid and averaged (data2vec, section 3).
 
     Args:
-        maps: What the network sees.
+        maps: Chosen layers of the network; frozen here, and always in evaluation mode.
         grid: Rows and columns of the student's tokens.
     """
 
-    def __init__(self, maps: Maps, grid: tuple[int, int]):
+    backdrop: Literal["image", "target"] = "target"
+    caption = "Colours are the first three principal components of a network's features."
+
+    def __init__(self, maps: FeatureMaps, grid: tuple[int, int]):
         super().__init__()
+        self.maps = maps.eval().requires_grad_(False)
         self.grid, self.dim = grid, maps.dim
-        self._maps = (maps.eval().requires_grad_(False),)  # in a tuple, hidden from torch's registry
+        self.widths: tuple[int, ...] = (self.dim,)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":
-        self._maps[0]._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
-    def forward(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B L T"]:
-        """Compute the targets of images of 0..255."""
-        maps = self._maps[0](images)
-        if len(maps) > 1:
-            maps = [whiten(features.movedim(1, -1)).movedim(-1, 1) for features in maps]
-        return whiten(torch.stack([on_grid(features, self.grid) for features in maps]).mean(dim=0))
-
-
-class EmaTeacher(Teacher):
-    """The running mean of the student's own weights as the teacher (data2vec, Baevski et al. 2022).
-
-    It is part of a checkpoint, but not trained: `follow` draws it towards the student after every step.
-
-    Args:
-        maps: What a copy of the student sees; data2vec takes the top layers.
-        grid: Rows and columns of its tokens.
-        decay: Share of the mean that is kept at a step, at the start and at the end of a run.
-    """
-
-    def __init__(self, maps: Maps, grid: tuple[int, int], *, decay: tuple[float, float] = (0.996, 0.9999)):
-        super().__init__(maps, grid)
-        self.maps, self.decay = maps, decay
-
-    def train(self, mode: bool = True) -> "EmaTeacher":
-        """Leave the network in evaluation mode: it has no drop path."""
+    def train(self, mode: bool = True) -> "FeatureTarget":
+        """Leave the network in evaluation mode: targets have no dropout and no drop path."""
         super().train(mode)
         self.maps.eval()
         return self
 
-    @torch.no_grad()
-    def follow(self, student: nn.Module, progress: float) -> None:
-        """Move towards the student; the decay grows linearly with `progress`, from 0 to 1, through the run."""
-        decay = self.decay[0] + (self.decay[1] - self.decay[0]) * progress
-        for mean, value in zip(self.maps.network.state_dict().values(), student.state_dict().values(), strict=True):
-            if mean.is_floating_point():
-                mean.lerp_(value.to(mean.dtype), 1 - decay)
-            else:
-                mean.copy_(value)
+    def forward(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B L T"]:
+        """Compute the targets of images of 0..255."""
+        maps = self.maps(images)
+        if len(maps) > 1:
+            maps = [whiten(features.movedim(1, -1)).movedim(-1, 1) for features in maps]
+        return whiten(torch.stack([on_grid(features, self.grid) for features in maps]).mean(dim=0))
+
+    def picture(
+        self, values: Float[Tensor, "L T"], image: UInt8[Tensor, "C H W"], truth: Float[Tensor, "n L T"]
+    ) -> UInt8[Tensor, "3 H W"]:
+        """Draw values in colour: their first three principal components over the tokens `truth` of all images."""
+        values, known = values.float().cpu().nan_to_num(), truth.float().cpu().flatten(0, 1).nan_to_num()
+        mean = known.mean(dim=0)
+        _, lengths, directions = torch.linalg.svd(known - mean, full_matrices=False)
+        deviations = lengths[:3] / len(known) ** 0.5 + 1e-6
+        colours = values.new_zeros(len(values), 3)
+        colours[:, : len(deviations)] = (values - mean) @ directions[:3].T / deviations
+        picture = ((colours / 4 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)  # two deviations to either side
+        rows, columns = self.grid
+        height, width = image.shape[-2] // rows, image.shape[-1] // columns
+        return picture.T.unflatten(1, self.grid).repeat_interleave(height, 1).repeat_interleave(width, 2)
+
+
+class Teacher(FeatureTarget):
+    """A frozen network, which a checkpoint of the student neither holds nor misses.
+
+    Attributes:
+        cache: Asked first for targets where it is not None, by images and the function that computes missing ones.
+    """
+
+    def __init__(self, maps: FeatureMaps, grid: tuple[int, int]):
+        super().__init__(maps, grid)
+        self.cache: Callable[[Tensor, Compute], Tensor] | None = None
+        self.register_state_dict_post_hook(_leave_out_maps)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_keep_maps)  # type: ignore[no-untyped-call]
+
+    def forward(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B L T"]:
+        """Compute the targets of images of 0..255, or read them from the cache."""
+        return super().forward(images) if self.cache is None else self.cache(images, super().forward)
+
+    def fingerprint(self) -> str:
+        """Hash what the targets depend on beside the images: grid, layers, size, precision, statistics, weights."""
+        maps = self.maps
+        digest = hashlib.sha256(repr((self.grid, maps.layers, maps.size, maps.bf16)).encode())
+        statistics = {"mean": maps.normalize.mean, "std": maps.normalize.std}
+        for name, value in {**statistics, **maps.network.state_dict()}.items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def _leave_out_maps(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    for name in [name for name in state_dict if name.startswith(f"{prefix}maps.")]:
+        del state_dict[name]
+
+
+def _keep_maps(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    maps: Any = module.maps
+    state_dict.update({f"{prefix}maps.{name}": value for name, value in maps.state_dict().items()})
 
 
 def on_grid(features: Float[Tensor, "B T h w"], grid: tuple[int, int]) -> Float[Tensor, "B L T"]:
@@ -80,3 +114,34 @@ def on_grid(features: Float[Tensor, "B T h w"], grid: tuple[int, int]) -> Float[
 def whiten(tokens: Float[Tensor, "*shape T"]) -> Float[Tensor, "*shape T"]:
     """Standardise every token (LayerNorm without affine)."""
     return F.layer_norm(tokens, tokens.shape[-1:])
+
+
+@register_target("timm")
+def build_timm(request: TargetRequest) -> Teacher:
+    """Make a teacher of `timm:NAME`, with timm's weights."""
+    return _frozen(open_backbone(f"timm:{request.argument}")[0], request)
+
+
+@register_target("file")
+def build_file(request: TargetRequest) -> Teacher:
+    """Make a teacher of a backbone.safetensors."""
+    return _frozen(open_backbone(request.argument)[0], request)
+
+
+@register_target("hf")
+def build_huggingface(request: TargetRequest) -> Teacher:
+    """Make a teacher of `hf:NAME`, a name or a folder that Hugging Face transformers loads."""
+    if not request.argument:
+        raise ConfigError("the teacher has no name; hf:; give hf:NAME")
+    return _frozen(HuggingFace(request.argument), request)
+
+
+def _frozen(network: nn.Module, request: TargetRequest) -> Teacher:
+    network.to(memory_format=torch.channels_last)  # convolutions are faster so
+    maps = FeatureMaps(
+        network,
+        layers=request.option("teacher", "layers", (-1,)),
+        in_chans=request.in_chans,
+        bf16=request.option("teacher", "bf16", False),
+    )
+    return Teacher(maps, request.encoder.grid)

@@ -5,13 +5,15 @@ import json
 import time
 
 import numpy as np
+import torch
 
-from dmjd.config import Embed
-from dmjd.data import source as sources
-from dmjd.evaluation.extractor import extractor
+from dmjd.config.downstream import EmbedSettings
+from dmjd.data.source import open_all
+from dmjd.engine.distributed import join_ranks
+from dmjd.evaluation.features import FeatureExtractor
 
 
-def embed(settings: Embed) -> None:
+def embed(settings: EmbedSettings) -> None:
     """Write features (N, D), float32, to `settings.out` and `path,label` row by row to the .csv beside it.
 
     All images of a folder are embedded, whatever its parts; the label is there for class folders. Files that do not
@@ -21,23 +23,27 @@ def embed(settings: Embed) -> None:
         CheckpointError: If the backbone does not load.
         DataError: If there are no images, or none decodes.
     """
-    began = time.perf_counter()
-    backbone = extractor(settings)
-    matrices, rows = [], []
-    skipped = 0
-    for images in sources.load_all(settings.data, in_chans=backbone.in_chans, image_hw=backbone.image_hw):
-        found, seen = backbone.features(images, batch_size=settings.batch_size)
-        matrices.append(found.numpy())
-        skipped += len(images) - len(seen)
-        for index in seen:
-            label = [images.classes[images.labels[index]]] if images.labels is not None else []
-            rows.append([images.names[index], *label])
-    out = settings.out if settings.out.suffix == ".npy" else settings.out.with_name(f"{settings.out.name}.npy")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    np.save(out, np.concatenate(matrices))
-    with out.with_suffix(".csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label"] if any(len(row) > 1 for row in rows) else ["path"])
-        writer.writerows(rows)
-    seconds = round(time.perf_counter() - began, 1)
-    print(json.dumps({"images": len(rows), "skipped": skipped, "out": str(out), "seconds": seconds}))
+    began, run = time.perf_counter(), settings.run
+    with join_ranks(run.device) as ranks:
+        torch.manual_seed(0)
+        backbone = FeatureExtractor(settings.start.backbone, ranks=ranks, precision=run.precision, workers=run.workers)
+        matrices, rows = [], []
+        skipped = 0
+        for images in open_all(run.data, in_chans=backbone.in_chans, image_hw=backbone.image_hw):
+            found, seen = backbone.features(images, batch_size=run.batch_size)
+            matrices.append(found.numpy())
+            skipped += len(images) - len(seen)
+            for index in seen:
+                number = images.label(index)
+                rows.append([images.name(index), *([] if number is None else [images.classes[number]])])
+        if not ranks.is_main:
+            return
+        out = settings.out if settings.out.suffix == ".npy" else settings.out.with_name(f"{settings.out.name}.npy")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        np.save(out, np.concatenate(matrices))
+        with out.with_suffix(".csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", "label"] if any(len(row) > 1 for row in rows) else ["path"])
+            writer.writerows(rows)
+        seconds = round(time.perf_counter() - began, 1)
+        print(json.dumps({"images": len(rows), "skipped": skipped, "out": str(out), "seconds": seconds}))

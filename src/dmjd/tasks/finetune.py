@@ -1,5 +1,6 @@
 """`dmjd finetune`: train a backbone and a classifier on labelled images."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -10,109 +11,143 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmjd.backbones.files import put_head, save_backbone
-from dmjd.config import Finetune
-from dmjd.data.loader import LabelledBatch, collate_labelled
-from dmjd.engine.optim import create_optimizer
-from dmjd.engine.run import Record, refuse_second_run
+from dmjd.config.downstream import FinetuneSettings
+from dmjd.config.rules import to_dict, to_yaml
+from dmjd.data.labelled import (
+    LabelledBatch,
+    LabelledSamples,
+    collate_labelled,
+    labelled_parts,
+    to_device,
+    training_transform,
+)
+from dmjd.data.memory import in_memory
+from dmjd.data.source import Parts, labels_of, open_source
+from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
+from dmjd.engine.loop import Plan
+from dmjd.engine.optim import create_optimizer, learning_rate
+from dmjd.engine.run import Run, refuse_second_run
+from dmjd.engine.trainer import Trainer
 from dmjd.errors import ConfigError
-from dmjd.evaluation.classification import Result
-from dmjd.evaluation.extractor import FeatureExtractor, labelled
-from dmjd.tasks.supervised import labelled_samples, supervise, to_device, training_transform
+from dmjd.evaluation.classification import ClassificationResult
+from dmjd.evaluation.features import FeatureExtractor
+from dmjd.reports.classification import write_classification
 
 
-def finetune(settings: Finetune) -> None:
+def finetune(settings: FinetuneSettings) -> None:
     """Train, keep the best and the last network as `best.safetensors` and `last.safetensors`, print one line of JSON.
 
     Raises:
         CheckpointError: If the backbone does not load, or the run to resume is another one.
         ConfigError: If settings do not go together.
         DataError: If the images have no labels.
-        NonFiniteError: If a loss is no number.
+        NonFiniteError: If a loss is not finite.
         SystemExit: With code 143 after SIGTERM or SIGINT, when a checkpoint is written.
     """
-    refuse_second_run(settings.out, resume=settings.resume)
-    torch.manual_seed(settings.seed)
-    backbone = FeatureExtractor(
-        settings, settings.backbone, pretrained=not settings.untrained, drop_path_rate=settings.drop_path
-    )
-    train, held_out = labelled(settings, backbone)
-    model, architecture = put_head(backbone.model, backbone.architecture, len(train.classes))
-    model.to(backbone.device)
-    optim = settings.optim
-    try:
-        optimizer = create_optimizer(
-            model,
-            name=optim.name,
-            lr=settings.lr,
-            weight_decay=optim.weight_decay,
-            betas=optim.betas,
-            layer_decay=settings.layer_decay,
+    run = settings.run
+    with join_ranks(run.device) as ranks:
+        ranks.micro_batch(run.batch_size, settings.optim.accumulation)
+        refuse_second_run(run.out, resume=run.resume, ranks=ranks)
+        torch.manual_seed(run.seed)
+        backbone = FeatureExtractor(
+            settings.start.backbone,
+            ranks=ranks,
+            precision=run.precision,
+            workers=run.workers,
+            pretrained=not settings.start.untrained,
+            drop_path_rate=settings.tuning.drop_path,
         )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    ema = ModelEmaV3(model, decay=settings.ema) if settings.ema else None
-    judged = ema.module if ema else model
-    loss = Loss(settings, len(train.classes))
-    result: Result | None = None
+        found = open_source(run.data, in_chans=backbone.in_chans, image_hw=backbone.image_hw, seed=run.seed)
+        labels = settings.labels
+        parts = labelled_parts(found, address=run.data, seed=run.seed, fraction=labels.fraction, shots=labels.shots)
+        trainer, result = fit(settings, backbone, parts, ranks)
+        if ranks.is_main:
+            result.facts = {"best_top1": trainer.run.summary["best_top1"], "train_images": len(parts.train)}
+            summary = result.summary() | {"seconds": round(trainer.run.seconds, 1)}
+            write_classification(run.out, verb="finetune", settings=to_yaml(settings), summary=summary, **result.tables)
+            print(json.dumps(summary))
 
-    def objective(batch: LabelledBatch) -> dict[str, Tensor]:
-        images, labels = to_device(batch, backbone.device)
-        return {"loss": loss(model, images, labels)}
 
-    def evaluate(record: Record) -> dict[str, float]:
+def fit(
+    settings: FinetuneSettings, backbone: FeatureExtractor, parts: Parts, ranks: Ranks
+) -> tuple[Trainer, ClassificationResult]:
+    """Train with a new head on the backbone, and return its last result on the held-out images."""
+    run, optim, (train, held_out) = settings.run, settings.optim, parts
+    network, architecture = put_head(backbone.model, backbone.architecture, len(train.classes))
+    network.to(ranks.device)
+    ema = ModelEmaV3(network, decay=settings.ema) if settings.ema else None
+    model = ParallelModel(network, ranks, parallel=run.parallel, compile=run.compile)
+    loss = Loss(settings, len(train.classes), ranks.micro_batch(run.batch_size, optim.accumulation))
+    result: ClassificationResult | None = None
+
+    def objective(model: ParallelModel, batch: LabelledBatch) -> dict[str, Tensor]:
+        return {"loss": loss(model, *to_device(batch, ranks.device))}
+
+    def judged() -> nn.Module:
+        return (ema.module if ema else model.whole()).eval()
+
+    def evaluate(step: int) -> dict[str, float]:
         nonlocal result
-        judged.eval()
-        backbone.model = judged
+        backbone.model = judged()
         scores, seen = backbone.features(held_out)
-        model.train()
-        result = Result(scores, held_out.labels_of(seen), train.classes)
-        top1 = result.summary()["top1"]
-        if top1 > record.summary.get("best_top1", -1.0):
-            record.summary["best_top1"] = top1
-            save_backbone(settings.out / "best.safetensors", judged, architecture, *backbone.statistics)
-        return {"top1": top1}
+        result = ClassificationResult(scores, labels_of(held_out, seen), train.classes)
+        return {"top1": result.summary()["top1"]}
+
+    def keep(name: str) -> None:
+        best = judged()
+        if ranks.is_main:
+            save_backbone(run.out / name, best, architecture, *backbone.statistics)
 
     def after_step(step: int) -> None:
         if ema:
-            ema.update(model, step=step)
+            ema.update(model.whole(), step=step)
 
-    record = supervise(
-        settings,
-        labelled_samples(train, training_transform(backbone, settings.augment), settings.seed),
-        collate_labelled,
-        objective,
+    steps = run.num_steps(len(train))
+    trainer = Trainer(
+        Run(run.out, to_dict(settings), train, batch_size=run.batch_size, ranks=ranks),
         model,
-        optimizer,
-        evaluate,
-        backbone=backbone,
-        checkpointed=nn.ModuleDict({"model": model, "ema": judged}) if ema else model,
-        lr=settings.lr,
-        warmup_epochs=optim.warmup_epochs,
-        accumulation=optim.accumulation,
-        clip_grad=optim.clip_grad,
-        after_step=after_step,
+        create_optimizer(network, lr=settings.lr, layer_decay=settings.tuning.layer_decay, **optim.keywords),
+        Plan(steps=steps, **run.plan, **settings.log.plan, **optim.plan),
+        lr=learning_rate(
+            settings.lr,
+            warmup_epochs=optim.warmup_epochs,
+            count=len(train),
+            batch_size=run.batch_size,
+            steps=steps,
+        ),
+        autocast=backbone.autocast,
+        checkpointed=nn.ModuleDict({"model": network, "ema": ema.module}) if ema else None,
     )
-    if result is None:  # a run that was done before
-        evaluate(record)
+    trainer.begin(to_yaml(settings), resume=run.resume)
+    augment, (mean, std) = settings.augment, backbone.statistics
+    transform = training_transform(
+        (backbone.in_chans, *backbone.image_hw),
+        mean=mean,
+        std=std,
+        scale=augment.scale,
+        flip=augment.flip,
+        auto_augment=augment.auto_augment,
+        random_erasing=augment.random_erasing,
+    )
+    samples = LabelledSamples(in_memory(train), transform, run.seed)
+    trainer.fit(samples, collate_labelled, objective, evaluate, keep=keep, after_step=after_step)
     assert result is not None
-    save_backbone(settings.out / "last.safetensors", judged, architecture, *backbone.statistics)
-    result.facts = {"best_top1": record.summary["best_top1"], "train_images": len(train)}
-    result.finish(settings, settings.out, record.seconds)
+    return trainer, result
 
 
 class Loss:
     """Cross-entropy with smoothed labels, on images that timm's mixup and cutmix blend if they are wanted."""
 
-    def __init__(self, settings: Finetune, num_classes: int):
+    def __init__(self, settings: FinetuneSettings, num_classes: int, micro_batch: int):
         augment = settings.augment
         self.smoothing = augment.label_smoothing
         self.blend: Any = None
         if augment.mixup or augment.cutmix:
-            if settings.batch_size // settings.optim.accumulation % 2:
-                raise ConfigError(f"batch_size {settings.batch_size}: mixup and cutmix blend pairs; choose an even one")
+            if micro_batch % 2:
+                raise ConfigError(f"{micro_batch} images at a time: mixup and cutmix blend pairs; see --batch_size")
             self.blend = Mixup(augment.mixup, augment.cutmix, label_smoothing=self.smoothing, num_classes=num_classes)
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, model: ParallelModel, images: Tensor, labels: Tensor) -> Tensor:
         """Compute the loss of a batch."""
         if self.blend is None:
             return F.cross_entropy(model(images), labels, label_smoothing=self.smoothing)

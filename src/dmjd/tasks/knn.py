@@ -1,29 +1,51 @@
 """`dmjd knn`: what a backbone's features are worth without any training."""
 
+import json
 import time
 
-from dmjd.config import Knn
-from dmjd.evaluation.classification import Result
-from dmjd.evaluation.extractor import extractor, labelled
-from dmjd.evaluation.features import knn_votes
+import torch
+
+from dmjd.config.downstream import KnnSettings
+from dmjd.config.rules import to_yaml
+from dmjd.data.labelled import labelled_parts
+from dmjd.data.source import open_source
+from dmjd.engine.distributed import join_ranks
+from dmjd.evaluation.classification import ClassificationResult
+from dmjd.evaluation.features import FeatureExtractor
+from dmjd.evaluation.knn import knn_votes
+from dmjd.reports.classification import write_classification
 
 
-def knn(settings: Knn) -> None:
+def knn(settings: KnnSettings) -> None:
     """Classify held-out images by their neighbours among the training images and print one line of JSON.
 
     Raises:
         CheckpointError: If the backbone does not load.
         DataError: If the images have no labels.
     """
-    began = time.perf_counter()
-    backbone = extractor(settings)
-    sides = []
-    for images in labelled(settings, backbone):
-        found, seen = backbone.features(images, layers=settings.layers, batch_size=settings.batch_size)
-        sides += [found, images.labels_of(seen)]
-    bank, bank_labels, queries, labels = sides
-    votes = knn_votes(
-        bank, bank_labels, queries, k=settings.k, temperature=settings.temperature, num_classes=len(images.classes)
-    )
-    result = Result(votes, labels, images.classes, {"train_images": len(bank)})
-    result.finish(settings, settings.out, time.perf_counter() - began)
+    began, run = time.perf_counter(), settings.run
+    with join_ranks(run.device) as ranks:
+        torch.manual_seed(settings.seed)
+        backbone = FeatureExtractor(
+            settings.start.backbone,
+            ranks=ranks,
+            precision=run.precision,
+            workers=run.workers,
+            pretrained=not settings.start.untrained,
+        )
+        found = open_source(run.data, in_chans=backbone.in_chans, image_hw=backbone.image_hw, seed=settings.seed)
+        parts = labelled_parts(found, address=run.data, seed=settings.seed)
+        (bank, bank_labels), (queries, labels) = backbone.labelled_features(
+            parts, layers=settings.layers, batch_size=run.batch_size
+        )
+        if not ranks.is_main:
+            return
+        classes = parts.held_out.classes
+        votes = knn_votes(
+            bank, bank_labels, queries, k=settings.k, temperature=settings.temperature, num_classes=len(classes)
+        )
+        result = ClassificationResult(votes, labels, classes, {"train_images": len(bank)})
+        summary = result.summary() | {"seconds": round(time.perf_counter() - began, 1)}
+        if settings.out is not None:
+            write_classification(settings.out, verb="knn", settings=to_yaml(settings), summary=summary, **result.tables)
+        print(json.dumps(summary))

@@ -1,113 +1,138 @@
 """`dmjd linear`: what a frozen backbone's features are worth to a linear classifier."""
 
+import json
 import time
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from dmjd.config import Augment, Linear
-from dmjd.data.loader import LabelledBatch, collate_labelled
-from dmjd.data.source import Parts, few_labels
-from dmjd.engine.optim import create_lars
-from dmjd.engine.run import refuse_second_run
+from dmjd.config.downstream import LinearSettings
+from dmjd.config.rules import to_dict, to_yaml
+from dmjd.data.labelled import (
+    LabelledBatch,
+    LabelledSamples,
+    collate_labelled,
+    labelled_parts,
+    to_device,
+    training_transform,
+)
+from dmjd.data.memory import in_memory
+from dmjd.data.source import Parts, labels_of, open_source
+from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
+from dmjd.engine.loop import Plan
+from dmjd.engine.optim import create_lars, learning_rate
+from dmjd.engine.run import Run, refuse_second_run
+from dmjd.engine.trainer import Trainer
 from dmjd.errors import DataError
-from dmjd.evaluation.classification import Result
-from dmjd.evaluation.extractor import FeatureExtractor, extractor, labelled
-from dmjd.evaluation.features import logistic_regression
-from dmjd.tasks.supervised import labelled_samples, supervise, to_device, training_transform
-
-PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
-FITTED = 0.8  # share of the training images that a penalty is fitted on; the others choose it
-# The paper's probe: crop and flip only.
-CROP_AND_FLIP = Augment(auto_augment="none", random_erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
+from dmjd.evaluation.classification import ClassificationResult
+from dmjd.evaluation.features import FeatureExtractor
+from dmjd.evaluation.linear import choose_penalty, logistic_regression
+from dmjd.reports.classification import write_classification
 
 
-def linear(settings: Linear) -> None:
-    """Fit a linear classifier on frozen features, write the result to `settings.out`, print one line of JSON.
+def linear(settings: LinearSettings) -> None:
+    """Fit a linear classifier on frozen features, write the result to `settings.run.out`, print one line of JSON.
 
     Raises:
         CheckpointError: If the backbone does not load, or the run to resume is another one.
         ConfigError: If the backbone has no such layers.
         DataError: If the images have no labels.
     """
-    began = time.perf_counter()
-    if settings.recipe == "paper":
-        refuse_second_run(settings.out, resume=settings.resume)
-    backbone = extractor(settings)
-    parts = labelled(settings, backbone)
-    result = (paper if settings.recipe == "paper" else sweep)(settings, backbone, parts)
-    result.finish(settings, settings.out, time.perf_counter() - began)
-
-
-def sweep(settings: Linear, backbone: FeatureExtractor, parts: Parts) -> Result:
-    """Fit logistic regressions on features computed once, with the penalty that does best on a slice of them."""
-    sides = []
-    for images in parts:
-        found, seen = backbone.features(images, layers=settings.layers)
-        sides += [found, images.labels_of(seen)]
-    bank, bank_labels, queries, labels = sides
-    if len(bank_labels.unique()) < 2:
-        raise DataError(f"only one class is left to learn; {settings.data}; check the files or give more labels")
-    penalty = choose_penalty(bank, bank_labels, settings.seed)
-    num_classes = len(parts.train.classes)
-    scores = logistic_regression(bank, bank_labels, queries, num_classes=num_classes, penalty=penalty)
-    return Result(scores, labels, parts.train.classes, {"penalty": penalty, "train_images": len(bank)})
-
-
-def choose_penalty(bank: Tensor, labels: Tensor, seed: int) -> float:
-    """Choose the penalty by the accuracy on a slice of the training images, stratified, that is not fitted.
-
-    The larger of two that do equally well; 1 where no image can be spared.
-    """
-    fitted = torch.zeros(len(labels), dtype=torch.bool)
-    fitted[few_labels(labels.tolist(), seed, fraction=FITTED)] = True
-    if fitted.all():
-        return 1.0
-    num_classes, right = int(labels.max()) + 1, []
-    for penalty in tqdm(PENALTIES, desc="penalties", leave=False, disable=None):
-        scores = logistic_regression(
-            bank[fitted], labels[fitted], bank[~fitted], num_classes=num_classes, penalty=penalty
+    began, run = time.perf_counter(), settings.run
+    with join_ranks(run.device) as ranks:
+        if settings.recipe == "paper":
+            ranks.micro_batch(run.batch_size)
+            refuse_second_run(run.out, resume=run.resume, ranks=ranks)
+        torch.manual_seed(run.seed)
+        backbone = FeatureExtractor(
+            settings.start.backbone,
+            ranks=ranks,
+            precision=run.precision,
+            workers=run.workers,
+            pretrained=not settings.start.untrained,
         )
-        right.append(int((scores.argmax(dim=1) == labels[~fitted]).sum()))
-    return max(zip(right, PENALTIES, strict=True))[1]
+        found = open_source(run.data, in_chans=backbone.in_chans, image_hw=backbone.image_hw, seed=run.seed)
+        labels = settings.labels
+        parts = labelled_parts(found, address=run.data, seed=run.seed, fraction=labels.fraction, shots=labels.shots)
+        fit = fit_paper if settings.recipe == "paper" else fit_features
+        result = fit(settings, backbone, parts, ranks)
+        if result is None:
+            return
+        summary = result.summary() | {"seconds": round(time.perf_counter() - began, 1)}
+        write_classification(run.out, verb="linear", settings=to_yaml(settings), summary=summary, **result.tables)
+        print(json.dumps(summary))
 
 
-def paper(settings: Linear, backbone: FeatureExtractor, parts: Parts) -> Result:
+def fit_features(
+    settings: LinearSettings, backbone: FeatureExtractor, parts: Parts, ranks: Ranks
+) -> ClassificationResult | None:
+    """Fit logistic regressions on features computed once, with the penalty that does best on a slice of them."""
+    (bank, bank_labels), (queries, labels) = backbone.labelled_features(parts, layers=settings.layers)
+    if not ranks.is_main:
+        return None
+    if len(bank_labels.unique()) < 2:
+        raise DataError(f"only one class is left to learn; {settings.run.data}; check the files or give more labels")
+    penalty = choose_penalty(bank, bank_labels, settings.run.seed)
+    classes = parts.train.classes
+    scores = logistic_regression(bank, bank_labels, queries, num_classes=len(classes), penalty=penalty)
+    return ClassificationResult(scores, labels, classes, {"penalty": penalty, "train_images": len(bank)})
+
+
+def fit_paper(
+    settings: LinearSettings, backbone: FeatureExtractor, parts: Parts, ranks: Ranks
+) -> ClassificationResult | None:
     """Train BatchNorm without affine and a linear layer by LARS on crops and flips, as MAE and the paper do."""
-    train, held_out = parts
-    found, seen = backbone.features(held_out, layers=settings.layers)  # frozen: once is enough
-    classifier = nn.Linear(found.shape[1], len(train.classes))
+    run, (train, held_out) = settings.run, parts
+    features, seen = backbone.features(held_out, layers=settings.layers)  # frozen: once is enough
+    classifier = nn.Linear(features.shape[1], len(train.classes))
     nn.init.normal_(classifier.weight, std=0.01)
     nn.init.zeros_(classifier.bias)
-    head = nn.Sequential(nn.BatchNorm1d(found.shape[1], affine=False, eps=1e-6), classifier).to(backbone.device)
-    labels = held_out.labels_of(seen)
+    head = nn.Sequential(nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6), classifier).to(ranks.device)
+    model = ParallelModel(head, ranks, compile=run.compile)
+    labels = labels_of(held_out, seen)
 
-    def objective(batch: LabelledBatch) -> dict[str, Tensor]:
-        images, targets = to_device(batch, backbone.device)
+    def objective(model: ParallelModel, batch: LabelledBatch) -> dict[str, Tensor]:
+        images, targets = to_device(batch, ranks.device)
         with torch.no_grad():
-            features = backbone.pooled(images, settings.layers, normalized=True)
-        return {"loss": F.cross_entropy(head(features), targets)}
+            pooled = backbone.pooled(images, settings.layers, normalized=True)
+        return {"loss": F.cross_entropy(model(pooled), targets)}
 
-    def judge() -> Result:
-        head.eval()
+    def judge() -> ClassificationResult:
         with torch.inference_mode():
-            scores = head(found.to(backbone.device)).float().cpu()
-        head.train()
-        return Result(scores, labels, train.classes, {"train_images": len(train)})
+            scores = model.whole().eval()(features.to(ranks.device)).float().cpu()
+        return ClassificationResult(scores, labels, train.classes, {"train_images": len(train)})
 
-    supervise(
-        settings,
-        labelled_samples(train, training_transform(backbone, CROP_AND_FLIP), settings.seed),
+    mean, std = backbone.statistics
+    transform = training_transform(
+        (backbone.in_chans, *backbone.image_hw),
+        mean=mean,
+        std=std,
+        scale=(0.08, 1.0),
+        flip=True,
+        auto_augment="none",
+        random_erasing=0.0,
+    )  # crop and flip only
+    steps = run.num_steps(len(train))
+    trainer = Trainer(
+        Run(run.out, to_dict(settings), train, batch_size=run.batch_size, ranks=ranks),
+        model,
+        create_lars(classifier, settings.lr),
+        Plan(steps=steps, **run.plan, **settings.log.plan),
+        lr=learning_rate(
+            settings.lr,
+            warmup_epochs=settings.warmup_epochs,
+            count=len(train),
+            batch_size=run.batch_size,
+            steps=steps,
+        ),
+        autocast=backbone.autocast,
+    )
+    trainer.begin(to_yaml(settings), resume=run.resume)
+    trainer.fit(
+        LabelledSamples(in_memory(train), transform, run.seed),
         collate_labelled,
         objective,
-        head,
-        create_lars(classifier, settings.lr),
-        lambda record: {"top1": judge().summary()["top1"]},
-        backbone=backbone,
-        checkpointed=head,
-        lr=settings.lr,
-        warmup_epochs=settings.warmup_epochs,
+        lambda step: {"top1": judge().summary()["top1"]},
     )
-    return judge()
+    return judge() if ranks.is_main else None

@@ -1,112 +1,101 @@
 """`dmjd pretrain`: a folder of images in; a backbone, its metrics and a report out."""
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Generator, Tensor, nn
 
 from dmjd.backbones.files import save_backbone
-from dmjd.config import Pretrain, to_dict, to_yaml
-from dmjd.data import source as sources
-from dmjd.data.crops import random_crop
-from dmjd.data.loader import Batch, Samples, StepSampler, collate, train_batches
-from dmjd.data.source import Images, Parts
-from dmjd.engine import checkpoint
-from dmjd.engine.device import choose_device, choose_precision, memory_errors
-from dmjd.engine.loop import train
-from dmjd.engine.optim import create_optimizer, warmup_cosine, warmup_steps
-from dmjd.engine.run import Record, refuse_second_run
+from dmjd.config.pretrain import PretrainSettings
+from dmjd.config.rules import to_dict, to_yaml
+from dmjd.data.crops import center_crop, random_crop
+from dmjd.data.decode import BadImage
+from dmjd.data.masked import MaskedBatch, MaskedSamples, collate_masked
+from dmjd.data.memory import PackedImages, in_memory
+from dmjd.data.random import mix
+from dmjd.data.source import Parts, Source, has_labels, open_source
+from dmjd.engine.checkpoint import write_atomically
+from dmjd.engine.device import choose_precision, memory_errors
+from dmjd.engine.distributed import ParallelModel, join_ranks
+from dmjd.engine.loop import Plan
+from dmjd.engine.optim import create_optimizer, learning_rate
+from dmjd.engine.run import Run, refuse_second_run
 from dmjd.engine.stopwatch import Stopwatch
-from dmjd.engine.target_cache import keep_targets
+from dmjd.engine.target_cache import cache_targets
+from dmjd.engine.trainer import Trainer
 from dmjd.errors import ConfigError
-from dmjd.evaluation.monitor import measure, num_measured, write_samples
+from dmjd.evaluation.monitor import Monitor, evenly
 from dmjd.factory import from_settings
 from dmjd.masking import block_masks, token_ids
 from dmjd.method import DMJD
-from dmjd.reports.page import write_report
+from dmjd.reports.pretraining import write_report
+from dmjd.reports.token_pictures import write_samples
 
-# What may differ between a run and its resumption: none of it changes a loss on the same kind of device.
-MAY_CHANGE = {"out", "resume", "preset", "config", "data", "workers", "device", "debug", "monitor"}
+NUM_PICTURES = 8  # held-out images in the report
+NUM_COUNTED = 1000  # training images whose masks are counted there
 
 
-def pretrain(settings: Pretrain) -> None:
-    """Pre-train as `settings` say and write the run directory `settings.out`.
+def pretrain(settings: PretrainSettings) -> None:
+    """Pre-train as `settings` say and write the run directory `settings.run.out`.
 
     Raises:
-        ConfigError: If settings do not go together, `out` holds a run and shall not be resumed, or memory runs out.
+        ConfigError: If settings do not go together, `out` holds a run and is not to be resumed, or memory runs out.
         DataError: If there are no images or too many do not decode.
         CheckpointError: If the run to resume is another one.
-        NonFiniteError: If a loss is no number; the last checkpoint is from before.
+        NonFiniteError: If a loss is not finite; the last checkpoint is from before.
         SystemExit: With code 143 after SIGTERM or SIGINT, when a checkpoint is written.
     """
-    out = settings.out
-    refuse_second_run(out, resume=settings.resume)
-    device = choose_device(settings.device)
-    model, optimizer = create(settings, device)
-    parts = Parts(*map(sources.in_memory, load(settings)))
-    if not len(parts.held_out):  # a set of one image
-        parts = Parts(parts.train, parts.train)
-    steps = settings.steps or max(round(settings.epochs * len(parts.train) / settings.batch_size), 1)
-    record = Record(out, to_dict(settings), parts.train, batch_size=settings.batch_size)
-    start = 0
-    if settings.resume and (newest := checkpoint.latest(record.checkpoints)):
-        start = record.resume(newest, model=model, optimizer=optimizer, may_change=MAY_CHANGE)
-        if start == steps and (out / "summary.json").exists():
+    run, out = settings.run, settings.run.out
+    with join_ranks(run.device) as ranks:
+        ranks.micro_batch(run.batch_size, settings.optim.accumulation)
+        refuse_second_run(out, resume=run.resume, ranks=ranks)
+        torch.manual_seed(run.seed)
+        network = create(settings).to(ranks.device)
+        parts = find_images(settings)
+        if settings.teacher.cache:
+            cache(settings, network, num_crops=len(parts.train) * (settings.crop.variants or 1))
+        model = ParallelModel(network, ranks, parallel=run.parallel, compile=run.compile)
+        monitor = Monitor(parts, settings.model.image_hw, settings.monitor.max_images, run.workers)
+        trainer = make_trainer(settings, model, monitor)
+        trainer.begin(to_yaml(settings), resume=run.resume)
+        if trainer.start == trainer.plan.steps and (out / "summary.json").exists():
             print(f"this run is done; look at {out / 'report.html'}")
             return
-    else:
-        record.begin(to_yaml(settings))
-    if parts.train.held:
-        record.skip({parts.train.names[index]: reason for index, reason in parts.train.held.bad.items()})
-    if settings.teacher.cache:
-        keep(settings, model, num_crops=len(parts.train) * (settings.crop.variants or 1))
-    with memory_errors("give more --optim.accumulation or a smaller --batch_size"):
-        max_images = settings.monitor.max_images
-        evaluate = partial(measure, model, parts, settings.model.image_hw, max_images=max_images, device=device)
-        affordable = settings.monitor.max_share * steps * settings.batch_size / num_measured(parts, max_images)
-        if start == 0:
-            record.summary["untrained"] = record.evaluate(0, partial(evaluate, probe=True))
+        if isinstance(parts.train, PackedImages):
+            trainer.run.skip({parts.train.name(index): reason for index, reason in parts.train.bad.items()})
         samples = training_samples(settings, parts.train)
-        train_steps(
-            settings,
-            model,
-            optimizer,
-            samples,
-            record,
-            evaluate,
-            evaluations=min(settings.monitor.evals, int(affordable)),
-            start=start,
-            steps=steps,
-            device=device,
-        )
-        finish(settings, model, samples, parts, record, evaluate, steps=steps, device=device)
+        trained = fit(trainer, samples, monitor)
+        finish(settings, trainer, samples, parts, trained)
 
 
-def create(settings: Pretrain, device: torch.device) -> tuple[DMJD, Optimizer]:
-    """Create the untrained model on the device, and its optimizer.
+def create(settings: PretrainSettings) -> DMJD:
+    """Create the untrained model.
 
     Raises:
         ConfigError: If settings do not go together.
     """
-    torch.manual_seed(settings.seed)
-    optim = settings.optim
     try:
-        model = from_settings(settings).to(device)
-        return model, create_optimizer(
-            model, name=optim.name, lr=settings.lr, weight_decay=optim.weight_decay, betas=optim.betas
-        )
+        return from_settings(settings)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
-def keep(settings: Pretrain, model: DMJD, *, num_crops: int) -> None:
+def find_images(settings: PretrainSettings) -> Parts:
+    """Find the images and hold small sets in memory; a set of one image is its own held-out part."""
+    model, run = settings.model, settings.run
+    found = open_source(run.data, in_chans=model.in_chans, image_hw=model.image_hw, seed=run.seed)
+    parts = Parts(*map(in_memory, found))
+    return parts if len(parts.held_out) else Parts(parts.train, parts.train)
+
+
+def cache(settings: PretrainSettings, network: DMJD, *, num_crops: int) -> None:
     """Keep the targets of frozen teachers on disk, and say how much space that takes.
 
     Raises:
@@ -114,124 +103,39 @@ def keep(settings: Pretrain, model: DMJD, *, num_crops: int) -> None:
         StorageError: If there is not that much space.
     """
     assert settings.teacher.cache
-    caches = keep_targets(model, settings.teacher.cache, precision=settings.precision)
+    caches = cache_targets(network, settings.teacher.cache, precision=settings.run.precision)
     if not caches:
         raise ConfigError("no frozen teacher among the targets; --teacher.cache; leave it out")
-    for cache in caches:
-        print(cache.reserve(num_crops), file=sys.stderr)
+    for each in caches:
+        print(each.reserve(num_crops), file=sys.stderr)
 
 
-def train_steps(
-    settings: Pretrain,
-    model: DMJD,
-    optimizer: Optimizer,
-    samples: Samples,
-    record: Record,
-    evaluate: Callable[[], dict[str, float]],
-    *,
-    evaluations: int,
-    start: int,
-    steps: int,
-    device: torch.device,
-) -> None:
-    """Train from step `start` to the end."""
-    optim, count = settings.optim, len(samples.images)
-    warmup = warmup_steps(optim.warmup_epochs, count, settings.batch_size, steps)
-    positions = StepSampler(count, settings.batch_size, start, steps, settings.seed, optim.accumulation)
-    batches = train_batches(samples, positions, collate, workers=settings.workers, pin_memory=device.type == "cuda")
-
-    def objective(batch: Batch) -> dict[str, Tensor]:
-        images = batch.images.to(device, non_blocking=True)  # masks stay here, see `masking.token_ids`
-        losses = model(images, batch.masked, None if settings.visible.aligned else shuffled_visible(batch.masked))
-        return {"loss": losses.total, "loss_masked": losses.masked, "loss_visible": losses.visible}
-
-    targets: list[Any] = [model.target, model.visible_target]
-    stopwatch = Stopwatch((target for target in targets if isinstance(target, nn.Module)), device)
-    model.train()
-    done = train(
-        objective,
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        iter(batches),
-        optimizer,
-        start=start,
-        steps=steps,
-        seed=settings.seed,
-        accumulation=optim.accumulation,
-        lr=warmup_cosine(settings.lr, warmup=warmup, steps=steps),
-        clip_grad=optim.clip_grad,
-        autocast=choose_precision(settings.precision, device),
+def make_trainer(settings: PretrainSettings, model: ParallelModel, monitor: Monitor) -> Trainer:
+    """Make the trainer that settings describe; evaluations look at no more than a share of what training reads."""
+    run, optim, images = settings.run, settings.optim, monitor.parts.train
+    count, steps = len(images), run.num_steps(len(images))
+    plan = Plan(steps=steps, **run.plan, **settings.monitor.plan, **optim.plan)
+    affordable = int(settings.monitor.max_share * steps * run.batch_size / monitor.num_images)
+    return Trainer(
+        Run(run.out, to_dict(settings), images, batch_size=run.batch_size, ranks=model.ranks),
+        model,
+        create_optimizer(model.module, lr=settings.lr, **optim.keywords),
+        replace(plan, evaluations=min(plan.evaluations, affordable)),
+        lr=learning_rate(
+            settings.lr,
+            warmup_epochs=optim.warmup_epochs,
+            count=count,
+            batch_size=run.batch_size,
+            steps=steps,
+        ),
+        autocast=choose_precision(run.precision, model.ranks.device),
     )
-    for step in record.follow(
-        done,
-        "pretrain",
-        start=start,
-        steps=steps,
-        log_every=settings.monitor.log_every,
-        evaluations=evaluations,
-        evaluate=evaluate,
-        saves=settings.monitor.saves,
-        model=model,
-        optimizer=optimizer,
-        gauge=lambda seconds: {"target_share": round(stopwatch.read() / seconds, 4)},
-    ):
-        model.follow(step.number / steps)
 
 
-def shuffled_visible(masked: Bool[Tensor, "B V L"]) -> Int[Tensor, "N K"]:
-    """Draw an order of the visible tokens of every view."""
-    visible_NK = token_ids(masked).visible
-    return visible_NK.gather(1, torch.rand(visible_NK.shape).argsort(dim=1))
-
-
-def finish(
-    settings: Pretrain,
-    model: DMJD,
-    samples: Samples,
-    parts: Parts,
-    record: Record,
-    evaluate: Callable[..., dict[str, float]],
-    *,
-    steps: int,
-    device: torch.device,
-) -> None:
-    """Write the backbone, what it is worth, and the report; say what to do next."""
-    out, count, backbone = settings.out, len(parts.train), model.encoder.backbone
-    mean, std = (statistic.flatten().tolist() for statistic in (model.mean, model.std))
-    assert model.encoder.architecture is not None
-    save_backbone(out / "backbone.safetensors", backbone, model.encoder.architecture, mean, std)
-    record.summary["trained"] = record.evaluate(steps, partial(evaluate, probe=True))
-    last_epoch = (steps * settings.batch_size - 1) // count
-    write_samples(
-        out / "samples.safetensors", settings, model, samples, parts.held_out, last_epoch=last_epoch, device=device
-    )
-    summary = record.summary | {
-        "seconds": round(record.seconds, 1),
-        "images": steps * settings.batch_size,
-        "steps": steps,
-        "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
-        "data": settings.data,
-        "num_images": count,
-        "labels": parts.train.labels is not None,
-        "skipped": len(record.skipped),
-        "command": shlex.join(["dmjd", "pretrain", "--config", str(out / "config.yaml"), "--out", "NEW"]),
-    }
-    checkpoint.write_atomically(out / "summary.json", json.dumps(summary, indent=1))
-    report = write_report(out)
-    verb = ["embed", "--out", "features.npy"] if parts.train.labels is None else ["knn"]
-    then = shlex.join(["dmjd", *verb, "--backbone", str(out / "backbone.safetensors"), "--data", settings.data])
-    print(f"done in {record.seconds:.0f} s; look at {report}; then: {then}")
-
-
-def load(settings: Pretrain) -> Parts:
-    """Find the images."""
-    model = settings.model
-    return sources.load(settings.data, in_chans=model.in_chans, image_hw=model.image_hw, seed=settings.seed)
-
-
-def training_samples(settings: Pretrain, images: Images) -> Samples:
+def training_samples(settings: PretrainSettings, images: Source) -> MaskedSamples:
     """Make the training samples that settings describe."""
     crop, masking = settings.crop, settings.masking
-    return Samples(
+    return MaskedSamples(
         images,
         partial(random_crop, size=settings.model.image_hw, scale=crop.scale, ratio=crop.ratio, flip=crop.flip),
         partial(
@@ -243,6 +147,119 @@ def training_samples(settings: Pretrain, images: Images) -> Samples:
             mask_ratio=masking.mask_ratio,
             predict_ratio=masking.predict_ratio,
         ),
-        settings.seed,
+        settings.run.seed,
         crop.variants,
+    )
+
+
+def fit(trainer: Trainer, samples: MaskedSamples, monitor: Monitor) -> dict[str, float]:
+    """Train to the end; return what the features are worth then."""
+    model, plan, device = trainer.model, trainer.plan, trainer.ranks.device
+    network: Any = model.module
+    targets: list[Any] = [network.target, network.visible_target]
+    stopwatch = Stopwatch((target for target in targets if isinstance(target, nn.Module)), device)
+
+    def objective(model: ParallelModel, batch: MaskedBatch) -> dict[str, Tensor]:
+        images = batch.images.to(device, non_blocking=True)  # masks stay here, see `masking.token_ids`
+        losses = model(images, batch.masked)
+        return {"loss": losses.total, "loss_masked": losses.masked, "loss_visible": losses.visible}
+
+    def evaluate(step: int) -> dict[str, float]:
+        measured = monitor.measure(model, trainer.autocast, probe=step in (0, plan.steps))
+        stopwatch.read()  # evaluations are not training
+        return measured
+
+    return trainer.fit(
+        samples,
+        collate_masked,
+        objective,
+        evaluate,
+        after_step=lambda step: network.update_targets(step / plan.steps),
+        gauge=lambda seconds: {"target_share": round(stopwatch.read() / seconds, 4)},
+        untrained=True,
+    )
+
+
+def finish(
+    settings: PretrainSettings, trainer: Trainer, samples: MaskedSamples, parts: Parts, trained: dict[str, float]
+) -> None:
+    """Write the backbone, what it is worth, and the report; say what to do next."""
+    out, run, steps, data = settings.run.out, trainer.run, trainer.plan.steps, settings.run.data
+    network: Any = trainer.model.whole()
+    if not trainer.ranks.is_main:
+        return
+    encoder = network.encoder
+    path = out / "backbone.safetensors"
+    save_backbone(path, encoder.backbone, encoder.architecture, *network.normalize.statistics)
+    with memory_errors("choose cpu for --device"):
+        draw(settings, network, samples, parts.held_out, steps=steps, device=trainer.ranks.device)
+    summary = run.summary | {
+        "trained": trained,
+        "seconds": round(run.seconds, 1),
+        "images": steps * settings.run.batch_size,
+        "steps": steps,
+        "parameters": sum(parameter.numel() for parameter in encoder.backbone.parameters()),
+        "data": data,
+        "num_images": len(parts.train),
+        "labels": has_labels(parts.train),
+        "skipped": len(run.skipped),
+        "command": shlex.join(["dmjd", "pretrain", "--config", str(out / "config.yaml"), "--out", "NEW"]),
+    }
+    write_atomically(out / "summary.json", json.dumps(summary, indent=1))
+    page = write_report(out)
+    verb = ["knn"] if has_labels(parts.train) else ["embed", "--out", "features.npy"]
+    then = shlex.join(["dmjd", *verb, "--backbone", str(path), "--data", data])
+    print(f"done in {run.seconds:.0f} s; look at {page}; then: {then}")
+
+
+@torch.inference_mode()
+def draw(
+    settings: PretrainSettings,
+    network: DMJD,
+    samples: MaskedSamples,
+    held_out: Source,
+    *,
+    steps: int,
+    device: torch.device,
+) -> None:
+    """Write the pictures of the report: held-out images, what was hidden of them, targets and predictions.
+
+    Also how often tokens were hidden in the last epoch of training, by masks drawn again.
+    """
+    crops, masks = [], []
+    for index in evenly(len(held_out), NUM_PICTURES):
+        try:
+            crops.append(center_crop(held_out.read(index), settings.model.image_hw))
+        except BadImage:
+            continue
+        masks.append(samples.draw(generator=Generator().manual_seed(mix(settings.run.seed, 0, index))))
+    if not crops:
+        return
+    images, masked = torch.stack(crops), torch.cat(masks)
+    predicted = network.eval().predict(images.to(device), masked).masked.float().cpu()
+    hidden = token_ids(masked).hidden[..., None].expand(-1, -1, predicted.shape[-1])
+    full = torch.zeros(len(predicted), math.prod(settings.model.grid), predicted.shape[-1]).scatter(
+        1, hidden, predicted
+    )
+    full = full.unflatten(0, (len(images), -1))
+    truth = network.target(images.to(device)).float().cpu()
+    picture: Callable[..., Tensor] = network.target.picture
+    last_epoch = (steps * settings.run.batch_size - 1) // len(samples.images)
+    counted = [samples.masks(last_epoch, index).sum(dim=0) for index in evenly(len(samples.images), NUM_COUNTED)]
+    shown = range(len(images))
+    write_samples(
+        settings.run.out / "samples.safetensors",
+        images=images,
+        masked=masked.byte(),
+        target=torch.stack([picture(truth[place], images[place], truth) for place in shown]),
+        predicted=torch.stack(
+            [torch.stack([picture(view, images[place], truth) for view in full[place]]) for place in shown]
+        ),
+        times_hidden=torch.stack(counted),
+        metadata={
+            "grid": "{} {}".format(*settings.model.grid),
+            "target": settings.masked.target,
+            "caption": network.target.caption,
+            "backdrop": network.target.backdrop,
+        },
     )

@@ -1,0 +1,39 @@
+"""From pixels to what a network takes."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor, nn
+
+# Mean and standard deviation of the channels, for values in 0..1: ImageNet's for colour, round numbers for grey.
+STATISTICS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    1: ((0.5,), (0.25,)),
+}
+
+
+class Normalize(nn.Module):
+    """Pixels of 0..255, less the mean of their channel and over its standard deviation.
+
+    Args:
+        mean: Mean of every channel, for values in 0..1.
+        std: Standard deviation of every channel, for values in 0..1.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    @property
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation as numbers."""
+        return self.mean.flatten().tolist(), self.std.flatten().tolist()
+
+    def forward(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """Normalise pixels of 0..255, uint8 or float."""
+        return (images / 255 - self.mean) / self.std

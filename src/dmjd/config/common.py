@@ -1,0 +1,188 @@
+"""Settings that several verbs share, in groups of which a verb is composed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cyclopts import Group, Parameter
+
+from dmjd.config.rules import at_least
+from dmjd.errors import ConfigError
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+# Groups of the help, in this order.
+GROUPS = (
+    "Run",
+    "Backbone",
+    "Labels",
+    "Model",
+    "Masking",
+    "Masked branch",
+    "Visible branch",
+    "HOG targets",
+    "Teachers",
+    "Decoder",
+    "Crops",
+    "Images",
+    "Task",
+    "Fine-tuning",
+    "Augmentation",
+    "Optimizer",
+    "Monitoring",
+    "Log",
+)
+
+
+def group(name: str) -> Parameter:
+    """Name the group of the help that a setting, or a section of settings, stands in."""
+    return Parameter(group=Group(name, sort_key=GROUPS.index(name)))
+
+
+def flat(name: str) -> Parameter:
+    """Name the group of settings whose flags have no section: --data, not --run.data."""
+    return Parameter(name="*", group=Group(name, sort_key=GROUPS.index(name)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSettings:
+    """Where a verb reads and computes."""
+
+    data: str = ""
+    """Folder of images, or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""
+    workers: int | None = None
+    """Processes that load images. Default: none for sets in memory, else one per core but one."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes the best."""
+    precision: Precision = "auto"
+    """Precision of the matrix products; auto is bf16 where the GPU has it."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(DeviceSettings):
+    """What every verb that trains has."""
+
+    out: Path = Path("runs/run")
+    """Directory of the run."""
+    preset: str = "base"
+    """Recipe to start from."""
+    config: Path | None = None
+    """YAML file that overrides the preset."""
+    epochs: float = 100
+    """Passes over the images."""
+    steps: int | None = None
+    """Optimizer steps, instead of epochs."""
+    batch_size: int = 1024
+    """Images in one optimizer step, over all processes."""
+    seed: int = 0
+    """Seed of everything random, and of the held-out images where the set does not name them."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With torchrun: ddp keeps the whole model on every process, fsdp a share of it."""
+    compile: bool = False
+    """Compile the network by torch.compile: minutes at the start, faster steps after."""
+    resume: bool = False
+    """Go on with the run in --out."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "steps", "batch_size")
+        at_least(0, self, "epochs", "seed", "workers")
+
+    def num_steps(self, count: int) -> int:
+        """Count the steps of a run over `count` images."""
+        return self.steps or max(round(self.epochs * count / self.batch_size), 1)
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What the trainer's plan takes from here."""
+        return {"batch_size": self.batch_size, "seed": self.seed, "workers": self.workers}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSettings:
+    """The backbone that a verb looks at."""
+
+    backbone: str
+    """A backbone.safetensors, or timm:NAME for a model of timm with its weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartSettings(BackboneSettings):
+    """The backbone that a verb starts from."""
+
+    untrained: bool = False
+    """Take the same network without its weights, to compare with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSubset:
+    """How many labels are used."""
+
+    fraction: float = 1.0
+    """Share of the training images of every class whose labels are used, at least one; larger shares hold smaller."""
+    shots: int | None = None
+    """Training images of every class whose labels are used, instead of a share."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"fraction {self.fraction} is out of range; choose above 0, at most 1")
+        if self.shots is not None and self.fraction != 1:
+            raise ConfigError(f"fraction {self.fraction} and shots {self.shots}; choose one of them")
+        at_least(1, self, "shots")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    """The optimizer and its learning rate."""
+
+    name: str = "adamw"
+    """Any optimizer of timm that takes betas: adamw, lamb, lion ..."""
+    blr: float = 6e-4
+    """Base learning rate, for 256 images a step and predict_ratio = mask_ratio."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the moments."""
+    weight_decay: float = 0.05
+    """Weight decay of matrices; vectors have none."""
+    warmup_epochs: float = 20
+    """Linear warm-up; a cosine to zero follows."""
+    clip_grad: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+    accumulation: int = 1
+    """Parts of a step's batch that are computed one after the other."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "blr", "weight_decay", "warmup_epochs", "clip_grad", section="optim.")
+        at_least(1, self, "accumulation", section="optim.")
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What `create_optimizer` takes from here."""
+        return {"name": self.name, "weight_decay": self.weight_decay, "betas": self.betas}
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What the trainer's plan takes from here."""
+        return {"accumulation": self.accumulation, "clip_grad": self.clip_grad}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSettings:
+    """What is written down on the way."""
+
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    evals: int = 5
+    """Evaluations during a run, beside the last one."""
+    saves: int = 20
+    """Checkpoints during a run; two are kept."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "log_every")
+        at_least(0, self, "evals", "saves")
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What the trainer's plan takes from here."""
+        return {"log_every": self.log_every, "evaluations": self.evals, "saves": self.saves}

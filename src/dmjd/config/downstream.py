@@ -1,0 +1,334 @@
+"""Settings of the verbs that start from a backbone."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from dmjd.config.common import (
+    BackboneSettings,
+    DeviceSettings,
+    LabelSubset,
+    LogSettings,
+    OptimSettings,
+    RunSettings,
+    StartSettings,
+    flat,
+    group,
+)
+from dmjd.config.rules import at_least, divides, height_width, within
+from dmjd.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadSettings(DeviceSettings):
+    """What verbs that train nothing have."""
+
+    data: str = "shapes"
+    """Folder of images, or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""
+    batch_size: int = 256
+    """Images at a time."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "batch_size")
+        at_least(0, self, "workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnSettings:
+    """Settings of `dmjd knn`."""
+
+    run: Annotated[ReadSettings, flat("Run")] = field(default_factory=ReadSettings)
+    start: Annotated[StartSettings, flat("Backbone")]
+    out: Annotated[Path | None, group("Run")] = None
+    """Directory of the report; without it, only the line of JSON is printed."""
+    seed: Annotated[int, group("Run")] = 0
+    """Seed of an untrained network, and of the held-out images where the set does not name them."""
+    k: Annotated[int, group("Task")] = 20
+    """Neighbours that vote."""
+    temperature: Annotated[float, group("Task")] = 0.07
+    """A neighbour's vote weighs exp(cosine similarity / temperature)."""
+    layers: Annotated[tuple[int, ...], group("Task")] = ()
+    """Blocks whose mean-pooled tokens are joined, by number, negative ones from the end; give the flag once for each.
+    Default: the pooled output."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "k")
+        at_least(0, self, "seed")
+        at_least(0.02, self, "temperature")  # exp(1 / 0.01) is beyond float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedSettings:
+    """Settings of `dmjd embed`."""
+
+    run: Annotated[ReadSettings, flat("Run")] = field(default_factory=ReadSettings)
+    start: Annotated[BackboneSettings, flat("Backbone")]
+    out: Annotated[Path, group("Run")]
+    """Features go to this .npy file, the images' paths and labels to the .csv beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRun(RunSettings):
+    """Where, how long and on what `dmjd linear` computes."""
+
+    data: str = "shapes"
+    """Folder of labelled images, or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""
+    out: Path = Path("runs/linear")
+    """Directory of the results."""
+    preset: str = "base"
+    """Numbers of the paper's recipe: base, large."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSettings:
+    """Settings of `dmjd linear`."""
+
+    run: Annotated[LinearRun, flat("Run")] = field(default_factory=LinearRun)
+    start: Annotated[StartSettings, flat("Backbone")]
+    labels: Annotated[LabelSubset, flat("Labels")] = field(default_factory=LabelSubset)
+    recipe: Annotated[Literal["features", "paper"], group("Task")] = "features"
+    """features: logistic regression on features computed once, the penalty chosen on a slice of the training images.
+    paper: BatchNorm and a linear layer, trained by LARS on augmented images."""
+    layers: Annotated[tuple[int, ...], group("Task")] = ()
+    """Blocks whose mean-pooled tokens are joined, by number, negative ones from the end; give the flag once for each.
+    Default: the pooled output."""
+    blr: Annotated[float, group("Task")] = 0.1
+    """Base learning rate of the paper's recipe, for 256 images a step."""
+    warmup_epochs: Annotated[float, group("Task")] = 10
+    """Linear warm-up of the paper's recipe; a cosine to zero follows."""
+    log: Annotated[LogSettings, group("Log")] = field(default_factory=LogSettings)
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "blr", "warmup_epochs")
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate."""
+        return self.blr * self.run.batch_size / 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentSettings:
+    """What training sees of an image; names and meanings are timm's."""
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the image's area in a crop."""
+    flip: bool = True
+    """Mirror every other image."""
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    """Policy of RandAugment; none for none."""
+    random_erasing: float = 0.25
+    """Probability of erasing a box."""
+    mixup: float = 0.8
+    """Alpha of mixup; 0 for none."""
+    cutmix: float = 1.0
+    """Alpha of cutmix; 0 for none."""
+    label_smoothing: float = 0.1
+    """Share of a label that is spread over all classes."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ConfigError(f"augment.scale {self.scale}: low before high, within 0 and 1")
+        at_least(0, self, "random_erasing", "mixup", "cutmix", "label_smoothing")
+        for name in ("random_erasing", "label_smoothing"):
+            if getattr(self, name) >= 1:
+                raise ConfigError(f"augment.{name} {getattr(self, name)} is out of range; choose below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningSettings:
+    """How a backbone is changed by labels."""
+
+    layer_decay: float = 0.65
+    """The learning rate of a layer is this times that of the layer after it."""
+    drop_path: float = 0.1
+    """Stochastic depth of the last block; it grows linearly from 0 at the first one."""
+
+    def __post_init__(self) -> None:
+        within(0.01, 1.0, self, "layer_decay")
+        within(0.0, 0.99, self, "drop_path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningOptim(OptimSettings):
+    """The optimizer and its learning rate, for a backbone that is trained already."""
+
+    blr: float = 5e-4
+    """Base learning rate of the head, for 256 images a step."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the moments."""
+    warmup_epochs: float = 5
+    """Linear warm-up."""
+
+
+def tuning_lr(run: RunSettings, optim: OptimSettings) -> float:
+    """Compute the peak learning rate of a head."""
+    return optim.blr * run.batch_size / 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRun(RunSettings):
+    """Where, how long and on what `dmjd finetune` computes."""
+
+    data: str = "shapes"
+    """Folder of labelled images, or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""
+    out: Path = Path("runs/finetune")
+    """Directory of the run."""
+    preset: str = "quick"
+    """Recipe to start from: quick, base, large."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings:
+    """Settings of `dmjd finetune`."""
+
+    run: Annotated[FinetuneRun, flat("Run")] = field(default_factory=FinetuneRun)
+    start: Annotated[StartSettings, flat("Backbone")]
+    labels: Annotated[LabelSubset, flat("Labels")] = field(default_factory=LabelSubset)
+    tuning: Annotated[TuningSettings, flat("Fine-tuning")] = field(default_factory=TuningSettings)
+    ema: Annotated[float, group("Fine-tuning")] = 0.0
+    """Decay of a running mean of the weights, which is then what is judged and kept; 0 for none."""
+    augment: Annotated[AugmentSettings, group("Augmentation")] = field(default_factory=AugmentSettings)
+    optim: Annotated[TuningOptim, group("Optimizer")] = field(default_factory=TuningOptim)
+    log: Annotated[LogSettings, group("Log")] = field(default_factory=LogSettings)
+
+    def __post_init__(self) -> None:
+        divides(self.run.batch_size, self.optim.accumulation)
+        within(0.0, 0.9999999, self, "ema")
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate of the head."""
+        return tuning_lr(self.run, self.optim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseSettings:
+    """What segmentation and detection have in common."""
+
+    predict: Path | None = None
+    """An image or a folder of images: write what a trained --backbone RUN/last.safetensors sees in them to --out,
+    instead of training."""
+    classes: Path | None = None
+    """File with the name of a class in every line. Default: DATA/classes.txt, else what the annotations have."""
+    crop_size: str = "512"
+    """Side of a training crop in pixels, or HEIGHTxWIDTH."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Smallest and largest size of a training image before it is cropped, times the size it is judged at."""
+    flip: bool = True
+    """Mirror every other image."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] < math.inf:
+            raise ConfigError(f"scale {self.scale}: low before high, above 0")
+        height_width("crop_size", self.crop_size)
+
+    @property
+    def crop_hw(self) -> tuple[int, int]:
+        """Height and width of a training crop in pixels."""
+        return height_width("crop_size", self.crop_size)
+
+
+def check_dense(run: RunSettings, dense: DenseSettings, optim: OptimSettings) -> None:
+    """Refuse settings of a dense task that do not go together.
+
+    Raises:
+        ConfigError: If there is nothing to do, or the batch has a remainder.
+    """
+    if not run.data and dense.predict is None:
+        raise ConfigError("no data: give --data to train, or --predict with a trained --backbone")
+    divides(run.batch_size, optim.accumulation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentRun(RunSettings):
+    """Where, how long and on what `dmjd segment` computes."""
+
+    data: str = ""
+    """Folder with images/PART/NAME.jpg and annotations/PART/NAME.png, the parts called train and val."""
+    out: Path = Path("runs/segment")
+    """Directory of the run."""
+    preset: str = "camvid"
+    """Recipe to start from: camvid (for 2 cores), ade20k (the published one)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentSettings:
+    """Settings of `dmjd segment`."""
+
+    run: Annotated[SegmentRun, flat("Run")] = field(default_factory=SegmentRun)
+    start: Annotated[StartSettings, flat("Backbone")]
+    tuning: Annotated[TuningSettings, flat("Fine-tuning")] = field(default_factory=TuningSettings)
+    dense: Annotated[DenseSettings, flat("Images")] = field(default_factory=DenseSettings)
+    ignore_index: Annotated[int, group("Task")] = 255
+    """Label of pixels that are neither trained on nor counted."""
+    reduce_zero_label: Annotated[bool, group("Task")] = False
+    """Label 0 has no class either, and label 1 is the first class, as in ADE20K."""
+    photometric: Annotated[bool, group("Task")] = True
+    """Change brightness, contrast, saturation and hue of training images."""
+    inference: Annotated[Literal["whole", "slide"], group("Task")] = "whole"
+    """Look at a whole image, or at windows of the crop's size whose logits are averaged."""
+    stride: Annotated[int | None, group("Task")] = None
+    """Pixels from one window to the next. Default: two thirds of a window."""
+    decoder_channels: Annotated[int, group("Task")] = 512
+    """Width of UPerNet."""
+    auxiliary_weight: Annotated[float, group("Task")] = 0.4
+    """Weight of the loss of a second head on the map of stride 16; 0 for none."""
+    schedule: Annotated[Literal["cosine", "poly"], group("Task")] = "poly"
+    """How the learning rate falls after the warm-up: cosine, or poly, a straight line."""
+    optim: Annotated[TuningOptim, group("Optimizer")] = field(default_factory=TuningOptim)
+    log: Annotated[LogSettings, group("Log")] = field(default_factory=LogSettings)
+
+    def __post_init__(self) -> None:
+        check_dense(self.run, self.dense, self.optim)
+        at_least(0, self, "ignore_index", "auxiliary_weight")
+        at_least(1, self, "stride", "decoder_channels")
+        if self.stride and self.stride > min(self.dense.crop_hw):
+            raise ConfigError(f"stride {self.stride} leaves gaps between windows of {self.dense.crop_size}")
+        if self.run.batch_size < 2 * self.optim.accumulation:
+            raise ConfigError("batch_size: BatchNorm needs two images at a time or more")
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate of the heads."""
+        return tuning_lr(self.run, self.optim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectRun(RunSettings):
+    """Where, how long and on what `dmjd detect` computes."""
+
+    data: str = ""
+    """Folder of a set as COCO (annotations/*train*.json, *val*.json) or Pascal VOC (ImageSets/Main) has it."""
+    out: Path = Path("runs/detect")
+    """Directory of the run."""
+    preset: str = "bccd"
+    """Recipe to start from: bccd (for 2 cores), coco (the published one)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectSettings:
+    """Settings of `dmjd detect`."""
+
+    run: Annotated[DetectRun, flat("Run")] = field(default_factory=DetectRun)
+    start: Annotated[StartSettings, flat("Backbone")]
+    tuning: Annotated[TuningSettings, flat("Fine-tuning")] = field(default_factory=TuningSettings)
+    dense: Annotated[DenseSettings, flat("Images")] = field(default_factory=DenseSettings)
+    fpn_channels: Annotated[int, group("Task")] = 256
+    """Width of the feature pyramid network."""
+    head_channels: Annotated[int, group("Task")] = 1024
+    """Width of the layers that judge a box."""
+    window: Annotated[int | None, group("Task")] = None
+    """Side, in tokens, of the windows that all but four blocks of a ViT attend in: for large images. Default: none."""
+    optim: Annotated[TuningOptim, group("Optimizer")] = field(default_factory=TuningOptim)
+    log: Annotated[LogSettings, group("Log")] = field(default_factory=LogSettings)
+
+    def __post_init__(self) -> None:
+        check_dense(self.run, self.dense, self.optim)
+        at_least(1, self, "fpn_channels", "head_channels", "window")
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate of the heads."""
+        return tuning_lr(self.run, self.optim)

@@ -1,0 +1,259 @@
+"""Settings of `dmjd pretrain`, section by section."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from dmjd.config.common import LogSettings, OptimSettings, RunSettings, flat, group
+from dmjd.config.rules import at_least, divides, height_width, one_of
+from dmjd.errors import ConfigError
+
+BackboneSize = Literal["tiny", "small", "base", "large"]
+LossName = Literal["l2", "l1", "smooth_l1", "cosine"]
+HogVariant = Literal["dmjd", "maskfeat", "mmpretrain"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The backbone."""
+
+    backbone: str = "vit"
+    """vit, or convvit: ConvMAE's hybrid of convolutions and transformer; timm:NAME for the network of another ViT of
+    timm, or that of a backbone.safetensors."""
+    size: BackboneSize = "base"
+    """Width and depth: of a ViT as in timm (192 x 12, 384 x 12, 768 x 12, 1024 x 24), of a ConvViT as published."""
+    image_size: str = "224"
+    """Side of the square crop in pixels, or HEIGHTxWIDTH."""
+    patch_size: int = 16
+    """Side of a token in pixels; a ConvViT has tokens of 16, 8 or 4."""
+    conv_mlp_ratio: float | None = None
+    """ConvViT: width of an MLP over the width in the convolution stages. Default: 8, as DMJD; ConvMAE has 4."""
+    in_chans: int = 3
+    """Channels of an image: 3 (RGB) or 1 (grey)."""
+    class_token: bool = False
+    """Give the encoder a class token."""
+    reg_tokens: int = 0
+    """Register tokens."""
+    mask_token: bool = False
+    """Pass hidden tokens through the encoder as mask tokens (SimMIM, MaskFeat); needs decoder.depth 0."""
+    embed_dim: int | None = None
+    """Width, if not the size's; a ConvViT's first stages have a quarter and a half of it."""
+    depth: int | None = None
+    """Transformer blocks, if not the size's."""
+    num_heads: int | None = None
+    """Heads, if not the size's."""
+
+    def __post_init__(self) -> None:
+        one_of(BackboneSize, self, "size", section="model.")
+        at_least(1, self, "patch_size", "embed_dim", "depth", "num_heads", "conv_mlp_ratio", section="model.")
+        at_least(0, self, "reg_tokens", section="model.")
+        height, width = self.image_hw
+        if height % self.patch_size or width % self.patch_size:
+            raise ConfigError(
+                f"model.image_size {self.image_size} is not a multiple of model.patch_size {self.patch_size}"
+            )
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Height and width of the crop in pixels."""
+        return height_width("model.image_size", self.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        height, width = self.image_hw
+        return height // self.patch_size, width // self.patch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskingSettings:
+    """Disjoint masks."""
+
+    num_views: int = 2
+    """Masked views of each image."""
+    mask_ratio: float = 0.6
+    """Corruption rate: share of tokens hidden in one view."""
+    predict_ratio: float = 1.0
+    """Prediction rate: share of tokens hidden in at least one view."""
+    block: int = 2
+    """Side of the squares that are hidden together, in tokens; 1 hides token by token."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "num_views", "block", section="masking.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedSettings:
+    """The masked branch: predicts hidden tokens."""
+
+    target: str = "hog"
+    """What is predicted: hog, pixels, normalized_pixels, ema (the running mean of the backbone itself), or a frozen
+    teacher: timm:NAME, hf:NAME (a name or folder that Hugging Face transformers loads) or a backbone.safetensors.
+    Several with + between them: the losses are summed."""
+    loss: LossName = "l2"
+    """Loss on hidden tokens: l2, l1, smooth_l1, cosine."""
+
+    def __post_init__(self) -> None:
+        one_of(LossName, self, "loss", section="masked.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisibleSettings:
+    """The visible branch: predicts visible tokens."""
+
+    weight: float = 1.0
+    """Weight theta of its loss; 0 leaves the branch out."""
+    target: str | None = None
+    """What is predicted, as in masked.target. Default: the same."""
+    loss: LossName = "smooth_l1"
+    """Loss on visible tokens: l2, l1, smooth_l1, cosine."""
+    beta: float = 2.0
+    """Where smooth_l1, on either branch, turns from quadratic to linear, in units of the target."""
+    aligned: bool = True
+    """Compare a visible token with its own target. The released program of the paper compares it with that of another
+    visible token of the view: off for that ablation only."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "weight", section="visible.")
+        at_least(1e-6, self, "beta", section="visible.")
+        one_of(LossName, self, "loss", section="visible.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HogSettings:
+    """Histograms of oriented gradients."""
+
+    variant: HogVariant = "dmjd"
+    """dmjd: differences of neighbours, whitened; maskfeat: Sobel's gradients, over their norm; mmpretrain: the same in
+    Gaussian windows."""
+    cell_size: int | None = None
+    """Side of a cell in pixels. Default: 8 for patches of 16, 24 ..., else half a patch (all of an odd one)."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "cell_size", section="hog.")
+        one_of(HogVariant, self, "variant", section="hog.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings:
+    """Networks among the targets."""
+
+    layers: tuple[int, ...] = (-1,)
+    """Maps whose mean is the target, by timm's numbers, negative ones from the end; give the flag once for each."""
+    decay: tuple[float, float] = (0.996, 0.9999)
+    """Share of the running mean (ema) that a step keeps, at the start and at the end of the run."""
+    bf16: bool = False
+    """A frozen teacher computes in bf16 even where the run does not: faster on CPUs that have it."""
+    cache: Path | None = None
+    """Folder where a frozen teacher's targets are kept, for later epochs and other runs; needs crop.variants."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay[0] <= self.decay[1] <= 1:
+            raise ConfigError(f"teacher.decay {self.decay}: low before high, within 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSettings:
+    """The decoder of the masked branch; its width is also the projector's."""
+
+    embed_dim: int = 512
+    """Width."""
+    depth: int = 8
+    """Blocks; 0 is a linear head (with model.mask_token)."""
+    num_heads: int = 16
+    """Heads."""
+    mlp_ratio: float = 4.0
+    """Width of an MLP over the width of the decoder."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "embed_dim", "num_heads", section="decoder.")
+        at_least(0, self, "depth", "mlp_ratio", section="decoder.")
+        if self.embed_dim % self.num_heads or self.embed_dim % 4:
+            raise ConfigError(
+                f"decoder.embed_dim {self.embed_dim} is not a multiple of 4 and of its {self.num_heads} heads"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropSettings:
+    """What of an image a step sees: a random resized crop and a flip."""
+
+    scale: tuple[float, float] = (0.5, 1.0)
+    """Smallest and largest share of the image's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest width over height."""
+    flip: bool = True
+    """Mirror every other image."""
+    variants: int | None = None
+    """Different crops of an image: epoch e shows crop e mod variants. Default: another crop every epoch."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "variants", section="crop.")
+        if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
+            raise ConfigError(
+                f"crop.scale {self.scale} and crop.ratio {self.ratio}: low before high, scale within 0 and 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorSettings(LogSettings):
+    """What is written down on the way, and how good the features are."""
+
+    max_images: int = 2000
+    """Images per part (training, held out) that an evaluation looks at."""
+    max_share: float = 0.05
+    """Images that all evaluations during the run look at, over those that training reads: a short run has fewer
+    evaluations. One costs up to as much time as training on an image."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, self, "max_images", section="monitor.")
+        at_least(0, self, "max_share", section="monitor.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainRun(RunSettings):
+    """Where, how long and on what `dmjd pretrain` computes."""
+
+    data: str = "shapes"
+    """Folder of images, or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""
+    out: Path = Path("runs/pretrain")
+    """Directory of the run."""
+    preset: str = "quick"
+    """Recipe: mae, maskfeat, convmae, fastconvmae, dm, dmjd, dmjd-clip, dmjd-dino, data2vec; for 2 cores quick and
+    quick-convmae, -fastconvmae, -dmjd, -teacher."""
+    epochs: float = 400
+    """Passes over the images; an epoch shows each image num_views times to the encoder."""
+    batch_size: int = 512
+    """Images in one optimizer step, over all processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings:
+    """Settings of `dmjd pretrain`."""
+
+    run: Annotated[PretrainRun, flat("Run")] = field(default_factory=PretrainRun)
+    init: Annotated[str | None, group("Model")] = None
+    """Backbone to start from: a backbone.safetensors or timm:NAME, of the same architecture. Default: random weights."""
+    model: Annotated[ModelSettings, group("Model")] = field(default_factory=ModelSettings)
+    masking: Annotated[MaskingSettings, group("Masking")] = field(default_factory=MaskingSettings)
+    masked: Annotated[MaskedSettings, group("Masked branch")] = field(default_factory=MaskedSettings)
+    visible: Annotated[VisibleSettings, group("Visible branch")] = field(default_factory=VisibleSettings)
+    hog: Annotated[HogSettings, group("HOG targets")] = field(default_factory=HogSettings)
+    teacher: Annotated[TeacherSettings, group("Teachers")] = field(default_factory=TeacherSettings)
+    decoder: Annotated[DecoderSettings, group("Decoder")] = field(default_factory=DecoderSettings)
+    crop: Annotated[CropSettings, group("Crops")] = field(default_factory=CropSettings)
+    optim: Annotated[OptimSettings, group("Optimizer")] = field(default_factory=OptimSettings)
+    monitor: Annotated[MonitorSettings, group("Monitoring")] = field(default_factory=MonitorSettings)
+
+    def __post_init__(self) -> None:
+        divides(self.run.batch_size, self.optim.accumulation)
+        if self.teacher.cache and not self.crop.variants:
+            raise ConfigError("teacher.cache keeps the targets of crops that come again: set crop.variants, such as 2")
+        if self.model.mask_token != (self.decoder.depth == 0):
+            raise ConfigError("model.mask_token and decoder.depth 0 (a linear head) belong together: set both or none")
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate: blr * images per step * (m_pred / m_corr) / 256 (section 4 of the paper)."""
+        return self.optim.blr * self.run.batch_size * self.masking.predict_ratio / self.masking.mask_ratio / 256

@@ -1,0 +1,79 @@
+"""Samples of segmentation and detection: images that are augmented together with what is to be seen in them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dmjd.data.random import mix, seeded
+from dmjd.data.source import Readable, join_skipped, read_or_substitute
+from dmjd.errors import DataError
+
+AnnotatedSample = tuple[Tensor, Any, dict[str, str]]
+
+
+class AnnotatedBatch(NamedTuple):
+    """One micro-batch of images with what is to be seen in them."""
+
+    images: UInt8[Tensor, "B C H W"]
+    annotations: Any  # a tensor of all, or a list with those of every image
+    skipped: dict[str, str]  # files that did not decode, with the reason; others stand in for them
+
+
+@dataclass(frozen=True)
+class AnnotatedSamples(Dataset[AnnotatedSample]):
+    """Training samples by (epoch, index), as `LabelledSamples` are.
+
+    Attributes:
+        images: Reads pairs of an image and its annotation.
+        augment: Changes both together.
+        seed: Seed of the run.
+    """
+
+    images: Readable
+    augment: Callable[[Any, Any], tuple[Any, Any]]
+    seed: int
+
+    def __getitem__(self, key: tuple[int, int]) -> AnnotatedSample:
+        """Augment the image (epoch, index) and its annotation.
+
+        Returns:
+            Both, and what did not decode.
+
+        Raises:
+            DataError: If neither it nor the images after it decode.
+        """
+        epoch, index = key
+        (image, annotation), _, skipped = read_or_substitute(self.images, index)
+        with seeded(mix(self.seed, epoch, index)):
+            return *self.augment(image, annotation), skipped
+
+
+def collate_annotated(samples: list[AnnotatedSample]) -> AnnotatedBatch:
+    """Stack images and, where they are tensors, annotations."""
+    images, annotations, skipped = zip(*samples, strict=True)
+    stacked = torch.stack(annotations) if isinstance(annotations[0], Tensor) else list(annotations)
+    return AnnotatedBatch(torch.stack(images), stacked, join_skipped(skipped))
+
+
+def class_names(data: str, file: Path | None) -> tuple[str, ...] | None:
+    """Read names of classes, one in a line, from a file; without one, from `data`/classes.txt; None if there is none.
+
+    Raises:
+        DataError: If the file cannot be read, has no names, or has one twice.
+    """
+    file = file or Path(data) / "classes.txt"
+    if file == Path(data) / "classes.txt" and not file.is_file():
+        return None
+    try:
+        names = tuple(line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"no names of classes ({error}); {file}; write one in a line") from None
+    if not names or len({*names}) < len(names):
+        raise DataError(f"{'a class comes twice' if names else 'no names of classes'}; {file}; write one in a line")
+    return names

@@ -1,0 +1,174 @@
+"""Samples of classification: augmented images and their labels, of all images or a few of every class."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from timm.data import create_transform
+from timm.data.auto_augment import posterize
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import to_pil_image
+
+from dmjd.data.random import mix, seeded
+from dmjd.data.source import Parts, Source, Subset, has_labels, join_skipped, labels_of, read_or_substitute
+from dmjd.errors import DataError
+
+LabelledSample = tuple[Tensor, int, dict[str, str]]
+
+
+class LabelledBatch(NamedTuple):
+    """One micro-batch for training with labels."""
+
+    images: Float[Tensor, "B C H W"]
+    labels: Int[Tensor, " B"]
+    skipped: dict[str, str]  # files that did not decode, with the reason; others stand in for them
+
+
+@dataclass(frozen=True)
+class LabelledSamples(Dataset[LabelledSample]):
+    """Training samples with labels by (epoch, index).
+
+    The augmentations of timm and torchvision draw from the global generators of Python, NumPy and torch: for a sample
+    these are set to a seed of (seed, epoch, index), and afterwards to where they were.
+
+    Attributes:
+        images: A source with labels.
+        transform: From an image of uint8 to what the model takes.
+        seed: Seed of the run.
+    """
+
+    images: Source
+    transform: Callable[[UInt8[Tensor, "C H W"]], Float[Tensor, "C h w"]]
+    seed: int
+
+    def __getitem__(self, key: tuple[int, int]) -> LabelledSample:
+        """Augment the image (epoch, index).
+
+        Returns:
+            What the model takes, the label, and what did not decode.
+
+        Raises:
+            DataError: If neither it nor the images after it decode.
+        """
+        epoch, index = key
+        image, read, skipped = read_or_substitute(self.images, index)
+        label = self.images.label(read)
+        assert label is not None
+        with seeded(mix(self.seed, epoch, index)):
+            return self.transform(image), label, skipped
+
+
+def collate_labelled(samples: list[LabelledSample]) -> LabelledBatch:
+    """Stack the images and labels of samples."""
+    images, labels, skipped = zip(*samples, strict=True)
+    return LabelledBatch(torch.stack(images), torch.tensor(labels), join_skipped(skipped))
+
+
+# -- augmentation ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingTransform:
+    """timm's training transform for images of uint8; an object, so that worker processes can have it."""
+
+    steps: Callable[[Any], Tensor]
+
+    def __call__(self, image: UInt8[Tensor, "C H W"]) -> Float[Tensor, "C h w"]:
+        """Augment and normalise one image, drawing from the global generators."""
+        return self.steps(to_pil_image(image))
+
+
+def training_transform(
+    input_size: tuple[int, int, int],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    scale: tuple[float, float],
+    flip: bool,
+    auto_augment: str,
+    random_erasing: float,
+) -> TrainingTransform:
+    """Make timm's training transform for what a backbone takes.
+
+    Args:
+        input_size: Channels, height and width.
+        mean: Mean of every channel, 0 to 1.
+        std: Its standard deviation.
+        scale: Range of a crop's area, as a share of the image's.
+        flip: Mirror every other image.
+        auto_augment: Policy as timm writes it, such as rand-m9-mstd0.5-inc1; `none` has none.
+        random_erasing: Probability that a box is filled with noise.
+    """
+    transform = create_transform(
+        input_size,
+        is_training=True,
+        scale=scale,
+        hflip=0.5 if flip else 0.0,
+        color_jitter=None,
+        auto_augment=None if auto_augment == "none" else auto_augment,
+        interpolation="bicubic",
+        mean=tuple(mean),
+        std=tuple(std),
+        re_prob=random_erasing,
+        re_mode="pixel",
+    )
+    for step in transform.transforms:
+        for operation in getattr(step, "ops", ()):
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+    return TrainingTransform(transform)
+
+
+def _posterize(image: Any, bits: int, **rest: Any) -> Any:
+    """Posterize as timm does, but never to 0 bits, which Pillow refuses since version 13."""
+    return posterize(image, max(bits, 1), **rest)
+
+
+# -- which labels ------------------------------------------------------------------------------------------------------
+
+
+def labelled_parts(parts: Parts, *, address: str, seed: int, fraction: float = 1.0, shots: int | None = None) -> Parts:
+    """Check that a set can be learned from, and keep only those training images whose labels are to be used.
+
+    Args:
+        parts: The set.
+        address: What to call it in a message.
+        seed: Seed of the choice.
+        fraction: Share of the labels of every class.
+        shots: Number of labels of every class, instead of a share.
+
+    Raises:
+        DataError: If there are no labels, or held-out images of a class that nothing can be learned about.
+    """
+    train, held_out = parts
+    if not (has_labels(train) and has_labels(held_out)):
+        raise DataError(f"no labels; {address}; needs two classes or more, as folders PART/CLASS/IMAGE or CLASS/IMAGE")
+    labels, asked = (labels_of(part, range(len(part))).tolist() for part in parts)
+    unknown = [held_out.classes[label] for label in sorted({*asked} - {*labels})]
+    if unknown:
+        raise DataError(f"held-out classes without training images: {', '.join(unknown)}; {address}; add some")
+    if fraction == 1.0 and shots is None:
+        return parts
+    return Parts(Subset(train, label_subset(labels, seed, fraction=fraction, shots=shots)), held_out)
+
+
+def label_subset(labels: Sequence[int], seed: int, *, fraction: float = 1.0, shots: int | None = None) -> list[int]:
+    """Choose some images of every class, by seed: a share of them, at least one, or `shots`, as far as there are any.
+
+    What a smaller share chooses, a larger one chooses too.
+
+    Returns:
+        Places in `labels`, ascending.
+    """
+    of_class: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        of_class.setdefault(label, []).append(index)
+    chosen: list[int] = []
+    for label, members in of_class.items():
+        count = max(round(fraction * len(members)), 1) if shots is None else shots
+        order = torch.randperm(len(members), generator=torch.Generator().manual_seed(mix(seed, label)))
+        chosen += [members[place] for place in order[:count].tolist()]
+    return sorted(chosen)

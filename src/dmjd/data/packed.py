@@ -1,0 +1,46 @@
+"""Millions of short texts in one buffer.
+
+A list of strings would be copied into every worker process, object by object.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PackedStrings:
+    """A numbered set of texts; tensors, because worker processes share the memory of these.
+
+    Attributes:
+        content: The texts one after the other, in UTF-8; bytes of file names that are no Unicode stay as they are.
+        ends: Where they end.
+    """
+
+    content: UInt8[Tensor, " bytes"]
+    ends: Int[Tensor, " n"]
+
+    @classmethod
+    def pack(cls, texts: Iterable[str]) -> "PackedStrings":
+        """Pack texts, none of them or many."""
+        encoded = [text.encode(errors="surrogateescape") for text in texts]
+        joined = bytearray(b"".join(encoded))
+        content = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
+        return cls(content, torch.tensor([len(each) for each in encoded], dtype=torch.long).cumsum(0))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        """Look one text up.
+
+        Raises:
+            IndexError: If there is none of this number.
+        """
+        if not 0 <= index < len(self.ends):
+            raise IndexError(f"no text {index} among {len(self.ends)}")
+        start = int(self.ends[index - 1]) if index else 0
+        return self.content[start : int(self.ends[index])].numpy().tobytes().decode(errors="surrogateescape")

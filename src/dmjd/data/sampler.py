@@ -1,0 +1,60 @@
+"""Which samples a step sees, as a pure function of (seed, step): the same from any step on, for any number of ranks.
+
+The images of a run are one endless stream: position p is image order(epoch)[p mod n] of epoch p // n. Step s takes the
+positions s*B ... s*B + B-1, so every batch is full, whatever the size of the set.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Int
+from torch import Generator, Tensor
+from torch.utils.data import Sampler
+
+from dmjd.data.random import mix
+
+
+@lru_cache(maxsize=2)
+def order(seed: int, epoch: int, count: int) -> Int[Tensor, " n"]:
+    """Shuffle the numbers of `count` images for an epoch."""
+    return torch.randperm(count, generator=Generator().manual_seed(mix(seed, epoch)))
+
+
+@dataclass(frozen=True)
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """The (epoch, index) of every micro-batch of one rank, from a step to the end of the run.
+
+    A step's batch is cut into accumulation * world_size micro-batches; rank r takes number r, r + world_size, ...
+
+    Attributes:
+        count: Images of the set.
+        batch_size: Images in one step, over all ranks and micro-batches; a multiple of their number.
+        start: Steps done before.
+        steps: Steps of the whole run.
+        seed: Seed of the order of the images.
+        accumulation: Micro-batches of one rank in a step.
+        rank: This rank, from 0.
+        world_size: Number of ranks.
+    """
+
+    count: int
+    batch_size: int
+    start: int
+    steps: int
+    seed: int
+    accumulation: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    def __len__(self) -> int:
+        return (self.steps - self.start) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        micro = self.batch_size // (self.accumulation * self.world_size)
+        for step in range(self.start, self.steps):
+            for part in range(self.accumulation):
+                first = step * self.batch_size + (part * self.world_size + self.rank) * micro
+                places = [divmod(position, self.count) for position in range(first, first + micro)]
+                yield [(epoch, int(order(self.seed, epoch, self.count)[place])) for epoch, place in places]

@@ -1,0 +1,233 @@
+"""Ranks: the only file that knows that several processes may train one model.
+
+`torchrun --nproc-per-node N -m dmjd VERB ...` starts N processes, the ranks. Each takes its share of every batch and of
+every evaluation; rank 0 alone writes files and speaks. Without torchrun there is one rank and no process group, and
+everything here is what it would be if the file were not there.
+"""
+
+import copy
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dmjd.engine.device import choose_device
+from dmjd.errors import ConfigError
+
+T = TypeVar("T")
+Parallel = Literal["ddp", "fsdp"]
+BLOCK = re.compile(r"(^|\.)blocks\d*\.\d+$")  # what FSDP shards by itself: a block of a transformer, by timm's names
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, as one of them sees them.
+
+    Attributes:
+        device: Where this rank computes.
+        rank: Its number.
+        world_size: How many there are.
+        talk: Group for short messages between the CPUs; it waits for no GPU.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    talk: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes."""
+        return self.rank == 0
+
+    def number(self, part: int) -> int:
+        """Number a micro-batch of this rank among those of all ranks in a step."""
+        return part * self.world_size + self.rank
+
+    def micro_batch(self, batch_size: int, accumulation: int = 1) -> int:
+        """Count the images that a rank sees at a time, of a batch over all ranks and parts.
+
+        Raises:
+            ConfigError: If ranks and parts do not divide the batch.
+        """
+        parts = accumulation * self.world_size
+        if batch_size % parts:
+            of = f"{self.world_size} processes" + (f" x optim.accumulation {accumulation}" if accumulation > 1 else "")
+            raise ConfigError(f"batch_size {batch_size} is no multiple of {of}; choose a multiple of {parts}")
+        return batch_size // parts
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Take this rank's share of what is to be evaluated: every world_size-th item."""
+        return items[self.rank :: self.world_size]
+
+    def agree(self, *flags: bool) -> list[bool]:
+        """Tell of every flag whether any rank has it set."""
+        if self.world_size == 1:
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(raised, dist.ReduceOp.MAX, group=self.talk)
+        return raised.bool().tolist()
+
+    def gather(self, item: T) -> list[T]:
+        """Collect an object of every rank, in their order, on all of them."""
+        items: list[Any] = [item] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(items, item, group=self.talk)
+        return items
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Let rank 0 do something and hand the result, or the error, to all ranks; the others wait for it."""
+        if self.world_size == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except Exception as error:  # it is raised on every rank, so that none waits for ever
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=self.talk)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Average scalars over the ranks, which all have equally many images."""
+        if self.world_size == 1:
+            return dict(values)
+        stacked = torch.stack([*values.values()])
+        dist.all_reduce(stacked)
+        return dict(zip(values, stacked / self.world_size, strict=True))
+
+
+@contextmanager
+def join_ranks(device: str) -> Iterator[Ranks]:
+    """Meet the other ranks that torchrun has started, if it has; ranks but the first are silent meanwhile.
+
+    Args:
+        device: As `choose_device` takes it. Of several GPUs every rank has that of its place on the machine.
+
+    Raises:
+        ConfigError: If the device is unknown, absent, or one for all ranks.
+    """
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if world_size == 1:
+        yield Ranks(choose_device(device))
+        return
+    if ":" in device:
+        raise ConfigError(f"{world_size} processes cannot share a device; --device {device}; leave its number out")
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        chosen = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', rank)}")
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+    with ExitStack() as silence:
+        if rank:
+            nowhere = silence.enter_context(Path(os.devnull).open("w"))
+            silence.enter_context(redirect_stdout(nowhere))
+            silence.enter_context(redirect_stderr(nowhere))
+        sys.stdout.flush()
+        yield Ranks(chosen, rank, world_size, dist.new_group(backend="gloo"))
+    dist.destroy_process_group()  # not after an error: others may still wait for this rank, and would be waited for
+
+
+class ParallelModel:
+    """A network that all ranks train: as it is (one rank), copied to each (DDP), or shared out among them (FSDP2).
+
+    DDP keeps whole weights, gradients and optimizer states on every rank. FSDP keeps a share of each on a rank and
+    brings the weights of a block together while it computes. What is no part of checkpoints, a frozen teacher, stays
+    whole on every rank.
+
+    Args:
+        module: The network, on this rank's device and the same on all ranks. FSDP changes its parameters, so the
+            optimizer has to be made afterwards.
+        ranks: Who trains.
+        parallel: `ddp` or `fsdp`.
+        compile: Compile forward and backward pass by torch.compile.
+
+    Attributes:
+        module: The network itself, whose parameters are trained.
+    """
+
+    def __init__(self, module: nn.Module, ranks: Ranks, *, parallel: Parallel = "ddp", compile: bool = False):
+        self.ranks = ranks
+        self._copy: nn.Module | None = None
+        if ranks.world_size > 1 and ranks.device.type == "cuda":  # statistics of the whole batch; GPUs only
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        self.module = module
+        if ranks.world_size > 1 and parallel == "fsdp":
+            saved = module.state_dict().keys()
+            whole = {parameter for name, parameter in module.named_parameters() if name not in saved}
+            self._copy = copy.deepcopy(module, {id(parameter): parameter for parameter in whole})
+            shard(module, init_device_mesh(ranks.device.type, (ranks.world_size,)), whole)
+        if compile:
+            module.compile()
+        self._forward: Any = module
+        if ranks.world_size > 1 and parallel == "ddp":
+            device_ids = [ranks.device] if ranks.device.type == "cuda" else None
+            self._forward = DistributedDataParallel(module, device_ids=device_ids)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run the network's forward pass."""
+        return self._forward(*arguments)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def synchronized(self, last: bool) -> AbstractContextManager[None]:
+        """Make the context of a forward and a backward pass: only the last one of a step averages over the ranks."""
+        if isinstance(self._forward, FSDPModule):
+            self._forward.set_requires_gradient_sync(last)
+        elif isinstance(self._forward, DistributedDataParallel) and not last:
+            return self._forward.no_sync()
+        return nullcontext()
+
+    def whole(self) -> nn.Module:
+        """Return the network with whole weights, to evaluate or to write: under FSDP a copy, as it is now.
+
+        All ranks have to call this together.
+        """
+        if self._copy is None:
+            return self.module
+        self._copy.load_state_dict({name: whole(value) for name, value in self.module.state_dict().items()})
+        return self._copy
+
+
+def shard(module: nn.Module, mesh: Any, ignored: set[nn.Parameter]) -> None:
+    """Share a network's parameters out, block by block, and those outside of any block together."""
+    for name, block in module.named_modules():
+        if BLOCK.search(name) and not ignored.intersection(block.parameters()):
+            fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh, ignored_params=ignored)
+
+
+def whole(value: Tensor) -> Tensor:
+    """Bring a tensor that is shared out together; all ranks have to do it. Any other is returned as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def local(value: Tensor) -> Tensor:
+    """Return this rank's share of a tensor, or all of one that is not shared out."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def shared_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Share a whole tensor out as a parameter of its shape is; one of another shape, a counter, stays whole."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )

@@ -1,0 +1,91 @@
+"""What the judgement of segmentation and of detection share."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtyping import UInt8
+from torch import Tensor
+from tqdm import tqdm
+
+from dmjd.data.decode import BadImage, decode
+from dmjd.data.folder import image_names
+from dmjd.data.source import Readable
+from dmjd.engine.distributed import Ranks
+from dmjd.errors import DataError
+
+SHOWN = 8  # held-out images in the report
+
+
+class Shown(NamedTuple):
+    """A held-out image for the report, with truth and prediction as the task has them."""
+
+    index: int
+    name: str
+    image: UInt8[Tensor, "C H W"]
+    truth: Any
+    prediction: Any
+
+
+@dataclass
+class Judged:
+    """How good a network is on the held-out images.
+
+    Attributes:
+        summary: Numbers; the first one says which network is the best.
+        rows: The table by class.
+        shown: Some images.
+    """
+
+    summary: dict[str, Any]
+    rows: list[dict[str, Any]]
+    shown: list[Shown] = field(default_factory=list)
+
+
+def shown_indices(count: int) -> set[int]:
+    """Choose held-out images for the report, spread over the set."""
+    return {round(place * (count - 1) / max(SHOWN - 1, 1)) for place in range(SHOWN)}
+
+
+def decodable(images: Readable, ranks: Ranks) -> Iterator[tuple[int, Any]]:
+    """Read this rank's share of a set one by one; what does not decode anywhere is counted in a line on stderr.
+
+    Raises:
+        DataError: If none decodes.
+    """
+    bad: dict[str, str] = {}
+    for index in tqdm(ranks.share(range(len(images))), desc="held-out images", leave=False, disable=None):
+        try:
+            item = images.read(index)
+        except BadImage as reason:
+            bad[images.name(index)] = str(reason)
+            continue
+        yield index, item
+    bad = {name: reason for each in ranks.gather(bad) for name, reason in each.items()}
+    if bad:
+        path, why = next(iter(bad.items()))
+        line = f"{len(bad)} of {len(images)} images left out, such as {path}: {why}"
+        if len(bad) == len(images):
+            raise DataError(f"{line}; {images.address}; correct them")
+        print(f"warning: {line}; {images.address}", file=sys.stderr)
+
+
+def images_to_predict(path: Path, in_chans: int) -> Iterator[tuple[str, UInt8[Tensor, "C H W"] | None]]:
+    """Read an image, or those of a folder, by name; None for one that does not decode, which stderr names.
+
+    Raises:
+        DataError: If there is none, or two have the same name but for its ending.
+    """
+    if not path.exists():
+        raise DataError(f"no such image or folder; {path}; check --predict")
+    root, names = (path, image_names(path)) if path.is_dir() else (path.parent, [path.name])
+    if len({Path(name).with_suffix("") for name in names}) < len(names):
+        raise DataError(f"two images of the same name but for the ending; {path}; rename one")
+    for name in tqdm(names, desc="predicting", unit=" images", leave=False, disable=None):
+        try:
+            yield name, decode(root / name, in_chans)
+        except BadImage as reason:
+            print(f"warning: {reason}; {root / name}; left out", file=sys.stderr)
+            yield name, None

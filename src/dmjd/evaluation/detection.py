@@ -1,0 +1,123 @@
+"""Object detection, judged: COCO's average precision on all held-out images."""
+
+import contextlib
+import io
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from dmjd.data.detection import DetectionSet, Objects
+from dmjd.engine.distributed import Ranks
+from dmjd.errors import ConfigError, DataError
+from dmjd.evaluation.dense import Judged, Shown, decodable, shown_indices
+
+try:
+    from torchmetrics.detection import MeanAveragePrecision
+except ModuleNotFoundError as error:
+    raise ConfigError(f"{error.name} is missing; dmjd detect needs it; pip install 'dmjd[dense]'") from None
+
+DRAWN = 0.5  # lowest score of a box in a picture
+MEASURES = {
+    "map": "map",
+    "map50": "map_50",
+    "map75": "map_75",
+    "map_small": "map_small",
+    "map_medium": "map_medium",
+    "map_large": "map_large",
+}
+Found = dict[str, Tensor]  # boxes (n, 4), labels from 0 (n), perhaps scores (n) in falling order and masks (n, H, W)
+
+
+@dataclass(frozen=True)
+class Finder:
+    """Finds objects in an image.
+
+    Attributes:
+        network: A detector of torchvision, in evaluation mode.
+        autocast: Context of the forward pass.
+    """
+
+    network: nn.Module
+    autocast: Callable[[], AbstractContextManager[None]]
+
+    def __call__(self, image: UInt8[Tensor, "C H W"]) -> Found:
+        """Find boxes, labels from 0, scores in falling order, and masks if the network has them; on the CPU."""
+        device = next(self.network.parameters()).device
+        with self.autocast():
+            (found,) = self.network([image.to(device) / 255])
+        seen = {"boxes": found["boxes"].float(), "labels": found["labels"] - 1, "scores": found["scores"].float()}
+        if "masks" in found:
+            seen["masks"] = found["masks"][:, 0] >= 0.5
+        return {name: value.cpu() for name, value in seen.items()}
+
+
+def likely(found: Found) -> Found:
+    """Keep what is worth drawing."""
+    return {name: value[found["scores"] >= DRAWN] for name, value in found.items()}
+
+
+def judge_detection(find: Finder, held_out: DetectionSet, ranks: Ranks) -> Judged:
+    """Compute COCO's average precision (0 to 1) of boxes, and of masks if there are any, on all held-out images.
+
+    Every rank looks at its share. Small, medium and large are so by the area of the box (COCO's own program takes that
+    of the outline, for boxes too). A measure without objects, such as that of small ones, is None.
+
+    Raises:
+        DataError: If there is no object.
+    """
+    pairs: list[tuple[int, Found, dict[str, Tensor]]] = []
+    shown: list[Shown] = []
+    wanted = shown_indices(len(held_out))
+    for index, (image, objects) in decodable(held_out, ranks):
+        found, truth = find(image), annotation(objects)
+        pairs.append((index, found, truth))
+        if index in wanted:
+            true = {name: value for name, value in truth.items() if name != "iscrowd"}
+            shown.append(Shown(index, held_out.name(index), image, true, likely(found)))
+    gathered = ranks.gather((pairs, shown))
+    pairs = sorted((pair for each in gathered for pair in each[0]), key=lambda pair: pair[0])
+    shown = sorted((picture for each in gathered for picture in each[1]), key=lambda picture: picture.index)
+    if not sum(int((truth["iscrowd"] == 0).sum()) for _, _, truth in pairs):
+        raise DataError(f"no objects in the held-out images that decode; {held_out.address}; correct them")
+    summary, rows = average_precision(pairs, held_out)
+    return Judged(summary | {"images": len(pairs)}, rows, shown)
+
+
+def annotation(objects: Objects) -> dict[str, Tensor]:
+    """Lay the true objects of an image out as torchmetrics has them."""
+    truth = {"boxes": objects.boxes, "labels": objects.labels, "iscrowd": objects.ignored.long()}
+    return truth if objects.masks is None else truth | {"masks": objects.masks}
+
+
+def average_precision(
+    pairs: list[tuple[int, Found, dict[str, Tensor]]], held_out: DetectionSet
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Compute the measures of all images, and a row for every class."""
+    kinds = ("bbox", "segm") if held_out.masks else ("bbox",)
+    metric = MeanAveragePrecision(iou_type=kinds, class_metrics=True, backend="faster_coco_eval")
+    for _, found, truth in pairs:
+        metric.update([found], [truth])
+    with contextlib.redirect_stdout(io.StringIO()):  # the library reports its progress
+        values = metric.compute()
+    summary: dict[str, Any] = {}
+    by_class: dict[str, dict[int, float | None]] = {}
+    for kind, prefix in zip(kinds, ("", "mask_"), strict=False):
+        ours = {name.removeprefix(f"{kind}_"): value for name, value in values.items()}
+        summary |= {prefix + name: share(ours[theirs]) for name, theirs in MEASURES.items()}
+        numbers, precisions = values["classes"].reshape(-1).tolist(), ours["map_per_class"].reshape(-1)
+        by_class[f"{prefix}ap"] = dict(zip(numbers, map(share, precisions), strict=True))
+    rows = [
+        {"class": name, "objects": held_out.counts[number]}
+        | {measure: "" if (value := found.get(number)) is None else value for measure, found in by_class.items()}
+        for number, name in enumerate(held_out.classes)
+    ]
+    return summary, rows
+
+
+def share(value: Tensor) -> float | None:
+    """Round a measure; -1 stands for none."""
+    return round(float(value), 4) if value >= 0 else None

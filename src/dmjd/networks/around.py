@@ -1,0 +1,90 @@
+"""What segmentation and detection do with the backbone inside their networks."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dmjd.backbones.files import save_backbone
+from dmjd.backbones.pyramid import Pyramid
+from dmjd.data.annotated import AnnotatedSamples, collate_annotated
+from dmjd.engine.loop import Objective
+from dmjd.engine.trainer import Trainer
+from dmjd.errors import ConfigError
+from dmjd.evaluation.dense import Judged
+from dmjd.evaluation.features import FeatureExtractor
+
+
+def make_pyramid(backbone: FeatureExtractor, name: str, *, window: int | None = None) -> Pyramid:
+    """Make maps of a backbone, with windowed attention if wanted, and try them.
+
+    Raises:
+        ConfigError: If it has no maps, takes images of one size only, or cannot have windows; `name` is named.
+    """
+    try:
+        pyramid = Pyramid(backbone.model, window).to(backbone.device).eval()
+    except ValueError as error:
+        raise ConfigError(f"{error}; {name}; take another backbone") from None
+    try:
+        with torch.no_grad():
+            pyramid(torch.zeros(1, backbone.in_chans, 64, 96, device=backbone.device))
+    except (AssertionError, RuntimeError):  # some models of timm are bound to a size in ways of their own
+        what = "the backbone does not take images of any size" + (", or not in windows" if window else "")
+        raise ConfigError(f"{what}; {name}; take another backbone") from None
+    return pyramid
+
+
+def heads_of(network: nn.Module, backbone: nn.Module) -> nn.ModuleList:
+    """List the largest parts of a network that hold nothing of its backbone."""
+    return nn.ModuleList(_outermost(network, {id(module) for module in backbone.modules()}))
+
+
+def _outermost(module: nn.Module, inside: set[int]) -> Iterator[nn.Module]:
+    for child in module.children():
+        if id(child) in inside:
+            continue
+        if any(id(each) in inside for each in child.modules()):
+            yield from _outermost(child, inside)
+        else:
+            yield child
+
+
+def fit_around(
+    trainer: Trainer,
+    backbone: FeatureExtractor,
+    samples: AnnotatedSamples,
+    objective: Objective,
+    judge: Callable[[nn.Module], Judged],
+    task: Mapping[str, Any],
+) -> Judged:
+    """Train a network around a backbone, keep the best and the last as files, and return the last judgement.
+
+    Args:
+        trainer: Of the network.
+        backbone: Whose model is inside it.
+        samples: What training sees.
+        objective: From the network and a batch to scalars by name; `loss` is minimised.
+        judge: Looks at the held-out images with a network in evaluation mode.
+        task: What describes the network, for `read_task`.
+    """
+    inside = next(name for name, module in trainer.model.module.named_modules() if module is backbone.model)
+    judged: Judged | None = None
+
+    def evaluate(step: int) -> dict[str, float]:
+        nonlocal judged
+        with torch.inference_mode():
+            judged = judge(trainer.model.whole().eval())
+        return {name: value for name, value in judged.summary.items() if isinstance(value, float)}
+
+    def keep(name: str) -> None:
+        network, path = trainer.model.whole(), trainer.run.out / name
+        model = network.get_submodule(inside)
+        if trainer.ranks.is_main:
+            save_backbone(path, model, backbone.architecture, *backbone.statistics, around=network, task=task)
+
+    trainer.fit(samples, collate_annotated, objective, evaluate, keep=keep)
+    assert judged is not None
+    best = {name: value for name, value in trainer.run.summary.items() if name.startswith("best_")}
+    judged.summary |= best | {"train_images": len(samples.images), "seconds": round(trainer.run.seconds, 1)}
+    return judged

@@ -1,0 +1,85 @@
+"""Object detection: torchvision's Faster R-CNN, or Mask R-CNN, on the maps of any backbone."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import initLevelMapper
+
+from dmjd.backbones.pyramid import Pyramid
+
+BOX_SIDE = 7  # what torchvision's head sees of a box, in points of a map
+
+
+class PyramidFPN(nn.Module):
+    """The maps that torchvision's detectors look at: a feature pyramid network (Lin et al. 2017) on a backbone's."""
+
+    def __init__(self, pyramid: Pyramid, width: int):
+        super().__init__()
+        self.pyramid = pyramid
+        self.fpn = FeaturePyramidNetwork(pyramid.channels, width, extra_blocks=LastLevelMaxPool())
+        self.out_channels = width
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> dict[str, Tensor]:
+        """Compute maps of strides 4, 8, 16, 32 and 64, named 0, 1, 2, 3 and pool."""
+        return self.fpn(dict(zip("0123", self.pyramid(images), strict=True)))
+
+
+def create_detector(
+    pyramid: Pyramid,
+    num_classes: int,
+    *,
+    masks: bool,
+    crop_hw: tuple[int, int],
+    statistics: tuple[Sequence[float], Sequence[float]],
+    fpn_channels: int,
+    head_channels: int,
+) -> nn.Module:
+    """Make torchvision's detector: images (C, H, W) of 0..1 in a list, losses or boxes out.
+
+    Args:
+        pyramid: Makes the maps.
+        num_classes: Classes, without the background.
+        masks: With a head for masks.
+        crop_hw: Height and width of training images; others are resized to their sides.
+        statistics: Mean and standard deviation of the channels.
+        fpn_channels: Width of the feature pyramid network.
+        head_channels: Width of the layers that judge a box.
+    """
+    options: dict[str, Any] = {
+        "min_size": min(crop_hw),
+        "max_size": max(crop_hw),
+        "image_mean": list(statistics[0]),
+        "image_std": list(statistics[1]),
+        "size_divisible": 64,  # the coarsest map's stride
+        "_skip_resize": True,  # in training: crops have their size
+        "box_head": TwoMLPHead(fpn_channels * BOX_SIDE**2, head_channels),
+        "box_predictor": FastRCNNPredictor(head_channels, num_classes + 1),  # and the background
+    }
+    if masks:
+        options["mask_head"] = MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, 1)
+        options["mask_predictor"] = MaskRCNNPredictor(fpn_channels, fpn_channels, num_classes + 1)
+    model: Any = (MaskRCNN if masks else FasterRCNN)(PyramidFPN(pyramid, fpn_channels), **options)
+    for part in (model.backbone, model.rpn.head, model.roi_heads.box_predictor):
+        part.register_forward_hook(lambda module, given, found: float32(found))
+    for pooler in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
+        if pooler is not None:  # left alone, it guesses strides from the first image, wrongly for some sizes
+            pooler.scales = [1 / stride for stride in pyramid.strides]
+            pooler.map_levels = initLevelMapper(*(round(math.log2(pyramid.strides[end])) for end in (0, -1)))
+    return model
+
+
+def float32(found: Any) -> Any:
+    """Cast what a part of the network says: boxes are computed in its type, and 8 bits of bf16 are no coordinate."""
+    if isinstance(found, Tensor):
+        return found.float()
+    if isinstance(found, dict):
+        return {name: value.float() for name, value in found.items()}
+    return type(found)(float32(each) for each in found)

@@ -1,0 +1,82 @@
+"""Names for the kinds of a thing: one new file, in the package or in another distribution, is enough to add one."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from dmjd.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """The kinds of a thing by name, filled by decorators.
+
+    The first question imports every module of a package and then everything that other distributions offer under
+    entry points of the package's name, so that their decorators run::
+
+        register_target: Registry[Builder] = Registry("target", "dmjd.targets")
+
+        @register_target("hog")
+        def build_hog(request): ...
+
+        register_target.get("hog")
+
+    Args:
+        noun: What the things are called in messages, in the singular.
+        package: The package whose modules register things, and the group of the entry points.
+    """
+
+    def __init__(self, noun: str, package: str):
+        self.noun, self.package = noun, package
+        self._entries: dict[str, T] = {}
+        self._loaded = False
+
+    def __call__(self, *names: str) -> Callable[[T], T]:
+        """Make a decorator that registers what it decorates under one name or several.
+
+        Raises:
+            ValueError: If something else already has the name.
+        """
+
+        def register(entry: T) -> T:
+            for name in names:
+                if self._entries.setdefault(name, entry) is not entry:
+                    raise ValueError(f"there are two kinds of {self.noun} of the name {name!r}")
+            return entry
+
+        return register
+
+    def names(self) -> list[str]:
+        """List the names, in alphabetical order."""
+        self._load()
+        return sorted(self._entries)
+
+    def get(self, name: str) -> T:
+        """Look up what was registered under a name.
+
+        Raises:
+            ConfigError: If there is no such name; the message has the nearest one, or all of them.
+        """
+        self._load()
+        if name in self._entries:
+            return self._entries[name]
+        nearest = get_close_matches(name, self._entries, n=1)
+        advice = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(self.names())}"
+        raise ConfigError(f"no {self.noun} of this name; {name}; {advice}")
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True  # before the imports: a module may ask while it is being imported
+        try:
+            for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
+                importlib.import_module(f"{self.package}.{module.name}")
+            for entry_point in entry_points(group=self.package):
+                entry_point.load()
+        except BaseException:
+            self._loaded = False
+            raise

@@ -1,0 +1,169 @@
+"""Curves of what a run has logged, as drawings inside a page that follow the reader's light or dark theme."""
+
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Integer
+from markupsafe import Markup, escape
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+# Figures are drawn in these stand-in colours; `svg` turns each into the CSS variable of its name.
+INK, MUTED, LINE, WARN = "#010101", "#020202", "#030303", "#040404"
+HUES = ("#050505", "#060606", "#070707")
+VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", WARN: "warn"} | {hue: f"hue{i}" for i, hue in enumerate(HUES)}
+
+CURVES: dict[str, dict[str, str]] = {
+    "Loss": {
+        "total": "loss",
+        "hidden tokens": "loss_masked",
+        "visible tokens": "loss_visible",
+        "auxiliary head": "loss_auxiliary",
+    },
+    "Learning rate": {"learning rate": "lr"},
+    "Gradient norm": {"gradient norm": "grad_norm"},
+    "Top-1, percent": {"top-1": "top1"},
+    "mIoU, percent": {"mIoU": "miou"},
+    "AP, percent": {"boxes": "map", "masks": "mask_map"},
+    "k-NN top-1, percent": {"k-NN top-1": "knn_top1"},
+    "RankMe": {"RankMe": "rankme"},
+    "Standard deviation of features": {"standard deviation": "feature_std"},
+    "Images per second": {"images per second": "images_per_second"},
+}
+SHARES = frozenset(["top1", "knn_top1", "miou", "map", "mask_map"])  # shown in percent
+EVALUATED = frozenset(["rankme", "feature_std", *SHARES])  # drawn over epochs, the others over steps
+
+Line = dict[str, Any]  # of metrics.jsonl
+
+
+def read_metrics(path: Path) -> list[Line]:
+    """Read the logged lines in order of step, without lines cut off by a killed writer; none where there is no file.
+
+    A resumed run repeats the steps after its checkpoint: the later line of a step and kind counts.
+    """
+    found: dict[tuple[int, bool], Line] = {}
+    for text in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else ():
+        with suppress(ValueError, KeyError, TypeError):
+            line = json.loads(text)
+            found[line["step"], "loss" in line] = line
+    return [found[key] for key in sorted(found)]
+
+
+def series(lines: Sequence[Line], key: str, x: str = "step") -> Float[np.ndarray, "2 n"]:
+    """List where a quantity was logged, and its values there; `null` counts as not a number."""
+    points = [(line[x], math.nan if line[key] is None else line[key]) for line in lines if key in line]
+    return np.array(points, np.float64).reshape(-1, 2).T
+
+
+def draw_curves(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Draw every figure of `CURVES` that has something to show, with its title."""
+    return [figure for title, keys in CURVES.items() if (figure := curve(title, keys, lines))]
+
+
+def curve(title: str, keys: Mapping[str, str], lines: Sequence[Line]) -> dict[str, Any] | None:
+    """Draw logged quantities: a smooth line over the faint raw one; None where nothing was logged.
+
+    Args:
+        title: Of the figure.
+        keys: Quantities by the names of their lines.
+        lines: Of metrics.jsonl.
+    """
+    x = "epoch" if EVALUATED & set(keys.values()) else "step"
+    logged = {name: points for name, key in keys.items() if (points := series(lines, key, x)).size}
+    if not logged:
+        return None
+    figure = Figure(figsize=(4.6, 2.5), layout="constrained")
+    axes, spoken, drawn = plain_axes(figure), [], []
+    for (name, (at, values)), colour in zip(logged.items(), HUES, strict=False):
+        values = values * 100 if keys[name] in SHARES else values
+        finite = np.isfinite(values)
+        lost = at[~finite][:: 1 + at.size // 300]
+        axes.plot(lost, 0 * lost, "|", color=WARN, transform=axes.get_xaxis_transform())
+        at, values = at[finite], values[finite]
+        if not values.size:
+            spoken.append(f"{name} never finite")
+            continue
+        kept = thinned(values)
+        smooth = smoothed(values, values.size // 40 if x == "step" and keys[name] != "lr" else 1)
+        axes.plot(at[kept], values[kept], color=colour, linewidth=0.7, alpha=0.35)
+        axes.plot(at[kept], smooth[kept], "o-" if x == "epoch" else "-", color=colour, linewidth=1.6, ms=3, label=name)
+        spoken.append(f"{name} from {smooth[0]:.3g} to {smooth[-1]:.3g}")
+        drawn.append(values)
+    set_scale(axes, title, drawn)
+    axes.set_xlabel(x, color=MUTED, fontsize=8)
+    name = re.sub(r"\W+", "-", title.lower())
+    return {"title": title, "svg": svg(figure, name, f"{title} over {x}s: {'; '.join(spoken)}")}
+
+
+def set_scale(axes: Any, title: str, drawn: Sequence[Float[np.ndarray, " n"]]) -> None:
+    """Choose the scale and the marks of a figure for the values drawn, and name the lines if they are several."""
+    if not drawn:
+        axes.text(0.5, 0.5, "no finite value", color=MUTED, ha="center", va="center", transform=axes.transAxes)
+        axes.set_yticks([])
+    elif title == "Gradient norm" and 0 < 30 * np.min(drawn[0]) < np.max(drawn[0]):
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter("")
+    elif title == "Images per second":
+        axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    if len(drawn) > 1:
+        add_legend(axes)
+
+
+def plain_axes(figure: Figure) -> Any:
+    """Make axes with a base line, faint horizontal rules and numbers, and no more."""
+    axes: Any = figure.subplots()
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    axes.spines["bottom"].set_color(LINE)
+    axes.grid(axis="y", color=LINE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=MUTED, labelsize=8, length=0)
+    axes.margins(x=0.01)
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+    axes.yaxis.get_major_locator().set_params(nbins=6)
+    return axes
+
+
+def add_legend(axes: Any, **names: Any) -> None:
+    """Put the names of the lines into one row above the axes; `names` goes to matplotlib."""
+    axes.legend(
+        frameon=False, fontsize=8, labelcolor=MUTED, ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 1), **names
+    )
+
+
+def svg(figure: Figure, name: str, label: str) -> Markup:
+    """Write a figure as SVG inside a page: real text, theme colours, and ids of its own, which start with `name`.
+
+    `label` says what is drawn, for those who cannot see it.
+    """
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True)
+    text = buffer.getvalue()
+    box = re.search(r'viewBox="[^"]+"', text)
+    body = re.sub(r"<metadata>.*?</metadata>", "", text[text.index(">", text.index("<svg")) + 1 :], flags=re.S)
+    body = body.replace('id="', f'id="{name}-').replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
+    for colour, variable in VARIABLES.items():
+        body = body.replace(colour, f"var(--{variable})")
+    return Markup(f'<svg {box[0] if box else ""} role="img" aria-label="{escape(label)}">{body}')
+
+
+def smoothed(values: Float[np.ndarray, " n"], window: int) -> Float[np.ndarray, " n"]:
+    """Average over `window` values around each one, and over fewer at the ends."""
+    kernel = np.ones(max(1, window))
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+
+
+def thinned(values: Float[np.ndarray, " n"], parts: int = 250) -> Integer[np.ndarray, " m"]:
+    """Choose where to draw a long curve: the ends, and the extremes of each part, so that no spike is lost."""
+    pieces = np.array_split(np.arange(values.size), min(values.size, parts))
+    extremes = [piece[pick(values[piece])] for piece in pieces for pick in (np.argmin, np.argmax)]
+    return np.unique([0, values.size - 1, *extremes])

@@ -1,0 +1,54 @@
+"""The page of segmentation and detection: numbers, held-out images, a table by class."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from dmjd.reports.page import jpeg
+from dmjd.reports.results import write_results
+
+
+def write_dense(
+    out: Path,
+    *,
+    verb: str,
+    settings: str,
+    lead: str,
+    summary: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    pictures: Mapping[str, Sequence[UInt8[np.ndarray, "H W 3"]]],
+    legend: Sequence[tuple[str, str]],
+) -> None:
+    """Write result.json, per_class.csv and report.html.
+
+    Args:
+        out: Directory of the results, made if there is none.
+        verb: What the command line calls it.
+        settings: As YAML.
+        lead: First sentence of the page.
+        summary: The numbers: shares from 0 to 1 are floats; besides them images, train_images and seconds.
+        rows: The table by class, which begins with its name; shares are floats, "" where there is none.
+        pictures: By name of a held-out image: itself, the truth and the prediction.
+        legend: Names of the classes and their colours.
+    """
+    shares = {name: value for name, value in summary.items() if isinstance(value, float) and name != "seconds"}
+    numbers = {measure(name): f"{value:.1%}" for name, value in shares.items()}
+    numbers |= {"training images": f"{summary['train_images']:,}"}
+    samples = [{"name": name, "pictures": [jpeg(each) for each in row]} for name, row in pictures.items()]
+    write_results(
+        out,
+        verb=verb,
+        settings=settings,
+        summary=summary,
+        rows=rows,
+        template="dense.html",
+        page={"lead": lead, "numbers": numbers, "samples": samples, "legend": legend},
+    )
+
+
+def measure(name: str) -> str:
+    """Write the name of a number for reading, such as mIoU for miou and AP50 for map50."""
+    return name.replace("_", " ").replace("miou", "mIoU").replace("map", "AP")

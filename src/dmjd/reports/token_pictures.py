@@ -1,0 +1,162 @@
+"""Held-out images as a masked model sees them: what was hidden, what is true there, what was predicted.
+
+The file of samples holds pictures only; targets have drawn what they predict, so nothing here knows the kinds of them.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Integer, UInt8
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dmjd.errors import CheckpointError
+from dmjd.reports.curves import HUES, INK, MUTED, add_legend, plain_axes, svg
+from dmjd.reports.page import png
+
+PICTURE_BUDGET = 1_500_000  # characters of inline pictures: keeps the file below 2 MB
+SMALL = 128  # pixels of width below which a browser is to show pixels as squares
+
+
+def write_samples(
+    path: Path,
+    *,
+    images: UInt8[Tensor, "n C H W"],
+    masked: Bool[Tensor, "n V L"] | UInt8[Tensor, "n V L"],
+    target: UInt8[Tensor, "n c h w"],
+    predicted: UInt8[Tensor, "n V c h w"],
+    times_hidden: Int[Tensor, "N L"],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write what the report shows of held-out images.
+
+    Args:
+        path: File to write.
+        images: The images.
+        masked: What of them each view hides.
+        target: Pictures of their targets, of 1 or 3 channels.
+        predicted: Pictures of what was predicted from each view; only hidden places are shown.
+        times_hidden: How often each token of N training images was hidden, over all views.
+        metadata: `grid` ("ROWS COLUMNS" of tokens), and `target`, `caption` and `backdrop` (see `dmjd.targets.Target`).
+    """
+    tensors = {
+        "images": images,
+        "masked": masked.to(torch.uint8),
+        "target": target,
+        "predicted": predicted,
+        "times_hidden": times_hidden,
+    }
+    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path, dict(metadata))
+
+
+def read_samples(path: Path) -> dict[str, Any]:
+    """Read such a file and lay its pictures out for the page.
+
+    Raises:
+        CheckpointError: If the file is broken, or of another version.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        rows, columns = map(int, metadata["grid"].split())
+        about = {name: metadata[name] for name in ("target", "caption", "backdrop")}
+        samples = sample_rows(tensors, (rows, columns), about["backdrop"])
+        counted = coverage(tensors["times_hidden"], (rows, columns), tensors["masked"].shape[1])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"broken pictures ({error}); {path}; remove the file for a report without") from None
+    return {**about, "samples": samples, "coverage": counted, "small": tensors["images"].shape[-1] < SMALL}
+
+
+def sample_rows(tensors: Mapping[str, np.ndarray], grid: tuple[int, int], backdrop: str) -> list[list[dict[str, str]]]:
+    """Lay out each image: itself, its target, then for each view what was seen and what was predicted.
+
+    As many images as fit in the budget of inline pictures, at least one.
+    """
+    rows: list[list[dict[str, str]]] = []
+    budget = PICTURE_BUDGET
+    columns = (tensors[name] for name in ("images", "masked", "target", "predicted"))
+    for image, masked, target, predicted in zip(*columns, strict=True):
+        image = image[: 3 if len(image) > 2 else 1]
+        known = image if backdrop == "image" else target // 3
+        shots = [("Image", "as it was given", image), ("Target", "the target at every token", target)]
+        for view, (hidden, guess) in enumerate(zip(masked.astype(bool), predicted, strict=True), 1):
+            seen = np.where(places(hidden, grid, image.shape), np.uint8(128), image)
+            pasted = np.where(places(hidden, grid, known.shape), guess, known)
+            shots.append((f"View {view}: seen", f"view {view}, {hidden.mean():.0%} of its tokens hidden", seen))
+            shots.append(("Predicted", f"view {view}, the prediction at its hidden tokens", pasted))
+        name = f"Held-out image {len(rows) + 1}"
+        row = [{"caption": caption, "alt": f"{name}: {alt}", "src": png(shot)} for caption, alt, shot in shots]
+        budget -= sum(len(shot["src"]) for shot in row)
+        if rows and budget < 0:
+            break
+        rows.append(row)
+    return rows
+
+
+def places(hidden: Bool[np.ndarray, " L"], grid: tuple[int, int], shape: tuple[int, ...]) -> Bool[np.ndarray, "H W"]:
+    """Find the pixels of a picture of `shape` (..., H, W) that belong to hidden tokens."""
+    return np.kron(hidden.reshape(grid), np.ones((shape[-2] // grid[0], shape[-1] // grid[1]), bool))
+
+
+def coverage(times_hidden: Integer[np.ndarray, "N L"], grid: tuple[int, int], num_views: int) -> dict[str, Any]:
+    """Measure prediction and corruption rate, and draw how often tokens were hidden: by place, and how many how often.
+
+    Independent masks of the same corruption rate would predict 1 - (1 - corruption)^views of the tokens.
+    """
+    times, corruption = np.arange(num_views + 1), float(times_hidden.mean()) / num_views
+    shares = np.bincount(times_hidden.ravel().astype(np.int64), minlength=num_views + 1) / times_hidden.size
+    chance = np.array([math.comb(num_views, k) * corruption**k * (1 - corruption) ** (num_views - k) for k in times])
+    mean = times_hidden.mean(0).reshape(grid)
+    span = f"{mean.min():.2f} to {mean.max():.2f}"
+    spoken = ", ".join(f"{share:.1%} hidden {count} times" for count, share in enumerate(shares))
+    return {
+        "heat": svg(
+            draw_places(mean, num_views),
+            "heat",
+            f"Mean times hidden at each place of the {grid[0]} by {grid[1]} grid: {span}",
+        ),
+        "bars": svg(draw_shares(shares, chance), "shares", f"Share of tokens: {spoken}"),
+        "predicted": f"{1 - shares[0]:.1%}",
+        "corrupted": f"{corruption:.1%}",
+        "independent": f"{1 - chance[0]:.1%}",
+        "num_views": num_views,
+        "num_images": len(times_hidden),
+        "span": span,
+    }
+
+
+def draw_places(mean: Float[np.ndarray, "h w"], num_views: int) -> Figure:
+    """Draw the mean times that the token of each place was hidden, of `num_views`."""
+    figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+    axes = figure.subplots()
+    blues = LinearSegmentedColormap.from_list("blues", ["#f1f5f9", "#8fb6d6", "#2c6c9f", "#10314d"])
+    shown = axes.imshow(mean, cmap=blues, vmin=0, vmax=num_views)
+    axes.set_axis_off()
+    axes.set_anchor("W")
+    ticks = np.arange(num_views + 1)
+    bar = figure.colorbar(shown, cax=axes.inset_axes((1.06, 0.04, 0.05, 0.92)), ticks=ticks)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=MUTED, labelsize=8, length=0)
+    return figure
+
+
+def draw_shares(shares: Float[np.ndarray, " n"], chance: Float[np.ndarray, " n"]) -> Figure:
+    """Draw the share of tokens that were hidden 0, 1, ... times, and what it would be for independent masks."""
+    figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+    axes, times = plain_axes(figure), np.arange(len(shares))
+    bars = axes.bar(times, shares * 100, 0.55, color=HUES[0], label="measured")
+    axes.bar_label(bars, [f"{share:.1%}" for share in shares], color=INK, fontsize=8, padding=3)
+    marks = axes.hlines(chance * 100, times - 0.14, times + 0.14, color=HUES[1], lw=2, label="independent masks")
+    axes.set(xticks=times, xlim=(-0.5, len(shares) - 0.5), ylim=(0, max(*shares, *chance) * 115))
+    axes.set_xlabel("times hidden", color=MUTED, fontsize=8)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    add_legend(axes, handles=[bars, marks])
+    return figure

@@ -1,0 +1,50 @@
+"""The running mean of the student's own weights as the teacher (data2vec, Baevski et al. 2022)."""
+
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+from dmjd.backbones.feature_maps import FeatureMaps
+from dmjd.targets.protocol import TargetRequest, register_target
+from dmjd.targets.teacher import FeatureTarget
+
+
+class EmaTeacher(FeatureTarget):
+    """Features of the mean, which is part of a checkpoint but not trained: `update` draws it towards the student.
+
+    Args:
+        maps: Chosen layers of a copy of the student; data2vec takes the top ones.
+        grid: Rows and columns of its tokens.
+        decay: Share of the mean that is kept at a step, at the start and at the end of a run.
+    """
+
+    caption = "Colours are the first three principal components of the features of the backbone's own running mean."
+
+    def __init__(self, maps: FeatureMaps, grid: tuple[int, int], *, decay: tuple[float, float] = (0.996, 0.9999)):
+        super().__init__(maps, grid)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, progress: float) -> None:
+        """Move towards the student; the decay grows linearly with `progress`, from 0 to 1, through the run."""
+        decay = self.decay[0] + (self.decay[1] - self.decay[0]) * progress
+        for mean, value in zip(self.maps.network.state_dict().values(), student.state_dict().values(), strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value.to(mean.dtype), 1 - decay)
+            else:
+                mean.copy_(value)
+
+
+@register_target("ema")
+def build_ema(request: TargetRequest) -> EmaTeacher:
+    """Make the mean of an encoder's backbone, as yet a copy of it."""
+    request.refuse_argument()
+    mean, std = request.normalize.statistics
+    maps = FeatureMaps(
+        deepcopy(request.encoder.backbone),
+        layers=request.option("teacher", "layers", (-1,)),
+        in_chans=request.in_chans,
+        takes={"input_size": (request.in_chans, *request.image_hw), "mean": mean, "std": std},
+    )
+    return EmaTeacher(maps, request.encoder.grid, decay=tuple(request.option("teacher", "decay", (0.996, 0.9999))))

@@ -1,0 +1,114 @@
+"""Runs several small pre-trainings one after the other, on as many ranks as it is started with.
+
+`[torchrun ...] ranks.py CASES.json`: a list of cases, each a dictionary of `Case`.
+"""
+
+import dataclasses
+import json
+import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+import dmjd
+from dmjd.data.crops import random_crop
+from dmjd.data.masked import MaskedSamples, collate_masked
+from dmjd.data.source import open_source
+from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
+from dmjd.engine.loop import Plan
+from dmjd.engine.optim import create_optimizer, learning_rate
+from dmjd.engine.run import Run
+from dmjd.engine.trainer import Trainer
+from dmjd.masking import block_masks
+
+SHAPE = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "decoder_embed_dim": 32, "decoder_depth": 2}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run."""
+
+    out: str
+    data: str
+    backbone: str = "vit"
+    target: str = "hog"
+    parallel: str = "ddp"
+    dtype: str = "float64"
+    steps: int = 50
+    batch_size: int = 8
+    accumulation: int = 1
+    saves: int = 1
+    workers: int = 0
+    clip_grad: float = 0.0
+    crash_after: int | None = None  # steps
+    resume: bool = False
+
+
+class Crash(Exception):
+    """The end of a run that is to be taken up again."""
+
+
+def run(case: Case, ranks: Ranks) -> None:
+    """Train, and write losses and sample ids of every rank, and the whole weights at the end."""
+    torch.manual_seed(0)
+    network = dmjd.build(
+        "dmjd",
+        "tiny",
+        image_size=32,
+        backbone=case.backbone,
+        masked_target=case.target,
+        decoder_num_heads=2,
+        **SHAPE,
+    ).to(getattr(torch, case.dtype))
+    model = ParallelModel(network, ranks, parallel=case.parallel)
+    train = open_source(case.data).train
+    plan = Plan(
+        steps=case.steps,
+        batch_size=case.batch_size,
+        accumulation=case.accumulation,
+        clip_grad=case.clip_grad,
+        workers=case.workers,
+        log_every=1,
+        evaluations=0,
+        saves=case.saves,
+    )
+    warm = learning_rate(1e-3, warmup_epochs=1, count=len(train), batch_size=case.batch_size, steps=case.steps)
+    optimizer = create_optimizer(network, name="adamw", lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95))
+    record = Run(Path(case.out), {}, train, batch_size=case.batch_size, ranks=ranks)
+    trainer = Trainer(record, model, optimizer, plan, lr=warm, autocast=nullcontext)
+    trainer.begin("", resume=case.resume)
+    crop = partial(random_crop, size=(32, 32), scale=(0.5, 1.0), ratio=(0.75, 1.33), flip=True)
+    masks = partial(block_masks, 1, (4, 4), num_views=2, mask_ratio=0.5)
+    ids: list[list[int]] = []
+
+    def objective(model: ParallelModel, batch: Any) -> dict[str, torch.Tensor]:
+        ids.append(batch.indices.tolist())
+        losses = model(batch.images, batch.masked)
+        return {"loss": losses.total, "loss_masked": losses.masked, "loss_visible": losses.visible}
+
+    def after_step(step: int) -> None:
+        network.update_targets(step / case.steps)
+        if step == case.crash_after:
+            raise Crash
+
+    try:
+        trainer.fit(
+            MaskedSamples(train, crop, masks, 0), collate_masked, objective, lambda step: {}, after_step=after_step
+        )
+    except Crash:
+        pass
+    (Path(case.out) / f"ids-{ranks.world_size}-{ranks.rank}.json").write_text(json.dumps([trainer.start, ids]))
+    weights = {name: value.contiguous() for name, value in model.whole().state_dict().items()}
+    if ranks.is_main:
+        save_file(weights, Path(case.out) / "weights.safetensors")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with join_ranks("cpu") as joined:
+        for values in json.loads(Path(sys.argv[1]).read_text()):
+            run(Case(**values), joined)

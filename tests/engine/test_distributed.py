@@ -1,0 +1,207 @@
+"""One rank or two, copied or shared out: the same run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ranks import Case, run
+from safetensors.torch import load_file
+
+from dmjd.engine.device import choose_device
+from dmjd.engine.distributed import Ranks, join_ranks
+from dmjd.errors import ConfigError
+
+SCRIPT = Path(__file__).with_name("ranks.py")
+CASES = list(product(("vit", "convvit"), ("hog", "ema")))
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nproc-per-node",
+    "2",
+    "--master-port",
+    "0",
+    "--standalone",
+]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(22):
+        pixels = np.random.default_rng(number).integers(0, 255, (34, 38, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def runs(images, tmp_path_factory):
+    """All runs: first those on one rank and on two from the start, then those that are taken up on the other number."""
+    root = tmp_path_factory.mktemp("runs")
+    one, two, one_again, two_again = [], [], [], []
+    for backbone, target in CASES:
+        for dtype, steps in (("float64", 50), ("float32", 10)):
+            name = f"{backbone}-{target}-{dtype}"
+            case = {"data": images, "backbone": backbone, "target": target, "dtype": dtype, "steps": steps}
+            one.append(case | {"out": f"{root}/1-{name}"})
+            two += [case | {"out": f"{root}/2-{name}-{parallel}", "parallel": parallel} for parallel in ("ddp", "fsdp")]
+    parts = {"data": images, "steps": 10, "accumulation": 2, "clip_grad": 0.5}
+    one.append(parts | {"out": f"{root}/1-parts"})
+    two += [parts | {"out": f"{root}/2-parts-{parallel}", "parallel": parallel} for parallel in ("ddp", "fsdp")]
+    stops = {"data": images, "target": "hog+ema", "steps": 14, "saves": 2}
+    one.append(stops | {"out": f"{root}/1-unbroken"})
+    for workers, parallel in ((0, "ddp"), (2, "ddp"), (0, "fsdp")):
+        broken = stops | {"workers": workers, "parallel": parallel, "crash_after": 9}
+        there, back = f"{root}/1-2-{workers}-{parallel}", f"{root}/2-1-{workers}-{parallel}"
+        one.append(broken | {"out": there})
+        two.append(broken | {"out": back})
+        whole = stops | {"workers": workers, "parallel": parallel, "resume": True}
+        two_again.append(whole | {"out": there})
+        one_again.append(whole | {"out": back})
+    for turn, (alone, together) in enumerate(((one, two), (one_again, two_again))):
+        cases = root / f"cases-{turn}.json"
+        cases.write_text(json.dumps(together))
+        result = subprocess.run([*TORCHRUN, str(SCRIPT), str(cases)], capture_output=True, text=True, env=ENVIRONMENT)
+        assert result.returncode == 0, result.stderr
+        for case in alone:
+            run(Case(**case), Ranks(choose_device("cpu")))
+    return root
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    keys = ("loss", "loss_masked", "loss_visible", "grad_norm")
+    return torch.tensor([[line[key] for key in keys] for line in lines if "loss" in line], dtype=torch.float64)
+
+
+def sample_ids(folder, world_size):
+    """The images of every step from the first of the process on, over all ranks."""
+    files = [folder / f"ids-{world_size}-{rank}.json" for rank in range(world_size)]
+    (start, *_), parts = zip(*(json.loads(file.read_text()) for file in files), strict=True)
+    return start, [[index for part in step for index in part] for step in zip(*parts, strict=True)]
+
+
+def assert_equal(folder, other, tolerance):
+    torch.testing.assert_close(losses(folder), losses(other), rtol=tolerance, atol=tolerance)
+
+
+def assert_equal_weights(folder, other, tolerance):
+    weights, others = (load_file(each / "weights.safetensors") for each in (folder, other))
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(value, others[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("backbone", "target"), CASES)
+def test_two_ranks__give_the_losses_and_weights_of_one(runs, backbone, target, parallel):
+    name = f"{backbone}-{target}-float64"
+    assert len(losses(runs / f"1-{name}")) == 50
+    assert_equal(runs / f"1-{name}", runs / f"2-{name}-{parallel}", 1e-12)
+    assert_equal_weights(runs / f"1-{name}", runs / f"2-{name}-{parallel}", 1e-12)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("backbone", "target"), CASES)
+def test_two_ranks__agree_with_one_in_float32_for_ten_steps(runs, backbone, target, parallel):
+    name = f"{backbone}-{target}-float32"
+    one, two = (losses(runs / each)[:, :3] for each in (f"1-{name}", f"2-{name}-{parallel}"))
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks__with_accumulation_and_clipping_give_the_losses_of_one(runs, parallel):
+    assert_equal(runs / "1-parts", runs / f"2-parts-{parallel}", 1e-12)
+    assert_equal_weights(runs / "1-parts", runs / f"2-parts-{parallel}", 1e-12)
+
+
+@pytest.mark.parametrize(("workers", "parallel"), [(0, "ddp"), (2, "ddp"), (0, "fsdp")])
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
+def test_resume__on_another_number_of_ranks_goes_on_with_the_same_samples_and_losses(
+    runs, first, then, workers, parallel
+):
+    folder, unbroken = runs / f"{first}-{then}-{workers}-{parallel}", runs / "1-unbroken"
+    start, ids = sample_ids(folder, then)
+    assert start == 7, "in the middle of an epoch, since 21 images are no whole number of steps of 8"
+    assert ids == sample_ids(unbroken, 1)[1][start:]
+    assert sample_ids(folder, first)[1][:start] == sample_ids(unbroken, 1)[1][:start]
+    assert_equal(folder, unbroken, 1e-12)
+    assert_equal_weights(folder, unbroken, 1e-12)
+
+
+def test_checkpoints__have_the_same_tensors_whatever_the_ranks(runs):
+    name = "vit-ema-float64"
+    folders = [runs / each / "checkpoints" for each in (f"1-{name}", f"2-{name}-ddp", f"2-{name}-fsdp")]
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        first, *others = (load_file(folder / "step-00000050" / file) for folder in folders)
+        for other in others:
+            assert {name: value.shape for name, value in first.items()} == {k: v.shape for k, v in other.items()}
+            for key, value in first.items():
+                torch.testing.assert_close(value, other[key], rtol=1e-12, atol=1e-12)
+    assert all("encoder" in key or "decoder" in key or "projector" in key for key in first if key.endswith(":exp_avg"))
+
+
+def test_join_ranks__without_torchrun_there_is_no_process_group(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with join_ranks("cpu") as ranks:
+        assert not torch.distributed.is_initialized()
+        assert (ranks.rank, ranks.world_size, ranks.is_main) == (0, 1, True)
+        assert ranks.agree(True, False) == [True, False]
+        assert ranks.gather("it") == ["it"]
+        assert list(ranks.share([1, 2, 3])) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation", "world_size"), [(7, 1, 2), (6, 2, 2), (10, 4, 1)])
+def test_micro_batch__a_batch_that_ranks_do_not_divide_is_a_configuration_error(batch_size, accumulation, world_size):
+    ranks = Ranks(torch.device("cpu"), world_size=world_size)
+    with pytest.raises(ConfigError, match=f"batch_size {batch_size}"):
+        ranks.micro_batch(batch_size, accumulation)
+    assert ranks.micro_batch(8 * accumulation * world_size, accumulation) == 8
+
+
+def start_rank(rank, port, arguments):
+    environment = ENVIRONMENT | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    command = [sys.executable, "-m", "dmjd", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_sigterm_to_one_rank__all_save_and_leave_with_143(images, tmp_path, signalled, free_tcp_port):
+    arguments = ["pretrain", "--data", images, "--epochs", "100000", "--batch_size", "8", "--device", "cpu"]
+    arguments += ["--workers", "0", "--out", str(tmp_path / "run"), "--monitor.saves", "20000"]
+    ranks = [start_rank(rank, free_tcp_port, arguments) for rank in (0, 1)]
+    try:
+        next(line for line in ranks[0].stderr if line.endswith("saved\n"))
+        ranks[signalled].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=60) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [143, 143], outputs
+    assert "go on with --resume" in outputs[0][1]
+    assert outputs[1] == ("", "")
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_on_main__an_error_reaches_every_rank(number):
+    def fail():
+        raise ConfigError("no")
+
+    with pytest.raises(ConfigError, match="no"):
+        Ranks(torch.device("cpu"), rank=number).on_main(fail)
