@@ -234,7 +234,7 @@ class PretrainSettings:
 
     run: Annotated[PretrainRun, flat("Run")] = field(default_factory=PretrainRun)
     init: Annotated[str | None, group("Model")] = None
-    """Backbone to start from: a backbone.safetensors or timm:NAME, of the same architecture. Default: random weights."""
+    """Weights to start from: a backbone.safetensors or timm:NAME, of the same architecture. Default: random ones."""
     model: Annotated[ModelSettings, group("Model")] = field(default_factory=ModelSettings)
     masking: Annotated[MaskingSettings, group("Masking")] = field(default_factory=MaskingSettings)
     masked: Annotated[MaskedSettings, group("Masked branch")] = field(default_factory=MaskedSettings)

@@ -61,6 +61,11 @@ class LabelledSamples(Dataset[LabelledSample]):
             return self.transform(image), label, skipped
 
 
+def to_device(batch: LabelledBatch, device: torch.device) -> tuple[Float[Tensor, "B C H W"], Int[Tensor, " B"]]:
+    """Copy images and labels to where the network is."""
+    return batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+
+
 def collate_labelled(samples: list[LabelledSample]) -> LabelledBatch:
     """Stack the images and labels of samples."""
     images, labels, skipped = zip(*samples, strict=True)

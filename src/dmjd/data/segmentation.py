@@ -116,8 +116,8 @@ def _part(root: Path, part_names: Sequence[str], **options: Any) -> Segmentation
     part = next((name for name in part_names if (root / "images" / name).is_dir()), None)
     if part is None:
         raise DataError(
-            f"no folder images/{part_names[0]}; {root}; --data needs images/PART/NAME.jpg and annotations/PART/NAME.png "
-            "with the parts train and val"
+            f"no folder images/{part_names[0]}; {root}; --data needs images/PART/NAME.jpg and "
+            "annotations/PART/NAME.png with the parts train and val"
         )
     images, annotations = root / "images" / part, root / "annotations" / part
     found = image_names(images)

@@ -61,7 +61,8 @@ class Trainer:
         """
         newest = self.ranks.on_main(lambda: checkpoint.latest(self.run.checkpoints)) if resume else None
         if newest is None:
-            return self.run.begin(config)
+            self.run.begin(config)
+            return
         state = checkpoint.read_state(newest)
         self.run.restore(state)
         checkpoint.load(newest, model=self.checkpointed, trained=self.model.module, optimizer=self.optimizer)

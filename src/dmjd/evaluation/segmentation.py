@@ -78,7 +78,7 @@ def starts(full: int, window: int, stride: int) -> list[int]:
 
 
 def judge_segmentation(classify: PixelClassifier, held_out: SegmentationSet, ranks: Ranks) -> Judged:
-    """Compare predictions with the labels of all held-out images, at the images' own size; every rank does its share."""
+    """Compare predictions with the labels of all held-out images, at their own size; every rank does its share."""
     count, ignored = len(held_out.classes), held_out.ignore_index
     confusion = MulticlassConfusionMatrix(count, ignore_index=ignored, validate_args=False).to(ranks.device)
     shown: list[Shown] = []

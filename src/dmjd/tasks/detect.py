@@ -46,7 +46,8 @@ def detect(settings: DetectSettings) -> None:
         SystemExit: With code 143 after SIGTERM or SIGINT, when a checkpoint is written.
     """
     if settings.dense.predict is not None:
-        return predict(settings)
+        predict(settings)
+        return
     run = settings.run
     with join_ranks(run.device) as ranks:
         ranks.micro_batch(run.batch_size, settings.optim.accumulation)
@@ -59,7 +60,7 @@ def detect(settings: DetectSettings) -> None:
         train, held_out = (replace(part, masks=masks) for part in (train, held_out))
         judged = fit(settings, backbone, train, held_out)
         if not ranks.is_main:
-            return None
+            return
         summary = judged.summary
         write_dense(
             run.out,

@@ -45,7 +45,8 @@ def segment(settings: SegmentSettings) -> None:
         SystemExit: With code 143 after SIGTERM or SIGINT, when a checkpoint is written.
     """
     if settings.dense.predict is not None:
-        return predict(settings)
+        predict(settings)
+        return
     run = settings.run
     with join_ranks(run.device) as ranks:
         if ranks.micro_batch(run.batch_size, settings.optim.accumulation) < 2:
@@ -62,7 +63,7 @@ def segment(settings: SegmentSettings) -> None:
         )
         judged = fit(settings, backbone, train, held_out)
         if not ranks.is_main:
-            return None
+            return
         summary, classes = judged.summary, train.classes
         write_dense(
             run.out,
