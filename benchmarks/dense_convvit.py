@@ -7,6 +7,7 @@ and every block of the decoder computes all tokens. It reads the weights of our 
 from copy import copy
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -117,7 +118,7 @@ class DenseDecoder(nn.Module):
         places = torch.cat([tokens.visible, tokens.hidden], dim=1).argsort(dim=1)
         x = gather_tokens(torch.cat([visible_NKE, mask_tokens], dim=1), places) + decoder.pos_embed
         for block in decoder.blocks:
-            x = block(x)
+            x = Block.forward(block, x)  # the last one computes all tokens too
         return gather_tokens(decoder.pred(decoder.norm(x)), tokens.hidden)
 
 

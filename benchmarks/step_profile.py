@@ -4,8 +4,8 @@
     python benchmarks/step_profile.py --size base --batch_size 4 --steps 7
     python benchmarks/step_profile.py --size tiny --image_size 64 --patch_size 8 --decoder 128x2 --batch_size 64
 
-Steps of `engine.loop` on real batches, with a record that writes every step down. Forward, backward and optimizer are
-timed inside each step; the loop's share is all the rest of the same step: waiting for images (crop, masks, collate),
+Steps of `engine.trainer` on real batches, each of which is written down. Forward, backward and optimizer are timed
+inside each step; the loop's share is all the rest of the same step: waiting for images (crop, masks, collate),
 the gradient's norm, metrics.jsonl. Two separate runs, with and without the loop, would differ by more than that.
 """
 
@@ -20,12 +20,15 @@ from typing import Any
 
 import torch
 
-from dmjd.config import Crop, Decoder, Model, Monitor, Pretrain, to_dict
-from dmjd.data.loader import Batch, StepSampler, collate, train_batches
-from dmjd.data.source import Images, PackedImages
-from dmjd.engine.loop import train
+from dmjd.config.pretrain import DecoderSettings, ModelSettings, MonitorSettings, PretrainRun, PretrainSettings
+from dmjd.config.rules import to_dict, to_yaml
+from dmjd.data.builtin import ArrayImages
+from dmjd.data.masked import MaskedBatch, collate_masked
+from dmjd.engine.distributed import ParallelModel, Ranks
+from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_optimizer, warmup_cosine
-from dmjd.engine.run import Record
+from dmjd.engine.run import Run
+from dmjd.engine.trainer import Trainer
 from dmjd.factory import from_settings
 from dmjd.tasks.pretrain import training_samples
 
@@ -62,53 +65,49 @@ def main() -> None:
     arguments = parser.parse_args()
     width, depth = map(int, arguments.decoder.split("x"))
 
-    settings = Pretrain(
-        batch_size=arguments.batch_size,
-        model=Model(size=arguments.size, image_size=str(arguments.image_size), patch_size=arguments.patch_size),
-        decoder=Decoder(embed_dim=width, depth=depth),
-        crop=Crop(),
-        monitor=Monitor(log_every=1),
+    out = Path(tempfile.mkdtemp())
+    settings = PretrainSettings(
+        run=PretrainRun(out=out, batch_size=arguments.batch_size, steps=arguments.steps + 1, workers=0),
+        model=ModelSettings(size=arguments.size, image_size=str(arguments.image_size), patch_size=arguments.patch_size),
+        decoder=DecoderSettings(embed_dim=width, depth=depth),
+        monitor=MonitorSettings(log_every=1),
     )
     side = arguments.image_size * 8 // 7
     pixels = torch.randint(0, 256, (256, 3, side, side), dtype=torch.uint8)
-    names = [str(index) for index in range(len(pixels))]
-    images = Images(names=names, labels=None, classes=(), root=None, in_chans=3, held=PackedImages.pack(pixels, {}))
+    images = ArrayImages(address="noise", pixels=pixels, labels=torch.zeros(len(pixels), dtype=torch.long), classes=())
+    ranks = Ranks(torch.device("cpu"))
     model = from_settings(settings).train()
-    optimizer = create_optimizer(model, name="adamw", lr=settings.lr, weight_decay=0.05, betas=(0.9, 0.95))
-    positions = StepSampler(len(images), settings.batch_size, 0, arguments.steps + 1, settings.seed)
-    samples = training_samples(settings, images)
-    batches = iter(train_batches(samples, positions, collate, workers=0, pin_memory=False))
-    record = Record(Path(tempfile.mkdtemp()), to_dict(settings), images, batch_size=settings.batch_size)
+    optimizer = create_optimizer(model, lr=settings.lr, **settings.optim.keywords)
+    plan = Plan(steps=arguments.steps + 1, **settings.run.plan, **settings.monitor.plan, **settings.optim.plan)
+    trainer = Trainer(
+        Run(out, to_dict(settings), images, batch_size=plan.batch_size, ranks=ranks),
+        ParallelModel(model, ranks),
+        optimizer,
+        plan,
+        lr=warmup_cosine(settings.lr, warmup=0, steps=plan.steps),
+        autocast=nullcontext,
+    )
+    trainer.begin(to_yaml(settings), resume=False)
 
     watch = Stopwatch()
     model.forward = watch.timed("forward", model.forward)  # type: ignore[method-assign]
     torch.Tensor.backward = watch.timed("backward", torch.Tensor.backward)  # type: ignore[method-assign]
     optimizer.step = watch.timed("optimizer", optimizer.step)  # type: ignore[method-assign]
 
-    def objective(batch: Batch) -> dict[str, torch.Tensor]:
+    def objective(model: ParallelModel, batch: MaskedBatch) -> dict[str, torch.Tensor]:
         losses = model(batch.images, batch.masked)
         return {"loss": losses.total, "loss_masked": losses.masked, "loss_visible": losses.visible}
 
-    loop = train(
-        objective,
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        iter(watch.timed("images", lambda: next(batches, None)), None),
-        optimizer,
-        start=0,
-        steps=arguments.steps + 1,
-        seed=settings.seed,
-        accumulation=1,
-        lr=warmup_cosine(settings.lr, warmup=0, steps=arguments.steps + 1),
-        clip_grad=0,
-        autocast=nullcontext,
-    )
+    steps_of = trainer.steps(training_samples(settings, images), collate_masked, objective)
     shares: dict[str, list[float]] = {name: [] for name in (*PARTS, "loop")}
-    steps = []
-    for number in range(arguments.steps + 1):
+    steps, waited = [], 0.0
+    for number in range(plan.steps):
         watch.seconds = dict.fromkeys(PARTS, 0.0)
         began = time.perf_counter()
-        record.log(next(loop))
+        step = next(steps_of)
+        trainer.log(step, lambda seconds: {})
         whole = time.perf_counter() - began
+        watch.seconds["images"], waited = step.data_seconds - waited, step.data_seconds
         if number == 0:  # the first step warms up
             continue
         watch.seconds["rest"] = whole - sum(watch.seconds.values())

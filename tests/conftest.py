@@ -3,12 +3,14 @@
 Small labelled images and untrained networks are shared by the tests of every verb that judges a backbone.
 """
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -74,6 +76,46 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             folder / f"{name}.safetensors", encoder.backbone, encoder.architecture, [0.4] * channels, [0.2] * channels
         )
     return {name: folder / f"{name}.safetensors" for name in encoders}
+
+
+@pytest.fixture(scope="session")
+def write_coco() -> Callable[..., Path]:
+    """Write a set of discs and squares as COCO has it, the same images in both parts.
+
+    Images of 50 x 70 pixels by name, with objects of (class, box as left, top, width and height, crowd).
+    """
+
+    def written(root: Path, boxes: Mapping[str, list[tuple[int, list[float], bool]]], *, masks: bool = False) -> Path:
+        content: dict[str, list[Any]] = {
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": 0, "name": "disc"}, {"id": 1, "name": "square"}],
+        }
+        for number, (name, objects) in enumerate(boxes.items()):
+            pixels = np.random.default_rng(number).integers(0, 90, (50, 70, 3), dtype=np.uint8)
+            for label, (left, top, width, height), crowd in objects:
+                pixels[int(top) : int(top + height), int(left) : int(left + width), label] += 150
+                corners = [left, top, left + width, top, left + width, top + height, left, top + height]
+                outline = {"segmentation": [corners]} if masks else {}
+                content["annotations"].append(
+                    {
+                        "id": len(content["annotations"]),
+                        "image_id": number,
+                        "category_id": label,
+                        "bbox": [left, top, width, height],
+                        "iscrowd": int(crowd),
+                        **outline,
+                    }
+                )
+            content["images"].append({"id": number, "file_name": f"{name}.png", "height": 50, "width": 70})
+            (root / "images").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(root / "images" / f"{name}.png")
+        (root / "annotations").mkdir()
+        for part in ("train", "val"):
+            (root / "annotations" / f"instances_{part}.json").write_text(json.dumps(content))
+        return root
+
+    return written
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,17 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from dmjd import config
 from dmjd.cli import VERBS, application, layers_of, main
+from dmjd.config import downstream
+from dmjd.config.pretrain import MonitorSettings, PretrainSettings
+from dmjd.config.rules import PRESETS, to_dict, to_yaml
 
-PRESETS = sorted(path.stem for path in config.PRESETS.glob("*.yaml"))
-NAMES = [verb.__name__ for verb in VERBS]
+RECIPES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+NAMES = [*(verb.name for verb in VERBS), "report"]
+NEEDED = {verb.name: ["--backbone", "b.safetensors"] for verb in VERBS if verb.name != "pretrain"}
+NEEDED["embed"] += ["--out", "f.npy"]
+for dense in ("segment", "detect"):
+    NEEDED[dense] += ["--data", "d"]
 
 
 def settings_of(*arguments: object) -> Any:
@@ -61,7 +67,7 @@ BAD = {  # command line: what its error line has to say
     "pretrain --optim.accumulaton 2": "Did you mean --optim.accumulation?",
     "pretrain --preset dmj": "did you mean dmjd?",
     "pretrain --preset=maskfit": "did you mean maskfeat?",
-    "pretrain --preset xyz": ", ".join(PRESETS),
+    "pretrain --preset xyz": ", ".join(RECIPES),
     "pretrain --preset": "--preset",
     "pretrain stray": "stray",
     "pretrain --data": "--data",
@@ -80,6 +86,8 @@ BAD = {  # command line: what its error line has to say
     "pretrain --device nowhere": "--device nowhere",
     "pretrain --resume maybe": "maybe",
     "pretrain --model.size huge": "--model.size",
+    "pretrain --model.backbone vitt": "did you mean vit?",
+    "pretrain --parallel dp": "--parallel",
     "pretrain --model.image_size abc": "model.image_size 'abc'",
     "pretrain --model.image_size 32x": "model.image_size '32x'",
     "pretrain --model.image_size 65": "model.image_size 65",
@@ -97,7 +105,7 @@ BAD = {  # command line: what its error line has to say
     "pretrain --masking.mask_ratio 0": "mask_ratio 0",
     "pretrain --masking.mask_ratio 1.2": "mask_ratio 1.2",
     "pretrain --masking.mask_ratio 0.5 --masking.predict_ratio 0.1": "predict_ratio 0.1",
-    "pretrain --masked.target edges": "masked.target 'edges'",
+    "pretrain --masked.target edges": "no target of this name; edges",
     "pretrain --visible.target hogg": "did you mean hog?",
     "pretrain --visible.beta 0": "visible.beta 0",
     "pretrain --masked.loss l3": "--masked.loss",
@@ -128,9 +136,35 @@ BAD = {  # command line: what its error line has to say
     "pretrain --monitor.evals -1": "monitor.evals -1",
     "pretrain --config nowhere.yaml": "nowhere.yaml",
     "knn": "--backbone",
+    "knn --bakbone y": "Did you mean --backbone",
+    "linear": "--backbone",
+    "segment --data d": "--backbone",
+    "embed": "--backbone",
     "knn --backbone": "--backbone",
     "knn --backbone x --k 0": "k 0",
     "knn --backbone x --temperature 0": "temperature 0",
+    "knn --backbone x --batch_size 0": "batch_size 0",
+    "knn --backbone x --seed -1": "seed -1",
+    "knn --backbone x --workers -1": "workers -1",
+    "linear --backbone x --fraction 0": "fraction 0",
+    "linear --backbone x --fraction 0.5 --shots 2": "choose one of them",
+    "linear --backbone x --shots 0": "shots 0",
+    "linear --backbone x --blr -1": "blr -1",
+    "linear --backbone x --log.saves -1": "log.saves -1",
+    "finetune --backbone x --layer_decay 2": "layer_decay 2",
+    "finetune --backbone x --drop_path 1": "drop_path 1",
+    "finetune --backbone x --ema 1": "ema 1",
+    "finetune --backbone x --augment.mixup -1": "augment.mixup -1",
+    "finetune --backbone x --augment.random_erasing 1": "augment.random_erasing 1",
+    "finetune --backbone x --optim.blr -1": "optim.blr -1",
+    "finetune --backbone x --batch_size 5 --optim.accumulation 2": "batch_size 5",
+    "segment --backbone x": "--data",
+    "segment --backbone x --data d --crop_size 12y": "crop_size '12y'",
+    "segment --backbone x --data d --stride 999": "stride 999",
+    "segment --backbone x --data d --batch_size 1": "BatchNorm",
+    "detect --backbone x": "--data",
+    "detect --backbone x --data d --scale 2 1": "scale (2.0, 1.0)",
+    "detect --backbone x --data d --window 0": "window 0",
     "knn --backbone x --bakbone y": "--backbone",
     "embed --backbone x": "--out",
     "embed --backbone x --out f --batch_size 0": "batch_size 0",
@@ -183,6 +217,24 @@ def test_main__a_bad_command_line_shows_no_traceback_from_a_shell(line: str) -> 
     assert not done.stdout
 
 
+def test_main__python_m_dmjd_is_the_same_command_line() -> None:
+    ours, theirs = (
+        python("-m", "dmjd", "pretrain", "--epocs", "3"),
+        python("-m", "dmjd.cli", "pretrain", "--epocs", "3"),
+    )
+    assert (ours.returncode, ours.stderr) == (theirs.returncode, theirs.stderr)
+    assert python("-m", "dmjd", "--help").stdout.startswith("Usage: dmjd ")
+
+
+@pytest.mark.parametrize(("rank", "start"), [("0", "error: steps 0"), ("3", "error (process 3): steps 0")])
+def test_main__another_process_than_the_first_says_which_it_is(
+    rank: str, start: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    assert main(["pretrain", "--steps", "0"]) == 2
+    assert capsys.readouterr().err.startswith(start)
+
+
 def test_main__debug_shows_the_traceback_and_keeps_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrain", "--data", "nowhere", "--model.patch_size", "0", "--debug"]) == 2
     error = capsys.readouterr().err
@@ -220,21 +272,24 @@ def test_main__a_backbone_that_is_none_is_exit_code_4(tmp_path: Path, capsys: py
 def test_settings__flags_over_file_over_preset_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("preset: mae\nbatch_size: 64\nmodel: {size: small, depth: 3}\n")
-    preset = yaml.safe_load((config.PRESETS / "mae.yaml").read_text())
+    preset = yaml.safe_load((PRESETS / "mae.yaml").read_text())
     settings = settings_of("pretrain", "--config", file, "--model.depth", 2)
     assert settings.model.depth == 2
-    assert (settings.batch_size, settings.model.size) == (64, "small")
-    assert (settings.epochs, settings.masking.block) == (preset["epochs"], preset["masking"]["block"])
-    assert settings.monitor == config.Monitor()
+    assert (settings.run.batch_size, settings.model.size) == (64, "small")
+    assert (settings.run.epochs, settings.masking.block) == (preset["epochs"], preset["masking"]["block"])
+    assert settings.monitor == MonitorSettings()
     other = settings_of("pretrain", "--config", file, "--preset", "dmjd")
-    assert (other.batch_size, other.masking.num_views, other.preset) == (64, 2, "dmjd")
+    assert (other.run.batch_size, other.masking.num_views, other.run.preset) == (64, 2, "dmjd")
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_settings__every_preset_loads_through_the_command_line(preset: str) -> None:
-    recipe = dict(leaves(yaml.safe_load((config.PRESETS / f"{preset}.yaml").read_text())))
-    loaded = dict(leaves(config.to_dict(settings_of("pretrain", "--preset", preset))))
-    assert loaded["preset"] == preset
+@pytest.mark.parametrize(
+    ("verb", "path"),
+    [(verb.name, path) for verb in VERBS if verb.presets for path in sorted(verb.presets.glob("*.yaml"))],
+)
+def test_settings__every_preset_loads_through_the_command_line(verb: str, path: Path) -> None:
+    recipe = dict(leaves(yaml.safe_load(path.read_text())))
+    loaded = dict(leaves(to_dict(settings_of(verb, "--preset", path.stem, *NEEDED.get(verb, [])))))
+    assert loaded["preset"] == path.stem
     for name, value in recipe.items():
         assert str(loaded[name]) == str(value) or loaded[name] == value, name
 
@@ -247,10 +302,32 @@ def test_settings__flags_take_a_value_after_a_space_or_an_equals_sign() -> None:
     assert settings_of("pretrain", "--preset=dm", "--seed=3") == settings_of("pretrain", "--preset", "dm", "--seed", 3)
 
 
-@pytest.mark.parametrize(("patch_size", "cell_size"), [(32, 8), (16, 8), (20, 10), (14, 7), (8, 4), (7, 7), (1, 1)])
-def test_settings__the_default_cell_divides_the_patch(patch_size: int, cell_size: int) -> None:
-    side = {"--model.image_size": 4 * patch_size, "--model.patch_size": patch_size}
-    assert settings_of("pretrain", *(word for pair in side.items() for word in pair)).cell_size == cell_size
+def test_settings__a_section_given_in_part_keeps_the_defaults_of_its_verb(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim: {weight_decay: 0.1}\n")
+    start = downstream.StartSettings(backbone="b")
+    assert downstream.FinetuneSettings(start=start).optim == downstream.TuningOptim()
+    words = ["finetune", *NEEDED["finetune"], "--optim.clip_grad", "1"]
+    _, bound, _ = application([file]).parse_args(words, exit_on_error=False, print_error=False)
+    expected = downstream.TuningOptim(weight_decay=0.1, clip_grad=1.0)
+    assert bound.arguments["settings"].optim == expected
+    assert (expected.blr, expected.betas, expected.warmup_epochs) == (5e-4, (0.9, 0.999), 5)
+
+
+def test_settings__the_learning_rate_follows_the_batch() -> None:
+    paper = settings_of("pretrain", "--preset", "dmjd")
+    assert paper.lr == pytest.approx(6e-4 * 512 * (1.0 / 0.6) / 256)
+    for verb in ("finetune", "segment", "detect"):
+        flags = ["--batch_size", 64, "--optim.blr", 1e-3]
+        assert settings_of(verb, *NEEDED[verb], *flags).lr == pytest.approx(1e-3 * 64 / 256)
+    assert settings_of("linear", *NEEDED["linear"], "--batch_size", 64, "--blr", 0.2).lr == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"), [(["--epochs", 2], 20), (["--epochs", 0.01], 1), (["--epochs", 0], 1), (["--steps", 7], 7)]
+)
+def test_settings__steps_come_from_epochs_or_are_given(flags: list[object], steps: int) -> None:
+    assert settings_of("pretrain", "--batch_size", 10, *flags).run.num_steps(100) == steps
 
 
 CHANGED = (
@@ -261,12 +338,26 @@ CHANGED = (
 def test_config_yaml__reads_back_to_equal_settings(tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = settings_of("pretrain", *CHANGED.split(), "--steps", 7, "--out", out)
-    assert (settings.data, settings.model.image_hw, settings.crop.flip) == ("007", (64, 32), False)
+    assert (settings.run.data, settings.model.image_hw, settings.crop.flip) == ("007", (64, 32), False)
     out.mkdir()
-    (out / "config.yaml").write_text(config.to_yaml(settings))
-    assert settings_of("pretrain", "--out", out, "--resume") == replace(settings, resume=True)
+    (out / "config.yaml").write_text(to_yaml(settings))
+    assert settings_of("pretrain", "--out", out, "--resume") == replace(
+        settings, run=replace(settings.run, resume=True)
+    )
     again = settings_of("pretrain", "--config", out / "config.yaml", "--out", "other")
-    assert again == replace(settings, config=out / "config.yaml", out=Path("other"))
+    run = replace(settings.run, config=out / "config.yaml", out=Path("other"))
+    assert again == replace(settings, run=run)
+
+
+@pytest.mark.parametrize("verb", [verb.name for verb in VERBS])
+def test_config_yaml__of_every_verb_has_its_flags_as_keys_and_reads_back(verb: str, tmp_path: Path) -> None:
+    settings = settings_of(verb, *NEEDED.get(verb, []))
+    written = to_yaml(settings)
+    assert set(dict(leaves(yaml.safe_load(written)))) == {name for name, value in walk(settings) if value is not None}
+    file = tmp_path / "config.yaml"
+    file.write_text(written)
+    _, bound, _ = application([file]).parse_args([verb], exit_on_error=False, print_error=False)
+    assert bound.arguments["settings"] == settings
 
 
 def test_config_yaml__spoilt_it_is_named_when_the_run_is_resumed(
@@ -286,7 +377,7 @@ def test_config_yaml__an_unknown_preset_is_refused_when_a_run_is_resumed(
 
 def test_config_yaml__holds_every_setting_that_is_set(tmp_path: Path) -> None:
     settings = settings_of("pretrain")
-    written = dict(leaves(yaml.safe_load(config.to_yaml(settings))))
+    written = dict(leaves(yaml.safe_load(to_yaml(settings))))
     unset = {name for name, value in walk(settings) if value is None}
     assert set(written) == {name for name, _ in walk(settings)} - unset
 
@@ -294,11 +385,14 @@ def test_config_yaml__holds_every_setting_that_is_set(tmp_path: Path) -> None:
 # -- help --------------------------------------------------------------------------------------------------------------
 
 
+FLAT = ("run", "start", "labels", "tuning", "dense")  # groups whose settings have no section in front
+
+
 def walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for setting in fields(settings):
         value = getattr(settings, setting.name)
         if is_dataclass(value):
-            yield from walk(value, f"{prefix}{setting.name}.")
+            yield from walk(value, prefix if setting.name in FLAT else f"{prefix}{setting.name}.")
         else:
             yield f"{prefix}{setting.name}", value
 
@@ -314,7 +408,24 @@ def test_help__every_setting_has_a_text() -> None:
         }
         assert all(texts.values()), texts
         if verb == "pretrain":
-            assert set(texts) >= {name for name, _ in walk(config.Pretrain())}
+            assert set(texts) >= {name for name, _ in walk(PretrainSettings())}
+
+
+def test_help__settings_stand_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    groups = {
+        "pretrain": "Run Model Masking Masked Visible HOG Teachers Decoder Crops Optimizer Monitoring",
+        "knn": "Run Backbone Task",
+        "linear": "Run Backbone Labels Task Log",
+        "finetune": "Run Backbone Labels Fine-tuning Augmentation Optimizer Log",
+        "segment": "Run Backbone Images Task Fine-tuning Optimizer Log",
+        "detect": "Run Backbone Images Task Fine-tuning Optimizer Log",
+        "embed": "Run Backbone",
+    }
+    assert set(groups) == {verb.name for verb in VERBS}
+    for verb, names in groups.items():
+        assert main([verb, "--help"]) == 0
+        heads = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("╭")]
+        assert heads == names.split()
 
 
 @pytest.mark.parametrize("verb", ["", *NAMES])
@@ -337,4 +448,4 @@ def test_help__prints_in_under_a_second_without_torch(verb: str) -> None:
     shown = done.stdout
     assert all(name in shown for name in NAMES) if not verb else "--" in shown
     if verb == "pretrain":
-        assert all(f"--{name} " in shown for name, value in walk(config.Pretrain()) if not isinstance(value, bool))
+        assert all(f"--{name} " in shown for name, value in walk(PretrainSettings()) if not isinstance(value, bool))

@@ -133,19 +133,19 @@ def test_disjoint_masks__an_impossible_request_names_the_range_that_works(argume
         dmjd.disjoint_masks(2, 16, **arguments)
 
 
-def test_split__lists_visible_and_hidden_tokens_in_raster_order():
+def test_token_ids__list_visible_and_hidden_tokens_in_raster_order():
     masked = torch.tensor([[[True, False, False, True], [False, True, True, False]]])
     visible, hidden = token_ids(masked)
     assert visible.tolist() == [[1, 2], [0, 3]]
     assert hidden.tolist() == [[0, 3], [1, 2]]
 
 
-def test_split__refuses_views_that_hide_different_numbers():
+def test_token_ids__refuse_views_that_hide_different_numbers():
     with pytest.raises(ValueError, match="same number"):
         token_ids(torch.tensor([[[True, False], [True, True]]]))
 
 
-def test_take__picks_the_tokens_of_every_view_image_major():
+def test_gather_tokens__picks_the_tokens_of_every_view_image_major():
     tokens = torch.arange(2 * 3 * 1.0).view(2, 3, 1)
     ids = torch.tensor([[0, 2], [1, 2], [0, 1], [2, 0]])
     assert gather_tokens(tokens, ids).squeeze(-1).tolist() == [[0, 2], [1, 2], [3, 4], [5, 3]]

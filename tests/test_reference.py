@@ -13,7 +13,7 @@ from dmjd.reference import NAMES, read_weights
 HEADS = {"num_heads": 2, "decoder_num_heads": 2}
 
 
-def official_weights(backbone, *, in_chans=3, class_token=False, visible=True, patch_size=8, conv_mlp_ratio=8.0):
+def official_weights(backbone, *, in_chans=3, class_token=False, visible=True, patch_size=8, **convolutions):
     """Weights of a small model of ours under official names."""
     model = dmjd.build(
         "dmjd",
@@ -24,13 +24,13 @@ def official_weights(backbone, *, in_chans=3, class_token=False, visible=True, p
         in_chans=in_chans,
         class_token=class_token,
         weight=1.0 if visible else 0.0,
-        conv_mlp_ratio=conv_mlp_ratio,
         embed_dim=16,
         depth=2,
         num_heads=2,
         decoder_embed_dim=16,
         decoder_depth=1,
         decoder_num_heads=2,
+        **convolutions,
     )
     names = {
         "encoder.backbone.": "",

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from dmjd.masking import block_masks, disjoint_masks
     from dmjd.method import DMJD
     from dmjd.reference import load_reference
-    from dmjd.targets import hog
+    from dmjd.targets.hog import hog
 
 __all__ = ["DMJD", "block_masks", "build", "disjoint_masks", "hog", "load_backbone", "load_reference"]
 

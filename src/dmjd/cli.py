@@ -1,6 +1,7 @@
 """`dmjd VERB [--preset NAME] [--config FILE] [--section.key VALUE ...]`: defaults < preset < file < flags."""
 
 import errno
+import inspect
 import os
 import sys
 import traceback
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import yaml
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 from cyclopts.config import Yaml
 from safetensors import SafetensorError
 
@@ -65,15 +66,21 @@ VERBS = (
 def command(verb: Verb) -> Callable[..., None]:
     """Make the function that the command line calls for a verb, whose settings' fields become its flags."""
 
-    def run_verb(*, settings: Any) -> None:
+    def run_verb(*, settings: Any = None) -> None:
         # torch takes seconds to import: only a verb that runs waits for it.
-        getattr(import_module(f"dmjd.tasks.{verb.name}"), verb.name)(settings)
+        task = getattr(import_module(f"dmjd.tasks.{verb.name}"), verb.name)
+        task(verb.settings() if settings is None else settings)
 
-    run_verb.__annotations__["settings"] = Annotated[verb.settings, Parameter(name="*")]
-    run_verb.__doc__ = verb.does
-    if not any(setting.default is setting.default_factory is MISSING for setting in fields(verb.settings)):
-        run_verb.__kwdefaults__ = {"settings": verb.settings()}  # all has a default: no flag is required
-    return run_verb
+    needed = any(setting.default is setting.default_factory is MISSING for setting in fields(verb.settings))
+    default = inspect.Parameter.empty if needed else verb.settings()
+    kind = Annotated[verb.settings, Parameter(name="*")]
+    described: Any = run_verb  # cyclopts reads the signature, the annotations and the docstring
+    described.__signature__ = inspect.Signature(
+        [inspect.Parameter("settings", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)]
+    )
+    described.__annotations__ = {"settings": kind}
+    described.__doc__ = verb.does
+    return described
 
 
 def report(run: Path, /, *, debug: bool = False) -> None:
@@ -107,10 +114,12 @@ def layers_of(arguments: Sequence[str]) -> list[Path]:
     verb = next((verb for verb in VERBS if arguments and verb.name == arguments[0]), None)
     if verb is None or verb.presets is None or "--help" in arguments:
         return []
-    defaults: Any = get_type_hints(verb.settings)["run"]
+    kinds = get_type_hints(verb.settings)
+    defaults: Any = kinds["run"]
+    sections = [name for name, kind in kinds.items() if hasattr(kind, "SECTION")]
     given = {name: flag_value(arguments, name) for name in ("--preset", "--config", "--out")}
     file = [Path(given["--config"])] if given["--config"] else []
-    named = next((read_yaml(path).get("preset") for path in file), None)
+    named = next((read_yaml(path, sections).get("preset") for path in file), None)
     preset = str(given["--preset"] or named or defaults.preset)
     names = sorted(path.stem for path in verb.presets.glob("*.yaml"))
     if preset not in names:
@@ -120,7 +129,7 @@ def layers_of(arguments: Sequence[str]) -> list[Path]:
     path = verb.presets / f"{preset}.yaml"
     saved = Path(given["--out"] or defaults.out) / "config.yaml"
     if "--resume" in arguments and saved.is_file():
-        read_yaml(saved)
+        read_yaml(saved, sections)
         # What is given again is compared with what was saved, not ignored.
         return [*file, *([path] if given["--preset"] else []), saved]
     if flag_value(arguments, "--model.size") and "embed_dim" in read_yaml(path).get("model", {}):
@@ -138,11 +147,11 @@ def flag_value(arguments: Sequence[str], name: str) -> str | None:
     return None
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, sections: Sequence[str] = ()) -> dict[str, Any]:
     """Read a YAML file of settings.
 
     Raises:
-        ConfigError: If there is none, or it holds no settings.
+        ConfigError: If there is none, it holds no settings, or one of the sections is a single value.
     """
     if not path.is_file():
         raise errors.ConfigError(f"no configuration file; {path}; check --config")
@@ -152,6 +161,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise errors.ConfigError(f"not YAML ({' '.join(str(error).split())}); {path}; correct the file") from None
     if not isinstance(content, dict):
         raise errors.ConfigError(f"no settings but a {type(content).__name__}; {path}; write `name: value` lines")
+    for name in sections:
+        if not isinstance(content.get(name) or {}, dict):
+            raise errors.ConfigError(f"{name} is a section, not a value; {path}; write `{name}: {{name: value}}`")
     return content
 
 
@@ -184,7 +196,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def explain(error: Exception) -> tuple[int, str]:
     """Turn a user's mistake into an exit code and one line."""
-    message = " ".join(str(error).split()).replace("parameter * requires", "parameter --backbone requires")
+    if isinstance(error, MissingArgumentError) and error.argument and error.argument.name == "*":
+        # A group without a section has no name that a user could type: say which of its flags is missing.
+        error.argument = next(flag for flag in error.argument.children if flag.required and not flag.has_tokens)
+    message = " ".join(str(error).split())
     if isinstance(error, errors.UserError):
         return error.exit_code, message
     if isinstance(error, FileNotFoundError):

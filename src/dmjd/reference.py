@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dmjd.backbones import Encoder
 from dmjd.backbones.convvit import ConvViT, ConvViTEncoder
 from dmjd.backbones.normalize import STATISTICS
-from dmjd.backbones.vit import ViT, create_vit
+from dmjd.backbones.vit import create_vit
 from dmjd.errors import CheckpointError
 from dmjd.heads import Decoder, Projector
 from dmjd.losses import LossName
@@ -148,7 +149,7 @@ def load_reference(
     return model
 
 
-def vit_encoder(state_dict: Mapping[str, Tensor], num_heads: int) -> ViT:
+def vit_encoder(state_dict: Mapping[str, Tensor], num_heads: int) -> Encoder:
     """Make an untrained ViT of the checkpoint's shapes; raises `KeyError` where one is missing."""
     embed_dim, in_chans, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
     class_token = "cls_token" in state_dict

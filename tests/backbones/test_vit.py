@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 import dmjd
-from dmjd.backbones.blocks import last_tokens, sincos_positions, transformer_blocks
+from dmjd.backbones.blocks import QueryBlock, sincos_positions, transformer_blocks
 from dmjd.backbones.files import save_backbone
 from dmjd.backbones.vit import ViT, create_vit
 from dmjd.masking import token_ids
@@ -122,10 +122,12 @@ def test_positions__tell_every_token_apart_on_non_square_grids():
         sincos_positions((3, 5), 18)
 
 
-def test_last_tokens__equals_the_whole_block_where_it_counts():
+def test_query_block__equals_the_whole_block_where_it_counts():
     (block,) = transformer_blocks(32, 1, 4, 4.0)
+    queries = QueryBlock(32, 4, mlp_ratio=4.0, qkv_bias=True)
+    queries.load_state_dict(block.state_dict())
     tokens = torch.randn(2, 9, 32)
-    torch.testing.assert_close(last_tokens(block, tokens, 4), block(tokens)[:, -4:])
+    torch.testing.assert_close(queries(tokens, 4), block(tokens)[:, -4:])
 
 
 @pytest.mark.parametrize("class_token", [False, True])

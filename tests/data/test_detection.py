@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dmjd.data.annotated import AnnotatedSamples
 from dmjd.data.decode import BadImage
-from dmjd.data.detection import Augmentation, LargeScaleJitter, load
-from dmjd.data.loader import AnnotatedSamples
+from dmjd.data.detection import DetectionAugmentation, LargeScaleJitter, open_detection
 from dmjd.errors import DataError
 
 HEIGHT, WIDTH = 30, 41
@@ -64,7 +64,7 @@ def write_voc(root: Path, *objects: tuple[str, tuple[int, int, int, int], int], 
 
 
 def found(root: Path, **options: object):
-    return load(str(root), in_chans=3, **options)
+    return open_detection(str(root), in_chans=3, **options)
 
 
 # -- COCO --------------------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_voc__trainval_goes_with_test_and_not_with_a_part_of_itself(tmp_path):
     with pytest.raises(DataError, match=r"no list of images; .*train\.txt"):
         found(tmp_path)
     (lists / "test.txt").write_text("val\n")
-    assert [part.names for part in found(tmp_path)] == [["train.png"], ["val.png"]]
+    assert [[*part.names] for part in found(tmp_path)] == [["train.png"], ["val.png"]]
 
 
 def test_voc__a_list_may_have_a_byte_order_mark_and_names_with_spaces(tmp_path):
@@ -249,7 +249,7 @@ def test_voc__a_list_may_have_a_byte_order_mark_and_names_with_spaces(tmp_path):
     for folder, ending in (("JPEGImages", ".png"), ("Annotations", ".xml")):
         (tmp_path / folder / f"train{ending}").rename(tmp_path / folder / f"a cat{ending}")
     (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("a cat  -1\n", "utf-8-sig")
-    assert found(tmp_path)[0].names == ["a cat.png"]
+    assert [*found(tmp_path)[0].names] == ["a cat.png"]
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_voc__what_is_missing_or_broken_is_named(tmp_path, file, content, said):
         found(tmp_path)
 
 
-def test_load__a_folder_of_another_layout_is_refused(tmp_path):
+def test_open__a_folder_of_another_layout_is_refused(tmp_path):
     with pytest.raises(DataError, match="as COCO or Pascal VOC"):
         found(tmp_path)
 
@@ -283,7 +283,7 @@ def test_load__a_folder_of_another_layout_is_refused(tmp_path):
 @pytest.mark.parametrize("size", [(24, 32), (64, 96), (17, 23)])
 def test_augmentation__boxes_and_masks_stay_around_what_they_were_drawn_around(tmp_path, size):
     train, _ = found(write_coco(tmp_path, [annotation(0, [5, 6, 10, 10], segmentation=SQUARE)]))
-    augment = Augmentation.of(size, scale=(0.5, 2.0), flip=True, mean=[0.0] * 3)
+    augment = DetectionAugmentation.of(size, scale=(0.5, 2.0), flip=True, mean=[0.0] * 3)
     samples, kept = AnnotatedSamples(train, augment, seed=0), 0
     for epoch in range(12):
         image, target, _ = samples[epoch, 0]
@@ -304,7 +304,7 @@ def test_augmentation__boxes_and_masks_stay_around_what_they_were_drawn_around(t
 
 def test_augmentation__an_image_without_boxes_stays_one_without(tmp_path):
     train, _ = found(write_coco(tmp_path, [annotation(1, [5, 6, 10, 10])]))
-    augment = Augmentation.of((24, 32), scale=(0.5, 2.0), flip=True, mean=[0.5] * 3)
+    augment = DetectionAugmentation.of((24, 32), scale=(0.5, 2.0), flip=True, mean=[0.5] * 3)
     _, target, _ = AnnotatedSamples(train, augment, seed=0)[0, 0]
     assert target["boxes"].shape == (0, 4)
     assert target["labels"].shape == (0,)
@@ -325,7 +325,9 @@ def test_jitter__an_elongated_image_keeps_a_pixel():
 def test_augmentation__after_a_crop_boxes_are_those_of_what_is_left_of_the_masks(tmp_path):
     corner = [[0, 0, 4, 0, 4, 26, 40, 26, 40, 30, 0, 30]]  # an L, most of whose box is empty
     train, _ = found(write_coco(tmp_path, [annotation(0, [0, 0, 40, 30], segmentation=corner)]))
-    samples = AnnotatedSamples(train, Augmentation.of((16, 16), scale=(1.5, 3.0), flip=False, mean=[0.0] * 3), seed=0)
+    samples = AnnotatedSamples(
+        train, DetectionAugmentation.of((16, 16), scale=(1.5, 3.0), flip=False, mean=[0.0] * 3), seed=0
+    )
     kept = 0
     for epoch in range(40):
         _, target, _ = samples[epoch, 0]

@@ -7,10 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dmjd.data.annotated import AnnotatedSamples
 from dmjd.data.decode import BadImage
-from dmjd.data.loader import AnnotatedSamples
-from dmjd.data.segmentation import Augmentation, SegmentationSet, load
-from dmjd.data.source import class_names
+from dmjd.data.segmentation import SegmentationAugmentation, SegmentationSet, open_segmentation
 from dmjd.errors import DataError
 
 HEIGHT, WIDTH = 30, 41
@@ -41,15 +40,15 @@ def root(tmp_path):
 
 
 def found(root: Path, **options: object) -> tuple[SegmentationSet, SegmentationSet]:
-    return load(str(root), in_chans=3, **options)
+    return open_segmentation(str(root), in_chans=3, **options)
 
 
-def augmentation(size: tuple[int, int], **options: object) -> Augmentation:
+def augmentation(size: tuple[int, int], **options: object) -> SegmentationAugmentation:
     chosen = {"scale": (0.5, 2.0), "flip": True, "photometric": True, "mean": [0.5] * 3, "ignore_index": 255}
-    return Augmentation.of(size, **chosen | options)
+    return SegmentationAugmentation.of(size, **chosen | options)
 
 
-def test_load__counts_the_classes_of_the_training_part(root):
+def test_open__counts_the_classes_of_the_training_part(root):
     train, held_out = found(root)
     assert (len(train), len(held_out), train.classes) == (3, 2, ("0", "1", "2"))
     image, labels = train.read(0)
@@ -57,29 +56,16 @@ def test_load__counts_the_classes_of_the_training_part(root):
     assert (image[0] == labels * 20).all()
 
 
-def test_class_names__come_from_the_file_given_or_else_from_the_one_beside_the_images(root):
-    assert class_names(str(root), None) is None
-    (root / "classes.txt").write_text("sky\nroad\n\ntree\n")
-    assert class_names(str(root), None) == ("sky", "road", "tree")
-    (root / "other.txt").write_text("a\nb\nc\nd\n")
-    names = class_names(str(root), root / "other.txt")
-    assert found(root, classes=names)[1].classes == ("a", "b", "c", "d")
+def test_open__names_may_be_given(root):
+    assert found(root, classes=("a", "b", "c", "d"))[1].classes == ("a", "b", "c", "d")
 
 
-@pytest.mark.parametrize(("content", "said"), [("a\nb\na\n", "twice"), ("\n", "no names"), (None, "No such file")])
-def test_class_names__that_are_no_list_are_refused(root, content, said):
-    if content is not None:
-        (root / "names.txt").write_text(content)
-    with pytest.raises(DataError, match=said):
-        class_names(str(root), root / "names.txt")
-
-
-def test_load__an_ignored_class_is_refused(root):
+def test_open__an_ignored_class_is_refused(root):
     with pytest.raises(DataError, match="label 1 is both a class and ignored"):
         found(root, ignore_index=1)
 
 
-def test_load__an_ignored_highest_label_is_no_class(root):
+def test_open__an_ignored_highest_label_is_no_class(root):
     assert found(root, ignore_index=2)[0].classes == ("0", "1")
 
 
@@ -87,39 +73,39 @@ def test_load__an_ignored_highest_label_is_no_class(root):
     ("folder", "said"),
     [("annotations", "an image without annotation: 1"), ("images", "an annotation without image: 1")],
 )
-def test_load__what_has_no_partner_is_named(root, folder, said):
+def test_open__what_has_no_partner_is_named(root, folder, said):
     (root / folder / "train" / "1.png").unlink()
     with pytest.raises(DataError, match=said):
         found(root)
 
 
-def test_load__annotations_that_cannot_be_read_are_the_reason_given(root):
+def test_open__annotations_that_cannot_be_read_are_the_reason_given(root):
     for number in range(len(found(root)[0])):
         Image.new("RGB", (9, 9)).save(root / "annotations" / "train" / f"{number}.png")
     with pytest.raises(DataError, match=r"no labels in the annotations; .*; annotation in colours"):
         found(root)
 
 
-def test_load__masks_of_one_class_and_the_ignored_one_are_refused(root):
+def test_open__masks_of_one_class_and_the_ignored_one_are_refused(root):
     for number in range(len(found(root)[0])):
         write(root, "train", str(number), stripes(0, 255))
     with pytest.raises(DataError, match="the only label beside the ignored 255 is 0"):
         found(root)
 
 
-def test_load__numbers_between_labels_are_classes_and_that_is_said(root, capsys):
+def test_open__numbers_between_labels_are_classes_and_that_is_said(root, capsys):
     write(root, "train", "0", stripes(0, 7))
     assert len(found(root)[0].classes) == 8
     assert "labels 0 to 7 are taken for classes, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("data", ["", "nowhere"])
-def test_load__a_folder_of_another_layout_is_refused(data, tmp_path):
+def test_open__a_folder_of_another_layout_is_refused(data, tmp_path):
     with pytest.raises(DataError, match="no folder images/train"):
         found(tmp_path / data if data else Path(data))
 
 
-def test_load__parts_may_be_called_training_and_validation_as_in_ade20k(root):
+def test_open__parts_may_be_called_training_and_validation_as_in_ade20k(root):
     for folder in ("images", "annotations"):
         (root / folder / "train").rename(root / folder / "training")
         (root / folder / "val").rename(root / folder / "validation")

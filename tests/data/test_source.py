@@ -1,249 +1,297 @@
-"""A folder of any shape, or a set by name, becomes numbered images."""
+"""A path or a name becomes two parts: what is trained on, and what is held out."""
 
-import gzip
-import os
-import struct
-from pathlib import Path
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from torch import Tensor
 
-from dmjd.data import source as sources
-from dmjd.data.decode import BadImage, decode
-from dmjd.data.shapes import CLASSES
-from dmjd.data.source import Images, folder_images, hold_out, in_memory, load, load_all
+from dmjd.data.decode import decode
+from dmjd.data.folder import folder_images
+from dmjd.data.source import (
+    Opener,
+    Readable,
+    Source,
+    Subset,
+    fingerprint,
+    has_labels,
+    hold_out,
+    labels_of,
+    open_all,
+    open_source,
+    read_or_substitute,
+    register_source,
+)
 from dmjd.errors import DataError
-
-
-def write(root: Path, *names: str, size: tuple[int, int] = (6, 4)) -> Path:
-    for number, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(path)
-    return root
 
 
 def numbered(count: int, pattern: str = "{:03d}.png") -> list[str]:
     return [pattern.format(number) for number in range(count)]
 
 
-# -- folders -----------------------------------------------------------------------------------------------------------
+def names(source: Readable) -> list[str]:
+    return [source.name(index) for index in range(len(source))]
 
 
-def test_folder_images__a_flat_folder_is_sorted_and_has_no_labels(tmp_path: Path) -> None:
-    write(tmp_path, "b.png", "a.JPG", "c.bmp")
-    (tmp_path / "notes.txt").write_text("")
-    images = folder_images(tmp_path, 3)
-    assert images.names == ["a.JPG", "b.png", "c.bmp"]
-    assert images.labels is None
-    assert len(images) == 3
+def labels(source: Source) -> list[int]:
+    return labels_of(source, range(len(source))).tolist()
 
 
-def test_folder_images__nested_folders_are_found_by_relative_names_and_have_no_labels(tmp_path: Path) -> None:
-    names = ["2020/may/a.png", "2020/b.png", "2021/c.png"]
-    images = folder_images(write(tmp_path, *names), 3)
-    assert images.names == sorted(names)
-    assert images.labels is None
-    assert torch.equal(images.read(0), decode(tmp_path / sorted(names)[0], 3))
+@dataclass(frozen=True)
+class Bare:
+    """So many grey images, each of a class of its own."""
+
+    count: int
+    part: str = "bare"
+    address: str = "bare"
+    in_memory: bool = True
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(f"{self.part} {number}" for number in range(self.count))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, index: int) -> str:
+        return f"{index:06d}.png"
+
+    def label(self, index: int) -> int | None:
+        return index
+
+    def read(self, index: int) -> Tensor:
+        return torch.full((1, 2, 2), index % 256, dtype=torch.uint8)
 
 
-def test_folder_images__a_folder_of_class_folders_has_labels(tmp_path: Path) -> None:
-    images = folder_images(write(tmp_path, "dog/1.png", "cat/2.png", "cat/1.png"), 3)
-    assert images.names == ["cat/1.png", "cat/2.png", "dog/1.png"]
-    assert images.classes == ("cat", "dog")
-    assert images.labels == [0, 0, 1]
+# -- opening -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [("only/a.png", "only/b.png"), ("cat/a.png", "dog/b.png", "stray.png")])
-def test_folder_images__one_class_or_a_stray_image_makes_no_labels(tmp_path: Path, names: tuple[str, ...]) -> None:
-    assert folder_images(write(tmp_path, *names), 3).labels is None
-
-
-def test_folder_images__hidden_files_and_folders_are_left_out(tmp_path: Path) -> None:
-    write(tmp_path, "a.png", ".hidden.png", ".git/b.png", "deep/.cache/c.png")
-    assert folder_images(tmp_path, 3).names == ["a.png"]
-
-
-def test_folder_images__links_to_files_are_followed_and_loops_of_folders_are_not(tmp_path: Path) -> None:
-    write(tmp_path, "deep/a.png")
-    (tmp_path / "b.png").symlink_to(tmp_path / "deep" / "a.png")
-    (tmp_path / "deep" / "up").symlink_to(tmp_path)
-    (tmp_path / "self").symlink_to(tmp_path)
-    assert folder_images(tmp_path, 3).names == ["b.png", "deep/a.png"]
-
-
-def test_folder_images__a_folder_named_like_an_image_is_a_folder(tmp_path: Path) -> None:
-    assert folder_images(write(tmp_path, "album.png/a.png"), 3).names == ["album.png/a.png"]
-
-
-def test_folder_images__a_name_that_is_not_unicode_reads(tmp_path: Path) -> None:
-    os.rename(write(tmp_path, "a.png") / "a.png", os.fsencode(tmp_path) + b"/\xff.png")
-    assert folder_images(tmp_path, 3).read(0).shape == (3, 4, 6)
-
-
-def test_load__without_images_it_is_a_data_error(tmp_path: Path) -> None:
+def test_open__without_images_it_is_a_data_error(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.png").write_text("")
     for data, reason in (("empty", "no images"), ("nowhere", "no such data"), ("file.png", "no such data")):
-        for find in (load, load_all):
+        for find in (open_source, open_all):
             with pytest.raises(DataError, match=f"{reason}.*{data}"):
                 find(str(tmp_path / data))
 
 
+def test_open__what_is_nothing_is_told_what_there_is():
+    with pytest.raises(DataError, match=r"no such data; cifar; give a folder .* one of cifar10, fash.*shapes"):
+        open_source("cifar")
+    with pytest.raises(DataError, match="no such data; shapes:x"):
+        open_source("shapes:x")
+
+
 @pytest.mark.parametrize("part", ["val", "validation", "test"])
-def test_load__a_folder_that_brings_its_parts_keeps_them(tmp_path: Path, part: str) -> None:
+def test_open__a_folder_that_brings_its_parts_keeps_them(tmp_path, write, part):
     write(tmp_path, "train/cat/a.png", "train/dog/b.png", f"{part}/cat/c.png", f"{part}/dog/d.png")
-    train, held_out = load(str(tmp_path))
-    assert (train.names, held_out.names) == (["cat/a.png", "dog/b.png"], ["cat/c.png", "dog/d.png"])
-    assert train.labels == held_out.labels == [0, 1]
+    train, held_out = open_source(str(tmp_path))
+    assert (names(train), names(held_out)) == (["cat/a.png", "dog/b.png"], ["cat/c.png", "dog/d.png"])
+    assert labels(train) == labels(held_out) == [0, 1]
 
 
-def test_load__val_comes_before_test(tmp_path: Path) -> None:
+def test_open__val_comes_before_test(tmp_path, write):
     write(tmp_path, "train/a.png", "val/b.png", "test/c.png")
-    assert load(str(tmp_path)).held_out.names == ["b.png"]
+    assert names(open_source(str(tmp_path)).held_out) == ["b.png"]
 
 
-def test_load__a_train_part_alone_is_split(tmp_path: Path) -> None:
+def test_open__a_train_part_alone_is_split(tmp_path, write):
     write(tmp_path, *numbered(20, "train/{:02d}.png"))
-    parts = load(str(tmp_path))
+    parts = open_source(str(tmp_path))
     assert (len(parts.train), len(parts.held_out)) == (19, 1)
+
+
+def test_open__held_out_classes_have_the_numbers_of_training_and_new_ones_come_after(tmp_path, write):
+    write(tmp_path, "train/b/1.png", "train/d/2.png", "val/a/3.png", "val/d/4.png", "val/b/5.png")
+    train, held_out = open_source(str(tmp_path))
+    assert (train.classes, held_out.classes) == (("b", "d"), ("b", "d", "a"))
+    assert (labels(train), labels(held_out)) == ([0, 1], [2, 0, 1])
+    assert names(held_out) == ["a/3.png", "b/5.png", "d/4.png"]
+    assert torch.equal(held_out.read(0), decode(tmp_path / "val/a/3.png", 3))
+
+
+def test_open__a_folder_of_the_name_of_a_set_needs_its_path(tmp_path, write, monkeypatch):
+    write(tmp_path, *numbered(4, "cifar10/{}.png"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DMJD_DATA", str(tmp_path / "downloads"))
+    assert len(open_source("./cifar10").train) == 3
+
+
+def test_open_all__names_are_relative_to_the_root_in_every_part(tmp_path, write):
+    write(tmp_path, "train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/dog/d.png", "test/e.png")
+    parts = open_all(str(tmp_path))
+    assert [names(images) for images in parts] == [
+        ["train/cat/a.png", "train/dog/b.png"],
+        ["val/cat/c.png", "val/dog/d.png"],
+        ["test/e.png"],
+    ]
+    assert [images.classes for images in parts] == [("cat", "dog"), ("cat", "dog"), ()]
+    for images in parts:
+        assert images.address == str(tmp_path)
+        for index, name in enumerate(names(images)):
+            assert torch.equal(images.read(index), decode(tmp_path / name, 3))
+
+
+def test_open_all__a_folder_without_parts_is_one(tmp_path, write):
+    write(tmp_path, *numbered(40))
+    (images,) = open_all(str(tmp_path))
+    assert names(images) == numbered(40)
+
+
+# -- a source from elsewhere -------------------------------------------------------------------------------------------
+
+STRIPES = """
+from dataclasses import dataclass
+
+import torch
+from dmjd.data.source import Opener, register_source
+
+
+@dataclass(frozen=True)
+class Stripes:
+    address: str
+    in_chans: int
+    in_memory = True
+    classes = ("flat", "striped")
+
+    def __len__(self):
+        return 40
+
+    def name(self, index):
+        return f"{self.address}/{index}"
+
+    def label(self, index):
+        return index % 2
+
+    def read(self, index):
+        return torch.full((self.in_chans, 8, 8), index, dtype=torch.uint8)
+
+
+def open_stripes(data, *, in_chans, image_hw):
+    return {"": Stripes(data, in_chans)}
+
+
+register_source("stripes")(Opener(lambda data: data == "stripes", open_stripes))
+""".strip()
+
+
+def test_register_source__a_file_of_another_distribution_is_enough(tmp_path):
+    assert len([line for line in STRIPES.splitlines() if line]) < 30
+    (tmp_path / "stripes.py").write_text(STRIPES)
+    info = tmp_path / "stripes-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stripes\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[dmjd.data]\nstripes = stripes\n")
+    check = """
+from dmjd.data.source import labels_of, open_source
+train, held_out = open_source("stripes", in_chans=1)
+print(len(train), len(held_out), train.read(0).shape[0], labels_of(held_out, range(2)).tolist(), train.name(0))
+"""
+    done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("38 2 1 [")
+
+
+def opened(parts: Iterable[str]) -> Opener:
+    return Opener(lambda data: data.endswith(".tape"), lambda data, **_: {part: Bare(10, part) for part in parts})
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """Register for one test."""
+    register_source.names()
+    monkeypatch.setattr(register_source, "_entries", dict(register_source._entries))
+    return lambda name, opener: register_source(name)(opener)
+
+
+def test_register_source__parts_go_by_their_names(register):
+    register("tape", opened(["test", "validation", "train"]))
+    train, held_out = open_source("a.tape")
+    assert (train.classes[0], held_out.classes[10], len(held_out.classes)) == ("train 0", "validation 0", 20)
+    assert [part.name(3) for part in open_all("a.tape")] == [
+        f"{part}/000003.png" for part in ("test", "validation", "train")
+    ]
+
+
+def test_register_source__a_set_without_a_training_part_is_refused(register):
+    register("tape", opened(["val", "test"]))
+    with pytest.raises(DataError, match=r"no part to train on; a\.tape; .* has val, test"):
+        open_source("a.tape")
+
+
+def test_register_source__the_kind_named_is_asked_first_and_that_of_folders_last(register, tmp_path, write):
+    write(tmp_path / "x.tape", *numbered(4))
+    register("tape", opened([""]))
+    assert open_source(str(tmp_path / "x.tape")).train.address == "bare"
+    register("zebra", Opener(lambda data: True, lambda data, **_: {"": Bare(2)}))
+    assert len(open_all("zebra:x.tape")[0]) == 2
+    assert len(open_all("x.tape")[0]) == 10
 
 
 # -- held-out images ---------------------------------------------------------------------------------------------------
 
 
-def bare(count: int) -> Images:
-    names = numbered(count, "{:06d}.png")
-    return Images(names=names, labels=list(range(count)), classes=(), root=Path(), in_chans=3)
-
-
 @pytest.mark.parametrize(("count", "held"), [(1, 0), (2, 1), (39, 1), (40, 2), (1000, 50), (30_000, 1000)])
-def test_hold_out__a_twentieth_disjoint_and_complete(count: int, held: int) -> None:
-    train, held_out = hold_out(bare(count), seed=0)
+def test_hold_out__a_twentieth_disjoint_and_complete(count, held):
+    train, held_out = hold_out(Bare(count), seed=0)
     assert len(held_out) == held
-    assert sorted([*train.names, *held_out.names]) == list(bare(count).names)
+    assert sorted([*names(train), *names(held_out)]) == names(Bare(count))
     for part in (train, held_out):
-        assert [int(name[:6]) for name in part.names] == part.labels
+        assert [int(name[:6]) for name in names(part)] == labels(part)
+        assert names(part) == sorted(names(part))
 
 
-def test_hold_out__the_seed_alone_decides() -> None:
-    assert hold_out(bare(200), seed=3) == hold_out(bare(200), seed=3)
-    assert hold_out(bare(200), seed=3).held_out.names != hold_out(bare(200), seed=4).held_out.names
+def test_hold_out__the_seed_alone_decides():
+    first, again, other = (names(hold_out(Bare(200), seed=seed).held_out) for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+    assert [int(name[:6]) for name in first] == [44, 89, 102, 109, 149, 160, 162, 189, 193, 199]
 
 
-# -- memory ------------------------------------------------------------------------------------------------------------
+# -- subsets and questions ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("in_chans", [1, 3])
-def test_in_memory__equals_decoding(tmp_path: Path, in_chans: int) -> None:
-    write(tmp_path, "a.png", "b.png", size=(6, 4))
-    write(tmp_path, "c.png", size=(9, 30))
-    (tmp_path / "bad.png").write_text("no image")
-    images = folder_images(tmp_path, in_chans)
-    held = in_memory(images)
-    assert held.held is not None
-    for index, name in enumerate(images.names):
-        if name == "bad.png":
-            with pytest.raises(BadImage) as from_file:
-                images.read(index)
-            with pytest.raises(BadImage) as from_memory:
-                held.read(index)
-            assert str(from_file.value) == str(from_memory.value)
-        else:
-            assert torch.equal(held.read(index), images.read(index))
+def test_subset__shows_the_images_chosen_in_their_order():
+    subset = Subset(Subset(Bare(9), [8, 3, 5, 1]), [2, 0, 0])
+    assert isinstance(subset, Source)
+    assert names(subset) == ["000005.png", "000008.png", "000008.png"]
+    assert labels(subset) == [5, 8, 8]
+    assert [int(subset.read(index)[0, 0, 0]) for index in range(3)] == [5, 8, 8]
+    assert (subset.classes, subset.address, subset.in_memory) == (Bare(9).classes, "bare", True)
 
 
-def test_in_memory__large_sets_stay_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = folder_images(write(tmp_path, "a.png", "b.png"), 3)
-    monkeypatch.setattr(sources, "MEMORY_LIMIT", 2 * 6 * 4 * 3 - 1)
-    assert in_memory(images) is images
+def test_subset__of_nothing_is_empty():
+    subset = Subset(Bare(3), [])
+    assert len(subset) == 0
+    assert labels_of(subset, []).tolist() == []
 
 
-def test_in_memory__sets_without_a_readable_image_stay_on_the_disk(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_text("no image")
-    images = folder_images(tmp_path, 3)
-    assert in_memory(images) is images
+def test_labels_of__are_those_of_the_images_asked_for(tmp_path, write):
+    images = folder_images(write(tmp_path, "dog/1.png", "cat/2.png", "cat/1.png"), 3)
+    assert labels_of(images, [2, 0, 2]).tolist() == [1, 0, 1]
+    assert has_labels(images)
+    assert not has_labels(folder_images(tmp_path / "cat", 3))
 
 
-# -- load_all ----------------------------------------------------------------------------------------------------------
+def test_fingerprint__tells_names_and_their_order_apart_and_is_that_of_older_runs():
+    prints = [fingerprint(Subset(Bare(3), indices)) for indices in ([0, 1, 2], [0, 2, 1], [0, 1])]
+    assert len({*prints}) == 3
+    assert fingerprint(Bare(3)) == prints[0] == "070beb9aae6d6f568618fcd3df37bb683db10e05c019f272e6976f69124494ed"
 
 
-def test_load_all__names_are_relative_to_the_root_in_every_part(tmp_path: Path) -> None:
-    write(tmp_path, "train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/dog/d.png", "test/e.png")
-    parts = load_all(str(tmp_path))
-    assert [list(images.names) for images in parts] == [
-        ["train/cat/a.png", "train/dog/b.png"],
-        ["val/cat/c.png", "val/dog/d.png"],
-        ["test/e.png"],
-    ]
-    for images in parts:
-        for index, name in enumerate(images.names):
-            assert torch.equal(images.read(index), decode(tmp_path / name, 3))
+def test_read_or_substitute__the_last_image_is_followed_by_the_first(tmp_path, folder):
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).write_bytes((folder / "000.png").read_bytes() if name == "a.png" else b"")
+    image, index, skipped = read_or_substitute(folder_images(tmp_path, 3), 1)
+    assert (index, list(skipped)) == (0, ["b.png", "c.png"])
+    assert image.shape == (3, 20, 24)
 
 
-def test_load_all__a_folder_without_parts_is_one(tmp_path: Path) -> None:
-    write(tmp_path, *numbered(40))
-    (images,) = load_all(str(tmp_path))
-    assert images.names == numbered(40)
-
-
-# -- built-in sets -----------------------------------------------------------------------------------------------------
-
-
-def test_shapes__is_made_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "SHAPES_SIZES", {"train": 24, "val": 12})
-    for in_chans, hw, side in ((3, (32, 48), 48), (1, (8, 8), 16)):
-        parts = load("shapes", in_chans=in_chans, image_hw=hw)
-        assert (len(parts.train), len(parts.held_out)) == (24, 12)
-        assert parts.train.read(3).shape == (in_chans, side, side)
-        assert parts.train.classes == CLASSES
-        assert parts.train.labels == [*range(12), *range(12)]
-
-
-def test_shapes__has_5000_and_1000_images() -> None:
-    assert sources.SHAPES_SIZES == {"train": 5000, "val": 1000}
-
-
-def write_idx(path: Path, array: np.ndarray) -> None:
-    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-    path.write_bytes(gzip.compress(header + array.tobytes()))
-
-
-@pytest.fixture
-def mnist(tmp_path: Path) -> Path:
-    for part, count in (("train", 5), ("t10k", 3)):
-        pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", pixels)
-        write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", np.arange(count, dtype=np.uint8))
-    return tmp_path
-
-
-@pytest.mark.parametrize("in_chans", [1, 3])
-def test_fashion_mnist__reads_a_folder_of_idx_files(mnist: Path, in_chans: int) -> None:
-    train, held_out = load(f"fashion-mnist:{mnist}", in_chans=in_chans)
-    assert (len(train), len(held_out)) == (5, 3)
-    assert train.labels == [0, 1, 2, 3, 4]
-    assert len(train.classes) == 10
-    pixels = np.random.default_rng(5).integers(0, 256, (5, 28, 28), dtype=np.uint8)
-    assert torch.equal(train.read(4), torch.from_numpy(pixels[4]).expand(in_chans, -1, -1))
-    assert [len(images) for images in load_all(f"fashion-mnist:{mnist}")] == [5, 3]
-
-
-@pytest.mark.parametrize("harm", ["truncated", "text", "missing", "short", "empty"])
-def test_fashion_mnist__broken_files_are_a_data_error(mnist: Path, harm: str) -> None:
-    path = mnist / "t10k-labels-idx1-ubyte.gz"
-    if harm == "truncated":
-        path.write_bytes(path.read_bytes()[:-9])
-    elif harm == "text":
-        path.write_text("<html>not found</html>")
-    elif harm == "missing":
-        path.unlink()
-    elif harm == "short":
-        write_idx(path, np.zeros(2, np.uint8))
-    else:
-        path.write_bytes(gzip.compress(b""))
-    with pytest.raises(DataError, match=r"fetch .* anew"):
-        load(f"fashion-mnist:{mnist}")
+def test_read_or_substitute__a_set_without_a_good_image_is_a_data_error(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=r"2 images in a row do not decode; b\.png"):
+        read_or_substitute(folder_images(tmp_path, 3), 1)

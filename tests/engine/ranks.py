@@ -6,7 +6,7 @@
 import dataclasses
 import json
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def run(case: Case, ranks: Ranks) -> None:
         evaluations=0,
         saves=case.saves,
     )
-    warm = learning_rate(1e-3, warmup_epochs=1, count=len(train), batch_size=case.batch_size, steps=case.steps)
+    warm = learning_rate(1e-3, warmup_epochs=1.0, count=len(train), batch_size=case.batch_size, steps=case.steps)
     optimizer = create_optimizer(network, name="adamw", lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95))
     record = Run(Path(case.out), {}, train, batch_size=case.batch_size, ranks=ranks)
     trainer = Trainer(record, model, optimizer, plan, lr=warm, autocast=nullcontext)
@@ -95,12 +95,9 @@ def run(case: Case, ranks: Ranks) -> None:
         if step == case.crash_after:
             raise Crash
 
-    try:
-        trainer.fit(
-            MaskedSamples(train, crop, masks, 0), collate_masked, objective, lambda step: {}, after_step=after_step
-        )
-    except Crash:
-        pass
+    samples = MaskedSamples(train, crop, masks, 0)
+    with suppress(Crash):
+        trainer.fit(samples, collate_masked, objective, lambda step: {}, after_step=after_step)
     (Path(case.out) / f"ids-{ranks.world_size}-{ranks.rank}.json").write_text(json.dumps([trainer.start, ids]))
     weights = {name: value.contiguous() for name, value in model.whole().state_dict().items()}
     if ranks.is_main:

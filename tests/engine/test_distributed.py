@@ -20,7 +20,8 @@ from dmjd.engine.distributed import Ranks, join_ranks
 from dmjd.errors import ConfigError
 
 SCRIPT = Path(__file__).with_name("ranks.py")
-CASES = list(product(("vit", "convvit"), ("hog", "ema")))
+CASES = [("vit", "hog"), ("convvit", "ema")]
+OTHER_CASES = [("vit", "ema"), ("convvit", "hog")]  # `make test-all`
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 TORCHRUN = [
     sys.executable,
@@ -43,37 +44,56 @@ def images(tmp_path_factory):
     return str(folder)
 
 
+def train(root, alone, together):
+    """Train some cases on one rank, in this process, and others on two."""
+    file = root / f"cases-{len([*root.glob('cases-*')])}.json"
+    file.write_text(json.dumps(together))
+    result = subprocess.run([*TORCHRUN, str(SCRIPT), str(file)], capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+    for case in alone:
+        run(Case(**case), Ranks(choose_device("cpu")))
+
+
+def equal_cases(root, images, backbones_and_targets):
+    """The same run on one rank, and on two by each way to spread it."""
+    alone, together = [], []
+    for (backbone, target), (dtype, steps) in product(backbones_and_targets, (("float64", 50), ("float32", 10))):
+        name = f"{backbone}-{target}-{dtype}"
+        case = {"data": images, "backbone": backbone, "target": target, "dtype": dtype, "steps": steps}
+        alone.append(case | {"out": f"{root}/1-{name}"})
+        together += [case | {"out": f"{root}/2-{name}-{each}", "parallel": each} for each in ("ddp", "fsdp")]
+    return alone, together
+
+
 @pytest.fixture(scope="module")
 def runs(images, tmp_path_factory):
-    """All runs: first those on one rank and on two from the start, then those that are taken up on the other number."""
+    """All runs of `make test`: from the start, then those that are taken up on the other number of ranks."""
     root = tmp_path_factory.mktemp("runs")
-    one, two, one_again, two_again = [], [], [], []
-    for backbone, target in CASES:
-        for dtype, steps in (("float64", 50), ("float32", 10)):
-            name = f"{backbone}-{target}-{dtype}"
-            case = {"data": images, "backbone": backbone, "target": target, "dtype": dtype, "steps": steps}
-            one.append(case | {"out": f"{root}/1-{name}"})
-            two += [case | {"out": f"{root}/2-{name}-{parallel}", "parallel": parallel} for parallel in ("ddp", "fsdp")]
+    one, two = equal_cases(root, images, CASES)
     parts = {"data": images, "steps": 10, "accumulation": 2, "clip_grad": 0.5}
     one.append(parts | {"out": f"{root}/1-parts"})
     two += [parts | {"out": f"{root}/2-parts-{parallel}", "parallel": parallel} for parallel in ("ddp", "fsdp")]
     stops = {"data": images, "target": "hog+ema", "steps": 14, "saves": 2}
     one.append(stops | {"out": f"{root}/1-unbroken"})
+    one_again, two_again = [], []
     for workers, parallel in ((0, "ddp"), (2, "ddp"), (0, "fsdp")):
         broken = stops | {"workers": workers, "parallel": parallel, "crash_after": 9}
-        there, back = f"{root}/1-2-{workers}-{parallel}", f"{root}/2-1-{workers}-{parallel}"
-        one.append(broken | {"out": there})
-        two.append(broken | {"out": back})
         whole = stops | {"workers": workers, "parallel": parallel, "resume": True}
-        two_again.append(whole | {"out": there})
-        one_again.append(whole | {"out": back})
-    for turn, (alone, together) in enumerate(((one, two), (one_again, two_again))):
-        cases = root / f"cases-{turn}.json"
-        cases.write_text(json.dumps(together))
-        result = subprocess.run([*TORCHRUN, str(SCRIPT), str(cases)], capture_output=True, text=True, env=ENVIRONMENT)
-        assert result.returncode == 0, result.stderr
-        for case in alone:
-            run(Case(**case), Ranks(choose_device("cpu")))
+        there, back = {"out": f"{root}/1-2-{workers}-{parallel}"}, {"out": f"{root}/2-1-{workers}-{parallel}"}
+        one.append(broken | there)
+        two.append(broken | back)
+        two_again.append(whole | there)
+        one_again.append(whole | back)
+    train(root, one, two)
+    train(root, one_again, two_again)
+    return root
+
+
+@pytest.fixture(scope="module")
+def other_runs(images, tmp_path_factory):
+    """The other pairs of backbone and target."""
+    root = tmp_path_factory.mktemp("other-runs")
+    train(root, *equal_cases(root, images, OTHER_CASES))
     return root
 
 
@@ -98,24 +118,36 @@ def assert_equal_weights(folder, other, tolerance):
     weights, others = (load_file(each / "weights.safetensors") for each in (folder, other))
     assert weights.keys() == others.keys()
     for name, value in weights.items():
-        torch.testing.assert_close(value, others[name], rtol=tolerance, atol=tolerance, msg=name)
+        found = others[name]
+        if name.endswith("qkv.bias"):
+            # A bias of the keys shifts all scores of a query alike: its gradient is nothing but rounding, and Adam
+            # divides it by itself. Queries and values have to agree.
+            value, found = (torch.cat([bias.chunk(3)[0], bias.chunk(3)[2]]) for bias in (value, found))
+        torch.testing.assert_close(value, found, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def assert_equal_runs(root, backbone, target, parallel):
+    name = f"{backbone}-{target}-float64"
+    assert len(losses(root / f"1-{name}")) == 50
+    assert_equal(root / f"1-{name}", root / f"2-{name}-{parallel}", 1e-12)
+    assert_equal_weights(root / f"1-{name}", root / f"2-{name}-{parallel}", 1e-12)
+    name = f"{backbone}-{target}-float32"
+    one, two = (losses(root / each)[:, :3] for each in (f"1-{name}", f"2-{name}-{parallel}"))
+    assert len(one) == 10
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("backbone", "target"), CASES)
 def test_two_ranks__give_the_losses_and_weights_of_one(runs, backbone, target, parallel):
-    name = f"{backbone}-{target}-float64"
-    assert len(losses(runs / f"1-{name}")) == 50
-    assert_equal(runs / f"1-{name}", runs / f"2-{name}-{parallel}", 1e-12)
-    assert_equal_weights(runs / f"1-{name}", runs / f"2-{name}-{parallel}", 1e-12)
+    assert_equal_runs(runs, backbone, target, parallel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize(("backbone", "target"), CASES)
-def test_two_ranks__agree_with_one_in_float32_for_ten_steps(runs, backbone, target, parallel):
-    name = f"{backbone}-{target}-float32"
-    one, two = (losses(runs / each)[:, :3] for each in (f"1-{name}", f"2-{name}-{parallel}"))
-    torch.testing.assert_close(one, two, rtol=1e-6, atol=0)
+@pytest.mark.parametrize(("backbone", "target"), OTHER_CASES)
+def test_two_ranks__give_the_losses_and_weights_of_one_for_the_other_pairs_too(other_runs, backbone, target, parallel):
+    assert_equal_runs(other_runs, backbone, target, parallel)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -139,14 +171,14 @@ def test_resume__on_another_number_of_ranks_goes_on_with_the_same_samples_and_lo
 
 
 def test_checkpoints__have_the_same_tensors_whatever_the_ranks(runs):
-    name = "vit-ema-float64"
+    name = "convvit-ema-float64"
     folders = [runs / each / "checkpoints" for each in (f"1-{name}", f"2-{name}-ddp", f"2-{name}-fsdp")]
     for file in ("model.safetensors", "optimizer.safetensors"):
         first, *others = (load_file(folder / "step-00000050" / file) for folder in folders)
         for other in others:
             assert {name: value.shape for name, value in first.items()} == {k: v.shape for k, v in other.items()}
             for key, value in first.items():
-                torch.testing.assert_close(value, other[key], rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(value, other[key], rtol=1e-9, atol=1e-9)
     assert all("encoder" in key or "decoder" in key or "projector" in key for key in first if key.endswith(":exp_avg"))
 
 

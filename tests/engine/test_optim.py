@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import dmjd.backbones.convvit  # noqa: F401 (registers its models with timm)
-from dmjd.engine.loop import train
+from dmjd.engine.distributed import ParallelModel, Ranks
+from dmjd.engine.loop import Plan, train
 from dmjd.engine.optim import create_lars, create_optimizer, warmup_poly
 
 DEPTH = 3
@@ -111,16 +112,13 @@ def test_train__a_layers_step_is_as_long_as_its_scale_says() -> None:
     optimizer = adamw(model, DECAY, weight_decay=0.0)
     images, labels = torch.randn(6, 3, 32, 32), torch.arange(6) % 3
     (step,) = train(
-        lambda batch: {"loss": F.cross_entropy(model(images), labels)},
-        list(model.parameters()),
-        iter([SimpleNamespace(skipped={})]),
+        ParallelModel(model, Ranks(torch.device("cpu"))),
         optimizer,
+        iter([SimpleNamespace(skipped={})]),
+        lambda model, batch: {"loss": F.cross_entropy(model(images), labels)},
+        Plan(steps=1, batch_size=6),
         start=0,
-        steps=1,
-        seed=0,
-        accumulation=1,
         lr=lambda step: 0.01,
-        clip_grad=0.0,
         autocast=nullcontext,
     )
     assert step.lr == 0.01

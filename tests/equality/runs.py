@@ -92,8 +92,10 @@ def curve(name: str, data: Path, out: Path) -> list[dict[str, float]]:
     """Run ten steps of a command in a process of its own and read what it logged."""
     arguments = [word.replace("{}", str(data)) for word in COMMANDS[name]]
     subprocess.run(
-        [sys.executable, "-m", "dmjd.cli", *arguments, "--steps", "10", "--device", "cpu", "--workers", "0"]
-        + ["--precision", "fp32", "--out", str(out)],
+        [
+            *(sys.executable, "-m", "dmjd.cli", *arguments, "--steps", "10", "--device", "cpu", "--workers", "0"),
+            *("--precision", "fp32", "--out", str(out)),
+        ],
         check=True,
         capture_output=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

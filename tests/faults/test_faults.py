@@ -225,7 +225,7 @@ def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 def save(folder: Path, step: int) -> Path:
     model, optimizer = trained(step)
-    return checkpoint.save(folder, step=step, model=model, optimizer=optimizer, state={"seen": step})
+    return checkpoint.save(folder, checkpoint.collect(model, model, optimizer), {"step": step, "seen": step})
 
 
 def assert_loads(path: Path | None, *steps: int) -> None:
@@ -234,7 +234,7 @@ def assert_loads(path: Path | None, *steps: int) -> None:
     step = checkpoint.read_state(path)["seen"]
     assert step in steps
     model, optimizer = trained(1)
-    checkpoint.load(path, model=model, optimizer=optimizer)
+    checkpoint.load(path, model=model, trained=model, optimizer=optimizer)
     expected, expected_optimizer = trained(step)
     for name, value in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
@@ -298,8 +298,9 @@ def test_latest__a_flipped_byte_or_a_missing_file_falls_back_to_the_older(tmp_pa
 def test_load__a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     model = nn.Linear(4, 2)
-    with pytest.raises(checkpoint.CheckpointError, match="does not fit"):
-        checkpoint.load(path, model=model, optimizer=torch.optim.AdamW(model.parameters()))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(CheckpointError, match="does not fit"):
+        checkpoint.load(path, model=model, trained=model, optimizer=optimizer)
 
 
 # -- disk --------------------------------------------------------------------------------------------------------------

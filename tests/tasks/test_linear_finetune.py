@@ -9,9 +9,6 @@ from safetensors import safe_open
 
 import dmjd
 from dmjd.cli import main
-from dmjd.data.source import few_labels
-from dmjd.evaluation.features import logistic_regression
-from dmjd.tasks.linear import choose_penalty
 
 KEYS = {"top1", "top1_low", "top1_high", "top5", "mean_class_accuracy", "images", "train_images", "seconds"}
 LIGHT = "--steps 6 --batch_size 8 --workers 0 --device cpu --log.log_every 1 --log.evals 1"
@@ -32,43 +29,7 @@ def words(verb, backbone, data, out, flags=""):
     return [verb, "--backbone", str(backbone), "--data", str(data), "--out", str(out), *flags.split()]
 
 
-# -- few labels --------------------------------------------------------------------------------------------------------
-
-
-def test_few_labels__keep_one_of_each_class_and_are_nested():
-    labels = [0] * 50 + [1] * 10 + [2]
-    hundredth, tenth, half = (set(few_labels(labels, 3, fraction=share)) for share in (0.01, 0.1, 0.5))
-    assert [sum(labels[i] == label for i in tenth) for label in (0, 1, 2)] == [5, 1, 1]
-    assert hundredth < tenth < half
-    assert {labels[i] for i in hundredth} == {0, 1, 2}
-    assert set(few_labels(labels, 4, fraction=0.1)) != tenth
-    assert len(few_labels(labels, 3, shots=4)) == 4 + 4 + 1
-    assert few_labels(labels, 3) == list(range(61))
-
-
 # -- linear ------------------------------------------------------------------------------------------------------------
-
-
-def test_logistic_regression__is_scikit_learns_and_unseen_classes_get_nothing():
-    from sklearn.linear_model import LogisticRegression
-
-    generator = torch.Generator().manual_seed(0)
-    bank, queries = torch.randn(80, 6, generator=generator), torch.randn(20, 6, generator=generator)
-    labels = (bank[:, 0] > 0).long() * 3
-    shares = logistic_regression(bank, labels, queries, num_classes=5, penalty=2.0)
-    mean, deviation = bank.double().mean(0), bank.double().std(0, correction=0)
-    reference = LogisticRegression(C=0.5, tol=1e-6).fit(((bank - mean) / deviation).numpy(), labels.numpy())
-    expected = torch.from_numpy(reference.predict_proba(((queries - mean) / deviation).numpy())).float()
-    torch.testing.assert_close(shares[:, [0, 3]], expected, atol=2e-2, rtol=0)
-    assert (shares[:, [1, 2, 4]] == 0).all()
-
-
-def test_choose_penalty__noisy_labels_get_a_large_one_and_single_images_the_default():
-    generator = torch.Generator().manual_seed(0)
-    features, labels = torch.randn(400, 60, generator=generator), torch.arange(400) % 2
-    features[:, 0] += labels * 1.5
-    assert choose_penalty(features, labels, 0) > 1
-    assert choose_penalty(torch.eye(3), torch.arange(3), 0) == 1.0
 
 
 @pytest.mark.parametrize("flags", ["", "--shots 2", "--fraction 0.5", "--layers -1 --layers 0", "--untrained"])

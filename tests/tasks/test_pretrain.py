@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import dmjd
 from dmjd.cli import main
-from dmjd.config import Pretrain
+from dmjd.config.pretrain import PretrainRun, PretrainSettings
 from dmjd.engine.optim import warmup_cosine
 
 TINY = {
@@ -203,4 +203,5 @@ def test_warmup_cosine__rises_in_a_line_and_falls_to_zero():
 
 
 def test_lr__is_the_papers_rule():
-    assert Pretrain(preset="dmjd", batch_size=512).lr == pytest.approx(6e-4 * 512 * (1.0 / 0.6) / 256)
+    settings = PretrainSettings(run=PretrainRun(preset="dmjd", batch_size=512))
+    assert settings.lr == pytest.approx(6e-4 * 512 * (1.0 / 0.6) / 256)

@@ -1,4 +1,4 @@
-"""Segmentation end to end on small scenes, its numbers against others', and its windows."""
+"""Segmentation end to end on small scenes."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,10 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, jaccard_score
-from torch import nn
+from sklearn.metrics import jaccard_score
 
 import dmjd
 from dmjd.cli import main
-from dmjd.config import Segment
-from dmjd.tasks.segment import look, pixel_loss, scores, starts
 
 FLAGS = {
     "--steps": "6",
@@ -57,73 +54,6 @@ def words(backbone, data, out, flags=""):
 
 def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def confusion(true: np.ndarray, predicted: np.ndarray, count: int) -> torch.Tensor:
-    table = torch.zeros(count, count, dtype=torch.long)
-    for row, column in zip(true.ravel(), predicted.ravel(), strict=True):
-        table[row, column] += 1
-    return table
-
-
-# -- numbers -----------------------------------------------------------------------------------------------------------
-
-
-def test_scores__worked_by_hand():
-    perfect, _ = scores(torch.diag(torch.tensor([5, 3, 0])), "abc")
-    assert perfect == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
-    # One of six pixels of class a is taken for b: IoU 5/6 and 2/3, accuracy 5/6 and 1.
-    off, rows = scores(torch.tensor([[5, 1], [0, 2]]), "ab")
-    assert off == {"miou": 0.75, "pixel_accuracy": 0.875, "mean_class_accuracy": 0.9167}
-    assert rows[0] == {"class": "a", "pixels": 6, "accuracy": 0.8333, "iou": 0.8333}
-    # A class that is only predicted counts with IoU 0; one that nobody has seen does not count.
-    absent, rows = scores(torch.tensor([[4, 1, 0], [0, 0, 0], [0, 0, 0]]), "abc")
-    assert absent == {"miou": 0.4, "pixel_accuracy": 0.8, "mean_class_accuracy": 0.8}
-    assert (rows[1]["iou"], rows[1]["accuracy"], rows[2]["iou"]) == (0.0, "", "")
-    assert scores(torch.zeros(2, 2, dtype=torch.long), "ab")[0]["miou"] == 0.0  # every pixel ignored
-
-
-def test_scores__are_scikit_learns():
-    random = np.random.default_rng(0)
-    true, predicted = random.integers(0, 4, 300), random.integers(0, 4, 300)
-    found, rows = scores(confusion(true, predicted, 4), "abcd")
-    assert found["miou"] == pytest.approx(jaccard_score(true, predicted, average="macro"), abs=1e-4)
-    assert found["pixel_accuracy"] == pytest.approx(accuracy_score(true, predicted), abs=1e-4)
-    assert found["mean_class_accuracy"] == pytest.approx(balanced_accuracy_score(true, predicted), abs=1e-4)
-    by_class = jaccard_score(true, predicted, average=None)
-    assert [row["iou"] for row in rows] == pytest.approx(by_class.tolist(), abs=1e-4)
-
-
-def test_pixel_loss__is_the_mean_over_pixels_with_a_class_and_nought_without_any():
-    logits, labels = torch.randn(2, 3, 4, 5, requires_grad=True), torch.randint(3, (2, 4, 5))
-    labels[0, :2] = 9
-    by_hand = [-logits[b, :, h, w].log_softmax(0)[labels[b, h, w]] for b, h, w in (labels != 9).nonzero().tolist()]
-    torch.testing.assert_close(pixel_loss(logits, labels, 9), torch.stack(by_hand).mean())
-    nothing = pixel_loss(logits, torch.full_like(labels, 9), 9)
-    nothing.backward()
-    assert (nothing.item(), logits.grad.abs().max().item()) == (0.0, 0.0)
-
-
-# -- windows -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("full", "expected"), [(10, [0]), (11, [0, 1]), (17, [0, 6, 7]), (22, [0, 6, 12])])
-def test_windows__cover_the_image_and_end_with_it(full, expected):
-    assert starts(full, 10, 6) == expected
-
-
-@pytest.mark.parametrize("size", [(40, 70), (20, 70), (24, 32), (9, 11)])
-def test_windows__of_a_network_that_sees_single_pixels_are_the_whole_image(size):
-    class Pointwise(nn.Conv2d):
-        def forward(self, images):
-            return [super().forward(images)]
-
-    model, image = Pointwise(3, 5, 1), torch.randn(1, 3, *size)
-    whole, slid = (
-        look(Segment(backbone="none", data="none", crop_size="24x32", inference=kind), model, image)
-        for kind in ("whole", "slide")
-    )
-    torch.testing.assert_close(whole, slid)
 
 
 # -- end to end --------------------------------------------------------------------------------------------------------

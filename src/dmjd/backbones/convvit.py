@@ -104,6 +104,7 @@ class DepthwiseOnRows(torch.autograd.Function):
         of_weight = conv2d_weight(
             full.to(weight.dtype), weight.shape, gradient_map.to(weight.dtype), padding=padding, groups=groups
         )
+        of_weight = of_weight.clone(memory_format=torch.contiguous_format)  # DDP compares even the stride of size 1
         return ctx.layout.to_rows(of_map), of_weight, gradient.sum(0, dtype=weight.dtype), None
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from cyclopts import Group, Parameter
 
@@ -10,7 +10,6 @@ from dmjd.config.rules import at_least
 from dmjd.errors import ConfigError
 
 Precision = Literal["auto", "fp32", "bf16"]
-
 
 # Groups of the help, in this order.
 GROUPS = (
@@ -49,7 +48,7 @@ def flat(name: str) -> Parameter:
 class DeviceSettings:
     """Where a verb reads and computes."""
 
-    data: str = ""
+    data: str
     """Folder of images, or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""
     workers: int | None = None
     """Processes that load images. Default: none for sets in memory, else one per core but one."""
@@ -65,13 +64,13 @@ class DeviceSettings:
 class RunSettings(DeviceSettings):
     """What every verb that trains has."""
 
-    out: Path = Path("runs/run")
+    out: Path
     """Directory of the run."""
-    preset: str = "base"
+    preset: str
     """Recipe to start from."""
     config: Path | None = None
     """YAML file that overrides the preset."""
-    epochs: float = 100
+    epochs: float = 100.0
     """Passes over the images."""
     steps: int | None = None
     """Optimizer steps, instead of epochs."""
@@ -98,6 +97,19 @@ class RunSettings(DeviceSettings):
     def plan(self) -> dict[str, Any]:
         """What the trainer's plan takes from here."""
         return {"batch_size": self.batch_size, "seed": self.seed, "workers": self.workers}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadSettings(DeviceSettings):
+    """What every verb that only looks at images has."""
+
+    data: str = "shapes"
+    batch_size: int = 256
+    """Images at a time."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "batch_size")
+        at_least(0, self, "workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +149,8 @@ class LabelSubset:
 class OptimSettings:
     """The optimizer and its learning rate."""
 
+    SECTION: ClassVar[str] = "optim."
+
     name: str = "adamw"
     """Any optimizer of timm that takes betas: adamw, lamb, lion ..."""
     blr: float = 6e-4
@@ -145,7 +159,7 @@ class OptimSettings:
     """Decay of the moments."""
     weight_decay: float = 0.05
     """Weight decay of matrices; vectors have none."""
-    warmup_epochs: float = 20
+    warmup_epochs: float = 20.0
     """Linear warm-up; a cosine to zero follows."""
     clip_grad: float = 0.0
     """Largest norm of the gradient; 0 does not clip."""
@@ -153,8 +167,8 @@ class OptimSettings:
     """Parts of a step's batch that are computed one after the other."""
 
     def __post_init__(self) -> None:
-        at_least(0, self, "blr", "weight_decay", "warmup_epochs", "clip_grad", section="optim.")
-        at_least(1, self, "accumulation", section="optim.")
+        at_least(0, self, "blr", "weight_decay", "warmup_epochs", "clip_grad")
+        at_least(1, self, "accumulation")
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -170,6 +184,8 @@ class OptimSettings:
 @dataclass(frozen=True, kw_only=True)
 class LogSettings:
     """What is written down on the way."""
+
+    SECTION: ClassVar[str] = "log."
 
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""

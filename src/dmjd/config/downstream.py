@@ -3,14 +3,14 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from dmjd.config.common import (
     BackboneSettings,
-    DeviceSettings,
     LabelSubset,
     LogSettings,
     OptimSettings,
+    ReadSettings,
     RunSettings,
     StartSettings,
     flat,
@@ -18,20 +18,6 @@ from dmjd.config.common import (
 )
 from dmjd.config.rules import at_least, divides, height_width, within
 from dmjd.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadSettings(DeviceSettings):
-    """What verbs that train nothing have."""
-
-    data: str = "shapes"
-    """Folder of images, or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""
-    batch_size: int = 256
-    """Images at a time."""
-
-    def __post_init__(self) -> None:
-        at_least(1, self, "batch_size")
-        at_least(0, self, "workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +81,7 @@ class LinearSettings:
     Default: the pooled output."""
     blr: Annotated[float, group("Task")] = 0.1
     """Base learning rate of the paper's recipe, for 256 images a step."""
-    warmup_epochs: Annotated[float, group("Task")] = 10
+    warmup_epochs: Annotated[float, group("Task")] = 10.0
     """Linear warm-up of the paper's recipe; a cosine to zero follows."""
     log: Annotated[LogSettings, group("Log")] = field(default_factory=LogSettings)
 
@@ -111,6 +97,8 @@ class LinearSettings:
 @dataclass(frozen=True, kw_only=True)
 class AugmentSettings:
     """What training sees of an image; names and meanings are timm's."""
+
+    SECTION: ClassVar[str] = "augment."
 
     scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest share of the image's area in a crop."""
@@ -132,8 +120,8 @@ class AugmentSettings:
             raise ConfigError(f"augment.scale {self.scale}: low before high, within 0 and 1")
         at_least(0, self, "random_erasing", "mixup", "cutmix", "label_smoothing")
         for name in ("random_erasing", "label_smoothing"):
-            if getattr(self, name) >= 1:
-                raise ConfigError(f"augment.{name} {getattr(self, name)} is out of range; choose below 1")
+            if (value := getattr(self, name)) >= 1:
+                raise ConfigError(f"augment.{name} {value} is out of range; choose below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +145,7 @@ class TuningOptim(OptimSettings):
     blr: float = 5e-4
     """Base learning rate of the head, for 256 images a step."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the moments."""
-    warmup_epochs: float = 5
-    """Linear warm-up."""
+    warmup_epochs: float = 5.0
 
 
 def tuning_lr(run: RunSettings, optim: OptimSettings) -> float:
@@ -174,7 +160,6 @@ class FinetuneRun(RunSettings):
     data: str = "shapes"
     """Folder of labelled images, or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""
     out: Path = Path("runs/finetune")
-    """Directory of the run."""
     preset: str = "quick"
     """Recipe to start from: quick, base, large."""
 
@@ -248,7 +233,6 @@ class SegmentRun(RunSettings):
     data: str = ""
     """Folder with images/PART/NAME.jpg and annotations/PART/NAME.png, the parts called train and val."""
     out: Path = Path("runs/segment")
-    """Directory of the run."""
     preset: str = "camvid"
     """Recipe to start from: camvid (for 2 cores), ade20k (the published one)."""
 
@@ -300,9 +284,8 @@ class DetectRun(RunSettings):
     """Where, how long and on what `dmjd detect` computes."""
 
     data: str = ""
-    """Folder of a set as COCO (annotations/*train*.json, *val*.json) or Pascal VOC (ImageSets/Main) has it."""
+    """Folder of a set as COCO (`annotations/*train*.json`, `*val*.json`) or Pascal VOC (ImageSets/Main) has it."""
     out: Path = Path("runs/detect")
-    """Directory of the run."""
     preset: str = "bccd"
     """Recipe to start from: bccd (for 2 cores), coco (the published one)."""
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from dmjd.config.common import LogSettings, OptimSettings, RunSettings, flat, group
 from dmjd.config.rules import at_least, divides, height_width, one_of
@@ -16,6 +16,8 @@ HogVariant = Literal["dmjd", "maskfeat", "mmpretrain"]
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """The backbone."""
+
+    SECTION: ClassVar[str] = "model."
 
     backbone: str = "vit"
     """vit, or convvit: ConvMAE's hybrid of convolutions and transformer; timm:NAME for the network of another ViT of
@@ -44,9 +46,9 @@ class ModelSettings:
     """Heads, if not the size's."""
 
     def __post_init__(self) -> None:
-        one_of(BackboneSize, self, "size", section="model.")
-        at_least(1, self, "patch_size", "embed_dim", "depth", "num_heads", "conv_mlp_ratio", section="model.")
-        at_least(0, self, "reg_tokens", section="model.")
+        one_of(BackboneSize, self, "size")
+        at_least(1, self, "patch_size", "embed_dim", "depth", "num_heads", "conv_mlp_ratio")
+        at_least(0, self, "reg_tokens")
         height, width = self.image_hw
         if height % self.patch_size or width % self.patch_size:
             raise ConfigError(
@@ -69,6 +71,8 @@ class ModelSettings:
 class MaskingSettings:
     """Disjoint masks."""
 
+    SECTION: ClassVar[str] = "masking."
+
     num_views: int = 2
     """Masked views of each image."""
     mask_ratio: float = 0.6
@@ -79,12 +83,14 @@ class MaskingSettings:
     """Side of the squares that are hidden together, in tokens; 1 hides token by token."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "num_views", "block", section="masking.")
+        at_least(1, self, "num_views", "block")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedSettings:
     """The masked branch: predicts hidden tokens."""
+
+    SECTION: ClassVar[str] = "masked."
 
     target: str = "hog"
     """What is predicted: hog, pixels, normalized_pixels, ema (the running mean of the backbone itself), or a frozen
@@ -94,12 +100,14 @@ class MaskedSettings:
     """Loss on hidden tokens: l2, l1, smooth_l1, cosine."""
 
     def __post_init__(self) -> None:
-        one_of(LossName, self, "loss", section="masked.")
+        one_of(LossName, self, "loss")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisibleSettings:
     """The visible branch: predicts visible tokens."""
+
+    SECTION: ClassVar[str] = "visible."
 
     weight: float = 1.0
     """Weight theta of its loss; 0 leaves the branch out."""
@@ -114,14 +122,16 @@ class VisibleSettings:
     visible token of the view: off for that ablation only."""
 
     def __post_init__(self) -> None:
-        at_least(0, self, "weight", section="visible.")
-        at_least(1e-6, self, "beta", section="visible.")
-        one_of(LossName, self, "loss", section="visible.")
+        at_least(0, self, "weight")
+        at_least(1e-6, self, "beta")
+        one_of(LossName, self, "loss")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HogSettings:
     """Histograms of oriented gradients."""
+
+    SECTION: ClassVar[str] = "hog."
 
     variant: HogVariant = "dmjd"
     """dmjd: differences of neighbours, whitened; maskfeat: Sobel's gradients, over their norm; mmpretrain: the same in
@@ -130,13 +140,15 @@ class HogSettings:
     """Side of a cell in pixels. Default: 8 for patches of 16, 24 ..., else half a patch (all of an odd one)."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "cell_size", section="hog.")
-        one_of(HogVariant, self, "variant", section="hog.")
+        at_least(1, self, "cell_size")
+        one_of(HogVariant, self, "variant")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSettings:
     """Networks among the targets."""
+
+    SECTION: ClassVar[str] = "teacher."
 
     layers: tuple[int, ...] = (-1,)
     """Maps whose mean is the target, by timm's numbers, negative ones from the end; give the flag once for each."""
@@ -156,6 +168,8 @@ class TeacherSettings:
 class DecoderSettings:
     """The decoder of the masked branch; its width is also the projector's."""
 
+    SECTION: ClassVar[str] = "decoder."
+
     embed_dim: int = 512
     """Width."""
     depth: int = 8
@@ -166,8 +180,8 @@ class DecoderSettings:
     """Width of an MLP over the width of the decoder."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "embed_dim", "num_heads", section="decoder.")
-        at_least(0, self, "depth", "mlp_ratio", section="decoder.")
+        at_least(1, self, "embed_dim", "num_heads")
+        at_least(0, self, "depth", "mlp_ratio")
         if self.embed_dim % self.num_heads or self.embed_dim % 4:
             raise ConfigError(
                 f"decoder.embed_dim {self.embed_dim} is not a multiple of 4 and of its {self.num_heads} heads"
@@ -177,6 +191,8 @@ class DecoderSettings:
 @dataclass(frozen=True, kw_only=True)
 class CropSettings:
     """What of an image a step sees: a random resized crop and a flip."""
+
+    SECTION: ClassVar[str] = "crop."
 
     scale: tuple[float, float] = (0.5, 1.0)
     """Smallest and largest share of the image's area."""
@@ -188,7 +204,7 @@ class CropSettings:
     """Different crops of an image: epoch e shows crop e mod variants. Default: another crop every epoch."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "variants", section="crop.")
+        at_least(1, self, "variants")
         if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
             raise ConfigError(
                 f"crop.scale {self.scale} and crop.ratio {self.ratio}: low before high, scale within 0 and 1"
@@ -199,6 +215,8 @@ class CropSettings:
 class MonitorSettings(LogSettings):
     """What is written down on the way, and how good the features are."""
 
+    SECTION: ClassVar[str] = "monitor."
+
     max_images: int = 2000
     """Images per part (training, held out) that an evaluation looks at."""
     max_share: float = 0.05
@@ -207,8 +225,8 @@ class MonitorSettings(LogSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, self, "max_images", section="monitor.")
-        at_least(0, self, "max_share", section="monitor.")
+        at_least(1, self, "max_images")
+        at_least(0, self, "max_share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,16 +234,13 @@ class PretrainRun(RunSettings):
     """Where, how long and on what `dmjd pretrain` computes."""
 
     data: str = "shapes"
-    """Folder of images, or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""
     out: Path = Path("runs/pretrain")
-    """Directory of the run."""
     preset: str = "quick"
     """Recipe: mae, maskfeat, convmae, fastconvmae, dm, dmjd, dmjd-clip, dmjd-dino, data2vec; for 2 cores quick and
     quick-convmae, -fastconvmae, -dmjd, -teacher."""
-    epochs: float = 400
+    epochs: float = 400.0
     """Passes over the images; an epoch shows each image num_views times to the encoder."""
     batch_size: int = 512
-    """Images in one optimizer step, over all processes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,16 +12,21 @@ from dmjd.errors import ConfigError
 PRESETS = Path(__file__).parents[1] / "presets"
 
 
-def at_least(lowest: int | float, settings: Any, *names: str, section: str = "") -> None:
+def flag(settings: Any, name: str) -> str:
+    """Name a setting as a user does: `optim.blr`; a class of settings says in `SECTION` which section it is, if any."""
+    return f"{getattr(settings, 'SECTION', '')}{name}"
+
+
+def at_least(lowest: int | float, settings: Any, *names: str) -> None:
     """Refuse numbers below `lowest` and those that are not finite; None passes.
 
     Raises:
-        ConfigError: If there is one; it is named with its section.
+        ConfigError: If there is one.
     """
     for name in names:
         value = getattr(settings, name)
         if value is not None and not lowest <= value < math.inf:
-            raise ConfigError(f"{section}{name} {value} is out of range; choose {lowest} or more")
+            raise ConfigError(f"{flag(settings, name)} {value} is out of range; choose {lowest} or more")
 
 
 def within(lowest: float, highest: float, settings: Any, *names: str) -> None:
@@ -31,11 +36,11 @@ def within(lowest: float, highest: float, settings: Any, *names: str) -> None:
         ConfigError: If there is one.
     """
     for name in names:
-        if not lowest <= getattr(settings, name) <= highest:
-            raise ConfigError(f"{name} {getattr(settings, name)} is out of range; choose {lowest:g} to {highest:g}")
+        if not lowest <= (value := getattr(settings, name)) <= highest:
+            raise ConfigError(f"{flag(settings, name)} {value} is out of range; choose {lowest:g} to {highest:g}")
 
 
-def one_of(choices: Any, settings: Any, *names: str, section: str = "") -> None:
+def one_of(choices: Any, settings: Any, *names: str) -> None:
     """Refuse values that are not among the choices of a `Literal`.
 
     Raises:
@@ -43,7 +48,7 @@ def one_of(choices: Any, settings: Any, *names: str, section: str = "") -> None:
     """
     for name in names:
         if (value := getattr(settings, name)) not in get_args(choices):
-            raise ConfigError(f"{section}{name} {value!r}; choose one of {', '.join(get_args(choices))}")
+            raise ConfigError(f"{flag(settings, name)} {value!r}; choose one of {', '.join(get_args(choices))}")
 
 
 def divides(batch_size: int, accumulation: int) -> None:

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
@@ -67,7 +67,7 @@ class FolderImages(FolderFiles):
         labels: Number of the class of each, if there are classes.
     """
 
-    labels: Int[Tensor, " n"] | None
+    labels: Int[np.ndarray, " n"] | None
 
     def label(self, index: int) -> int | None:
         """Look up the number of an image's class; None if there are no classes."""
@@ -108,7 +108,7 @@ def folder_images(root: Path, in_chans: int) -> FolderImages:
         classes = ()
     else:
         number = {name: place for place, name in enumerate(classes)}
-        labels = torch.tensor([number[parts[0]] for parts in folders])
+        labels = np.array([number[parts[0]] for parts in folders])
     return FolderImages(root=root, names=PackedStrings.pack(names), classes=classes, labels=labels, in_chans=in_chans)
 
 

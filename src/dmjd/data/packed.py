@@ -5,7 +5,9 @@ A list of strings would be copied into every worker process, object by object.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
@@ -42,5 +44,15 @@ class PackedStrings:
         """
         if not 0 <= index < len(self.ends):
             raise IndexError(f"no text {index} among {len(self.ends)}")
-        start = int(self.ends[index - 1]) if index else 0
-        return self.content[start : int(self.ends[index])].numpy().tobytes().decode(errors="surrogateescape")
+        content, ends = self._views
+        return content[ends[index - 1] if index else 0 : ends[index]].tobytes().decode(errors="surrogateescape")
+
+    @cached_property
+    def _views(self) -> tuple[np.ndarray, np.ndarray]:
+        """The same memory as arrays, which are ten times as fast to index."""
+        return self.content.numpy(), self.ends.numpy()
+
+    def __getstate__(self) -> dict[str, Tensor]:
+        """Let go of the views: a tensor on its way to a worker moves to shared memory, and its old memory is freed."""
+        self.__dict__.pop("_views", None)
+        return {"content": self.content, "ends": self.ends}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
@@ -223,7 +224,7 @@ class Subset(View):
 
     def __init__(self, source: Source, indices: Sequence[int]):
         super().__init__(source)
-        self.indices = torch.tensor(indices, dtype=torch.long)  # a tensor: worker processes share it
+        self.indices = np.array(indices, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -8,7 +8,6 @@ everything here is what it would be if the file were not there.
 import copy
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -131,15 +130,17 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     if chosen.type == "cuda":
         chosen = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', rank)}")
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+    ours = not dist.is_initialized()  # a script that runs several verbs may have begun, and keeps it
+    if ours:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world_size)
     with ExitStack() as silence:
         if rank:
             nowhere = silence.enter_context(Path(os.devnull).open("w"))
             silence.enter_context(redirect_stdout(nowhere))
             silence.enter_context(redirect_stderr(nowhere))
-        sys.stdout.flush()
         yield Ranks(chosen, rank, world_size, dist.new_group(backend="gloo"))
-    dist.destroy_process_group()  # not after an error: others may still wait for this rank, and would be waited for
+    if ours:
+        dist.destroy_process_group()  # not after an error: others may still wait for this rank, and would be waited for
 
 
 class ParallelModel:
@@ -155,12 +156,21 @@ class ParallelModel:
         ranks: Who trains.
         parallel: `ddp` or `fsdp`.
         compile: Compile forward and backward pass by torch.compile.
+        all_used: Whether every step uses every weight; if not, DDP has to look which it used.
 
     Attributes:
         module: The network itself, whose parameters are trained.
     """
 
-    def __init__(self, module: nn.Module, ranks: Ranks, *, parallel: Parallel = "ddp", compile: bool = False):
+    def __init__(
+        self,
+        module: nn.Module,
+        ranks: Ranks,
+        *,
+        parallel: Parallel = "ddp",
+        compile: bool = False,
+        all_used: bool = True,
+    ):
         self.ranks = ranks
         self._copy: nn.Module | None = None
         if ranks.world_size > 1 and ranks.device.type == "cuda":  # statistics of the whole batch; GPUs only
@@ -176,7 +186,7 @@ class ParallelModel:
         self._forward: Any = module
         if ranks.world_size > 1 and parallel == "ddp":
             device_ids = [ranks.device] if ranks.device.type == "cuda" else None
-            self._forward = DistributedDataParallel(module, device_ids=device_ids)
+            self._forward = DistributedDataParallel(module, device_ids=device_ids, find_unused_parameters=not all_used)
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the network's forward pass."""

@@ -42,9 +42,6 @@ class Run:
         self.evaluated: set[int] = set()  # steps after which an evaluation was written down
         self.earlier, self.began = 0.0, time.perf_counter()
         self.board: Any = None
-        if ranks.is_main:
-            out.mkdir(parents=True, exist_ok=True)
-            self.board = tensorboard(out)
 
     @property
     def checkpoints(self) -> Path:
@@ -58,8 +55,15 @@ class Run:
 
     def begin(self, config: str) -> None:
         """Start a run: settings as YAML, and metrics and skipped files without a line."""
+        self.open()
         for name, text in (("config.yaml", config), ("metrics.jsonl", ""), ("skipped.tsv", "")):
             self.replace(name, text)
+
+    def open(self) -> None:
+        """Make the directory and open the log of TensorBoard."""
+        if self.ranks.is_main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.board = tensorboard(self.out)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the run, for `restore`."""
@@ -77,6 +81,7 @@ class Run:
         Raises:
             CheckpointError: If it is a run of other settings or other images.
         """
+        self.open()
         saved = state["settings"]
         keys = {*saved, *self.settings} - MAY_CHANGE
         changed = sorted(key for key in keys if saved.get(key) != self.settings.get(key))

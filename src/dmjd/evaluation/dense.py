@@ -22,7 +22,7 @@ SHOWN = 8  # held-out images in the report
 class Shown(NamedTuple):
     """A held-out image for the report, with truth and prediction as the task has them."""
 
-    index: int
+    number: int  # its place in the set
     name: str
     image: UInt8[Tensor, "C H W"]
     truth: Any

@@ -80,7 +80,7 @@ def judge_detection(find: Finder, held_out: DetectionSet, ranks: Ranks) -> Judge
             shown.append(Shown(index, held_out.name(index), image, true, likely(found)))
     gathered = ranks.gather((pairs, shown))
     pairs = sorted((pair for each in gathered for pair in each[0]), key=lambda pair: pair[0])
-    shown = sorted((picture for each in gathered for picture in each[1]), key=lambda picture: picture.index)
+    shown = sorted((picture for each in gathered for picture in each[1]), key=lambda picture: picture.number)
     if not sum(int((truth["iscrowd"] == 0).sum()) for _, _, truth in pairs):
         raise DataError(f"no objects in the held-out images that decode; {held_out.address}; correct them")
     summary, rows = average_precision(pairs, held_out)

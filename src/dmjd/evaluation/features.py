@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,7 +18,7 @@ from dmjd.engine.device import choose_precision
 from dmjd.engine.distributed import Ranks
 from dmjd.errors import ConfigError, DataError
 
-LabelledFeatures = tuple[Float[Tensor, "n D"], Int[Tensor, " n"]]
+LabelledFeatures = tuple[Tensor, Tensor]  # (n, D) and (n)
 
 
 @torch.inference_mode()

@@ -48,7 +48,7 @@ class PixelClassifier:
         device = next(self.network.parameters()).device
         pixels = resize(image.to(device), [min(self.window_hw)])
         with self.autocast():
-            logits = self.logits(self.normalize(pixels)[None])
+            logits = self.logits(self.normalize(pixels[None]))
         return F.interpolate(logits, image.shape[-2:], mode="bilinear")[0].argmax(dim=0)
 
     def logits(self, image: Float[Tensor, "1 C H W"]) -> Float[Tensor, "1 classes H W"]:
@@ -92,7 +92,7 @@ def judge_segmentation(classify: PixelClassifier, held_out: SegmentationSet, ran
             shown.append(Shown(index, held_out.name(index), image, known, classes.cpu()))
     counted = ranks.gather((confusion.confmat.cpu(), images, shown))
     summary, rows = scores(torch.stack([each[0] for each in counted]).sum(dim=0), held_out.classes)
-    pictures = sorted((picture for each in counted for picture in each[2]), key=lambda picture: picture.index)
+    pictures = sorted((picture for each in counted for picture in each[2]), key=lambda picture: picture.number)
     return Judged(summary | {"images": sum(each[1] for each in counted)}, rows, pictures)
 
 

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.neighbors import KNeighborsClassifier
 
 from dmjd import load_backbone
 from dmjd.cli import main
 from dmjd.data.crops import center_crop
 from dmjd.data.decode import decode
-from dmjd.evaluation.features import knn_top1, knn_votes, linear_top1, rankme
+from dmjd.evaluation.knn import knn_top1
 
 CLASSES = ("dots", "rows", "columns")
 TINY = """--preset quick --model.image_size 32 --model.patch_size 8 --model.embed_dim 16 --model.depth 2
@@ -155,47 +154,3 @@ def test_embed__without_a_good_image_is_a_data_error(
     assert main(["embed", "--backbone", str(backbone), "--data", str(tmp_path / "images"), "--out", str(out)]) == 3
     assert capsys.readouterr().err.startswith("error: none of 1 images decodes")
     assert not out.exists()
-
-
-# -- metrics -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (7, 0.07), (20, 0.5), (500, 0.1)])
-def test_knn_votes__agree_with_scikit_learn(k: int, temperature: float) -> None:
-    generator = torch.Generator().manual_seed(k)
-    bank, queries = (torch.randn(count, 8, generator=generator) for count in (120, 60))
-    labels = torch.randint(0, 5, (120,), generator=generator)
-    reference = KNeighborsClassifier(
-        min(k, 120), metric="cosine", weights=lambda distance: np.exp((1 - distance) / temperature)
-    ).fit(bank.double().numpy(), labels.numpy())
-    shares = knn_votes(bank, labels, queries, k=k, temperature=temperature, max_similarities=25 * 120)
-    expected = torch.from_numpy(reference.predict_proba(queries.double().numpy())).float()
-    torch.testing.assert_close(shares, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_knn_top1__is_the_share_of_right_answers() -> None:
-    bank, labels = torch.eye(4), torch.arange(4)
-    assert knn_top1(bank, labels, bank, torch.tensor([0, 1, 2, 0]), k=1) == 0.75
-
-
-def test_linear_top1__separates_what_a_plane_separates() -> None:
-    generator = torch.Generator().manual_seed(0)
-    points = torch.randn(200, 6, generator=generator)
-    labels = (points @ torch.randn(6, generator=generator) > 0).long()
-    assert linear_top1(points[:150], labels[:150], points[150:], labels[150:]) > 0.9
-
-
-@pytest.mark.parametrize("rank", [1, 3, 8])
-def test_rankme__of_r_equal_directions_is_r(rank: int) -> None:
-    left, right = (torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0] for size in (40, 8))
-    assert rankme((left[:, :rank] @ right[:rank]).float()) == pytest.approx(rank, abs=1e-3)
-
-
-def test_rankme__of_unequal_directions_is_less() -> None:
-    weak = torch.diag(torch.tensor([1.0, 1.0, 0.1]))
-    assert 2 < rankme(weak) < 3
-
-
-def test_rankme__of_collapsed_features_is_one() -> None:
-    assert rankme(torch.ones(10, 4)) == pytest.approx(1, abs=1e-4)
-    assert rankme(torch.zeros(10, 4)) == pytest.approx(1, abs=1e-4)

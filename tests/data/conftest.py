@@ -1,0 +1,33 @@
+"""What tests of data share: folders of small images."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def write() -> Write:
+    """Write images of noise, each another, into a folder; `size` is width and height."""
+
+    def written(root: Path, *names: str, size: tuple[int, int] = (6, 4)) -> Path:
+        for number, name in enumerate(names):
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+        return root
+
+    return written
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, write: Write) -> Path:
+    """Eleven images, of which 006.png does not decode."""
+    root = write(tmp_path_factory.mktemp("images"), *(f"{number:03d}.png" for number in range(11)), size=(24, 20))
+    (root / "006.png").write_bytes((root / "006.png").read_bytes()[:200])
+    return root

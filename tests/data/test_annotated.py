@@ -1,0 +1,35 @@
+"""Names of classes, and batches of images with annotations of any kind."""
+
+import pytest
+import torch
+
+from dmjd.data.annotated import class_names, collate_annotated
+from dmjd.errors import DataError
+
+
+def test_class_names__come_from_the_file_given_or_else_from_the_one_beside_the_images(tmp_path):
+    assert class_names(str(tmp_path), None) is None
+    (tmp_path / "classes.txt").write_text("sky\nroad\n\ntree\n")
+    assert class_names(str(tmp_path), None) == ("sky", "road", "tree")
+    (tmp_path / "other.txt").write_text("a\nb\nc\nd\n")
+    assert class_names(str(tmp_path), tmp_path / "other.txt") == ("a", "b", "c", "d")
+
+
+@pytest.mark.parametrize(("content", "said"), [("a\nb\na\n", "twice"), ("\n", "no names"), (None, "No such file")])
+def test_class_names__that_are_no_list_are_refused(tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "names.txt").write_text(content)
+    with pytest.raises(DataError, match=said):
+        class_names(str(tmp_path), tmp_path / "names.txt")
+
+
+def test_collate__tensors_are_stacked_and_other_annotations_listed():
+    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    batch = collate_annotated([(image, torch.zeros(4, 4), {"a": "broken"}), (image, torch.ones(4, 4), {})])
+    assert batch.images.shape == (2, 3, 4, 4)
+    assert batch.annotations.shape == (2, 4, 4)
+    assert batch.skipped == {"a": "broken"}
+    assert collate_annotated([(image, {"boxes": 1}, {}), (image, {"boxes": 2}, {})]).annotations == [
+        {"boxes": 1},
+        {"boxes": 2},
+    ]

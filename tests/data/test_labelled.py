@@ -1,0 +1,119 @@
+"""Which labels are used, and that an augmented sample is a function of seed, epoch and index."""
+
+import pickle
+
+import pytest
+import torch
+from PIL import Image
+
+from dmjd.data.folder import folder_images
+from dmjd.data.labelled import (
+    LabelledSamples,
+    collate_labelled,
+    label_subset,
+    labelled_parts,
+    training_transform,
+)
+from dmjd.data.loader import train_batches
+from dmjd.data.sampler import StepSampler
+from dmjd.data.source import Parts, labels_of, open_source
+from dmjd.errors import DataError
+
+AUGMENT = {"mean": [0.5] * 3, "std": [0.2] * 3, "scale": (0.3, 1.0), "flip": True, "random_erasing": 0.5}
+
+
+def transform(policy: str = "rand-m9-mstd0.5-inc1"):
+    return training_transform((3, 16, 20), **AUGMENT, auto_augment=policy)
+
+
+@pytest.fixture
+def pets(tmp_path, write):
+    counts = {"train/cat": 10, "train/dog": 4, "val/cat": 2, "val/dog": 2}
+    return write(
+        tmp_path, *(f"{place}/{n}.png" for place, count in counts.items() for n in range(count)), size=(20, 24)
+    )
+
+
+def test_label_subset__keeps_one_of_each_class_and_is_nested():
+    labels = [0] * 40 + [1] * 20 + [2]
+    hundredth, tenth, half = (set(label_subset(labels, 3, fraction=share)) for share in (0.01, 0.1, 0.5))
+    assert len(hundredth) == 3
+    assert {labels[index] for index in hundredth} == {0, 1, 2}
+    assert hundredth < tenth < half
+    assert set(label_subset(labels, 4, fraction=0.1)) != tenth
+    assert len(label_subset(labels, 3, shots=4)) == 4 + 4 + 1
+    assert label_subset(labels, 3) == list(range(61))
+
+
+def test_labelled_parts__keep_a_share_of_the_training_labels_and_all_held_out_ones(pets):
+    parts = open_source(str(pets))
+    train, held_out = labelled_parts(parts, address="pets", seed=1, fraction=0.5)
+    assert labels_of(train, range(len(train))).tolist() == [0] * 5 + [1] * 2
+    assert len(held_out) == 4
+    train, _ = labelled_parts(parts, address="pets", seed=1, shots=1)
+    assert labels_of(train, range(len(train))).tolist() == [0, 1]
+    assert labelled_parts(parts, address="pets", seed=1) == parts
+
+
+def test_labelled_parts__without_labels_they_are_refused(pets):
+    parts = Parts(folder_images(pets / "train" / "cat", 3), folder_images(pets / "val", 3))
+    for refused in (parts, Parts(*reversed(parts))):
+        with pytest.raises(DataError, match="no labels; pets; needs two classes or more"):
+            labelled_parts(refused, address="pets", seed=0)
+
+
+def test_labelled_parts__held_out_classes_without_training_images_are_named(pets, write):
+    write(pets, "val/emu/1.png", "val/ant/1.png")
+    with pytest.raises(DataError, match="held-out classes without training images: ant, emu; pets"):
+        labelled_parts(open_source(str(pets)), address="pets", seed=0)
+
+
+def test_samples__are_a_function_of_seed_epoch_and_index_alone(pets):
+    train = open_source(str(pets)).train
+    samples = LabelledSamples(train, transform(), seed=1)
+    before = torch.get_rng_state()
+    image, label, skipped = samples[2, 11]
+    assert (image.shape, label, skipped) == ((3, 16, 20), 1, {})
+    torch.rand(3)
+    again = pickle.loads(pickle.dumps(samples))[2, 11][0]
+    assert torch.equal(image, again)
+    assert not torch.equal(image, samples[3, 11][0])
+    assert not torch.equal(image, LabelledSamples(train, transform(), seed=2)[2, 11][0])
+    torch.set_rng_state(before)
+    _ = samples[0, 0]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_samples__two_workers_load_what_none_does(pets):
+    samples = LabelledSamples(open_source(str(pets)).train, transform(), seed=1)
+    alone, together = (
+        [*train_batches(samples, StepSampler(14, 6, 0, 4, 1), collate_labelled, workers=workers, pin_memory=False)]
+        for workers in (0, 2)
+    )
+    assert len(alone) == len(together) == 4
+    for one, other in zip(alone, together, strict=True):
+        assert one.images.shape == (6, 3, 16, 20)
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+
+
+def test_samples__a_bad_file_gives_the_label_of_the_image_that_stands_in(pets):
+    (pets / "train" / "cat" / "9.png").write_text("no image")
+    image, label, skipped = LabelledSamples(open_source(str(pets)).train, transform("none"), seed=0)[0, 9]
+    assert (image.shape, label, list(skipped)) == ((3, 16, 20), 1, ["cat/9.png"])
+
+
+def test_training_transform__without_augmentation_it_normalises():
+    plain = training_transform(
+        (3, 8, 8), mean=[0.5] * 3, std=[0.25] * 3, scale=(1.0, 1.0), flip=False, auto_augment="none", random_erasing=0.0
+    )
+    image = plain(torch.full((3, 8, 8), 255, dtype=torch.uint8))
+    assert torch.allclose(image, torch.full((3, 8, 8), 2.0))
+
+
+def test_training_transform__posterize_never_asks_pillow_for_no_bits():
+    steps = transform("rand-m10-n4").steps.transforms
+    posterize = [op for step in steps for op in getattr(step, "ops", ()) if op.name.startswith("Posterize")]
+    assert posterize
+    for operation in posterize:
+        operation.aug_fn(Image.new("RGB", (4, 4)), 0)

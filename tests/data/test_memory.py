@@ -1,0 +1,64 @@
+"""Held in memory, images are what decoding gives, and so are the reasons of those that do not decode."""
+
+import pickle
+
+import pytest
+import torch
+
+from dmjd.data import memory
+from dmjd.data.decode import BadImage
+from dmjd.data.folder import folder_images
+from dmjd.data.memory import PackedImages, in_memory
+from dmjd.data.source import Source, Subset
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_in_memory__equals_decoding(tmp_path, write, in_chans):
+    write(tmp_path, "x/a.png", "y/b.png", size=(6, 4))
+    write(tmp_path, "x/c.png", size=(9, 30))
+    (tmp_path / "y" / "bad.png").write_text("no image")
+    images = folder_images(tmp_path, in_chans)
+    for held in (in_memory(images), pickle.loads(pickle.dumps(in_memory(images)))):
+        assert isinstance(held, PackedImages)
+        assert isinstance(held, Source)
+        assert held.in_memory
+        assert (len(held), held.classes, held.address) == (4, ("x", "y"), str(tmp_path))
+        assert [*held.bad] == [3]
+        for index in range(len(images)):
+            assert (held.name(index), held.label(index)) == (images.name(index), images.label(index))
+            if index in held.bad:
+                with pytest.raises(BadImage) as from_file:
+                    images.read(index)
+                with pytest.raises(BadImage) as from_memory:
+                    held.read(index)
+                assert str(from_file.value) == str(from_memory.value)
+            else:
+                assert torch.equal(held.read(index), images.read(index))
+
+
+def test_in_memory__a_subset_is_held_alone(folder):
+    images = folder_images(folder, 3)
+    held = in_memory(Subset(images, [7, 2]))
+    assert isinstance(held, PackedImages)
+    assert [held.name(0), held.name(1)] == ["007.png", "002.png"]
+    assert torch.equal(held.read(1), images.read(2))
+    assert held.pixels.numel() == 2 * 3 * 20 * 24
+
+
+def test_in_memory__what_is_held_is_not_held_again(folder):
+    held = in_memory(folder_images(folder, 3))
+    subset = Subset(held, [1, 2])
+    assert in_memory(held) is held
+    assert in_memory(subset) is subset
+
+
+def test_in_memory__large_sets_stay_on_the_disk(tmp_path, write, monkeypatch):
+    images = folder_images(write(tmp_path, "a.png", "b.png"), 3)
+    monkeypatch.setattr(memory, "MEMORY_LIMIT", 2 * 6 * 4 * 3 - 1)
+    assert in_memory(images) is images
+
+
+def test_in_memory__sets_without_a_readable_image_stay_on_the_disk(tmp_path):
+    (tmp_path / "a.png").write_text("no image")
+    images = folder_images(tmp_path, 3)
+    assert in_memory(images) is images

@@ -1,0 +1,95 @@
+"""Every verb on two ranks: what it writes is what one rank writes, and rank 0 alone speaks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "equality"))
+import runs
+
+from dmjd.cli import main
+
+SHORT = ["--steps", "4", "--device", "cpu", "--workers", "0", "--precision", "fp32"]
+VERBS = ("knn", "embed", "linear", "finetune", "segment", "detect", "pretrain")
+
+
+def commands(data, root):
+    """Short command lines of all verbs, which write below `root`."""
+    start = ["--backbone", runs.VIT, "--device", "cpu", "--precision", "fp32", "--workers", "0"]
+    classes = ["--data", f"{data}/classes"]
+    trained = {
+        name: [word.replace("{}", str(data)) for word in runs.COMMANDS[name]] + [*SHORT, "--out", f"{root}/{name}"]
+        for name in ("linear", "finetune", "segment", "detect")
+    }
+    return [
+        ["knn", *classes, *start, "--out", f"{root}/knn", "--batch_size", "5"],
+        ["embed", *classes, *start, "--out", f"{root}/features.npy", "--batch_size", "5"],
+        *trained.values(),
+        [
+            *("pretrain", *classes, "--batch_size", "8", "--optim.clip_grad", "1.0", "--parallel", "fsdp"),
+            *("--monitor.log_every", "1", "--out", f"{root}/pretrain", *SHORT),
+        ],
+    ]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """Folders of what one rank and of what two ranks wrote, and what two ranks said."""
+    root = tmp_path_factory.mktemp("verbs")
+    runs.paint(root / "data")
+    lines = root / "lines.json"
+    lines.write_text(json.dumps(commands(root / "data", root / "two")))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    script = str(Path(__file__).with_name("verbs.py"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*torchrun, script, str(lines)], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for line in commands(root / "data", root / "one"):
+        assert main(line) == 0
+    return root / "one", root / "two", result.stdout
+
+
+def test_ranks__features_are_those_of_one_in_the_same_order(outputs):
+    one, two, _ = outputs
+    np.testing.assert_allclose(np.load(one / "features.npy"), np.load(two / "features.npy"), rtol=1e-5, atol=1e-6)
+    assert (one / "features.csv").read_text() == (two / "features.csv").read_text()
+
+
+def test_ranks__knn_is_that_of_one(outputs):
+    results = [json.loads((folder / "knn" / "result.json").read_text()) for folder in outputs[:2]]
+    assert results[0] | {"seconds": 0} == results[1] | {"seconds": 0}
+
+
+@pytest.mark.parametrize("verb", ["finetune", "segment", "detect", "linear"])
+def test_ranks__training_with_labels_writes_what_one_writes(outputs, verb):
+    one, two = (folder / verb for folder in outputs[:2])
+    files, others = ({path.relative_to(folder) for path in folder.rglob("*")} for folder in (one, two))
+    assert files == others
+    first, second = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, two)
+    )
+    assert [line.keys() for line in first] == [line.keys() for line in second]
+    result = json.loads((two / "result.json").read_text())
+    assert result.keys() == json.loads((one / "result.json").read_text()).keys()
+
+
+def test_ranks__pretraining_by_the_command_line_gives_the_losses_of_one(outputs):
+    one, two = (
+        [json.loads(line) for line in (folder / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+        for folder in outputs[:2]
+    )
+    for key in ("loss", "loss_masked", "loss_visible", "grad_norm", "knn_top1", "linear_top1"):
+        values = [[line[key] for line in lines if key in line] for lines in (one, two)]
+        assert values[0]
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_ranks__only_the_first_speaks(outputs):
+    lines = outputs[2].splitlines()
+    assert sum(line.startswith("{") for line in lines) == 6, "one line of JSON for each verb that judges or embeds"
+    assert sum(line.startswith("done in") for line in lines) == 1

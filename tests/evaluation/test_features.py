@@ -1,0 +1,79 @@
+"""What features are worth: neighbours, linear classifiers and rank, against other programs and by hand."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+from dmjd.evaluation.knn import knn_top1, knn_votes
+from dmjd.evaluation.linear import choose_penalty, linear_top1, logistic_regression
+from dmjd.evaluation.rank import feature_std, rankme
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (7, 0.07), (20, 0.5), (500, 0.1)])
+def test_knn_votes__agree_with_scikit_learn(k: int, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(k)
+    bank, queries = (torch.randn(count, 8, generator=generator) for count in (120, 60))
+    labels = torch.randint(0, 5, (120,), generator=generator)
+    reference = KNeighborsClassifier(
+        min(k, 120), metric="cosine", weights=lambda distance: np.exp((1 - distance) / temperature)
+    ).fit(bank.double().numpy(), labels.numpy())
+    shares = knn_votes(bank, labels, queries, k=k, temperature=temperature, max_similarities=25 * 120)
+    expected = torch.from_numpy(reference.predict_proba(queries.double().numpy())).float()
+    torch.testing.assert_close(shares, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_knn_top1__is_the_share_of_right_answers() -> None:
+    bank, labels = torch.eye(4), torch.arange(4)
+    assert knn_top1(bank, labels, bank, torch.tensor([0, 1, 2, 0]), k=1) == 0.75
+
+
+def test_linear_top1__separates_what_a_plane_separates() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(200, 6, generator=generator)
+    labels = (points @ torch.randn(6, generator=generator) > 0).long()
+    assert linear_top1(points[:150], labels[:150], points[150:], labels[150:]) > 0.9
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_rankme__of_r_equal_directions_is_r(rank: int) -> None:
+    left, right = (torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0] for size in (40, 8))
+    assert rankme((left[:, :rank] @ right[:rank]).float()) == pytest.approx(rank, abs=1e-3)
+
+
+def test_rankme__of_unequal_directions_is_less() -> None:
+    weak = torch.diag(torch.tensor([1.0, 1.0, 0.1]))
+    assert 2 < rankme(weak) < 3
+
+
+def test_rankme__of_collapsed_features_is_one() -> None:
+    assert rankme(torch.ones(10, 4)) == pytest.approx(1, abs=1e-4)
+    assert rankme(torch.zeros(10, 4)) == pytest.approx(1, abs=1e-4)
+
+
+def test_feature_std__is_one_where_features_point_everywhere_and_nought_where_they_point_one_way() -> None:
+    everywhere = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0))
+    assert feature_std(everywhere) == pytest.approx(1, abs=0.01)
+    assert feature_std(torch.rand(50, 1) * torch.ones(1, 8)) == pytest.approx(0, abs=1e-6)
+
+
+def test_logistic_regression__is_scikit_learns_and_unseen_classes_get_nothing() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(80, 6, generator=generator), torch.randn(20, 6, generator=generator)
+    labels = (bank[:, 0] > 0).long() * 3
+    shares = logistic_regression(bank, labels, queries, num_classes=5, penalty=2.0)
+    mean, deviation = bank.double().mean(0), bank.double().std(0, correction=0)
+    reference = LogisticRegression(C=0.5, tol=1e-6).fit(((bank - mean) / deviation).numpy(), labels.numpy())
+    expected = torch.from_numpy(reference.predict_proba(((queries - mean) / deviation).numpy())).float()
+    torch.testing.assert_close(shares[:, [0, 3]], expected, atol=2e-2, rtol=0)
+    assert (shares[:, [1, 2, 4]] == 0).all()
+
+
+def test_choose_penalty__noisy_labels_get_a_large_one_and_single_images_the_default() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(400, 60, generator=generator), torch.arange(400) % 2
+    features[:, 0] += labels * 1.5
+    assert choose_penalty(features, labels, 0) > 1
+    assert choose_penalty(torch.eye(3), torch.arange(3), 0) == 1.0

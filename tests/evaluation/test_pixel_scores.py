@@ -1,0 +1,65 @@
+"""Numbers of segmentation against others', and the windows that large images are seen in."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, jaccard_score
+from torch import nn
+
+from dmjd.evaluation.segmentation import PixelClassifier, scores, starts
+
+
+def confusion(true: np.ndarray, predicted: np.ndarray, count: int) -> torch.Tensor:
+    table = torch.zeros(count, count, dtype=torch.long)
+    for row, column in zip(true.ravel(), predicted.ravel(), strict=True):
+        table[row, column] += 1
+    return table
+
+
+def test_scores__worked_by_hand():
+    perfect, _ = scores(torch.diag(torch.tensor([5, 3, 0])), "abc")
+    assert perfect == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
+    # One of six pixels of class a is taken for b: IoU 5/6 and 2/3, accuracy 5/6 and 1.
+    off, rows = scores(torch.tensor([[5, 1], [0, 2]]), "ab")
+    assert off == {"miou": 0.75, "pixel_accuracy": 0.875, "mean_class_accuracy": 0.9167}
+    assert rows[0] == {"class": "a", "pixels": 6, "accuracy": 0.8333, "iou": 0.8333}
+    # A class that is only predicted counts with IoU 0; one that nobody has seen does not count.
+    absent, rows = scores(torch.tensor([[4, 1, 0], [0, 0, 0], [0, 0, 0]]), "abc")
+    assert absent == {"miou": 0.4, "pixel_accuracy": 0.8, "mean_class_accuracy": 0.8}
+    assert (rows[1]["iou"], rows[1]["accuracy"], rows[2]["iou"]) == (0.0, "", "")
+    assert scores(torch.zeros(2, 2, dtype=torch.long), "ab")[0]["miou"] == 0.0  # every pixel ignored
+
+
+def test_scores__are_scikit_learns():
+    random = np.random.default_rng(0)
+    true, predicted = random.integers(0, 4, 300), random.integers(0, 4, 300)
+    found, rows = scores(confusion(true, predicted, 4), "abcd")
+    assert found["miou"] == pytest.approx(jaccard_score(true, predicted, average="macro"), abs=1e-4)
+    assert found["pixel_accuracy"] == pytest.approx(accuracy_score(true, predicted), abs=1e-4)
+    assert found["mean_class_accuracy"] == pytest.approx(balanced_accuracy_score(true, predicted), abs=1e-4)
+    by_class = jaccard_score(true, predicted, average=None)
+    assert [row["iou"] for row in rows] == pytest.approx(by_class.tolist(), abs=1e-4)
+
+
+# -- windows -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("full", "expected"), [(10, [0]), (11, [0, 1]), (17, [0, 6, 7]), (22, [0, 6, 12])])
+def test_windows__cover_the_image_and_end_with_it(full, expected):
+    assert starts(full, 10, 6) == expected
+
+
+@pytest.mark.parametrize("size", [(40, 70), (20, 70), (24, 32), (9, 11)])
+def test_windows__of_a_network_that_sees_single_pixels_are_the_whole_image(size):
+    class Pointwise(nn.Conv2d):
+        def forward(self, images):
+            return [super().forward(images)]
+
+    model, image = Pointwise(3, 5, 1), torch.randn(1, 3, *size)
+    whole, slid = (
+        PixelClassifier(model, nn.Identity(), nullcontext, (24, 32), slide=slide).logits(image)
+        for slide in (False, True)
+    )
+    torch.testing.assert_close(whole, slid)
