@@ -23,7 +23,7 @@ check: .venv/installed
 # Reference of the Python interface, from the docstrings: site/index.html
 docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
-	$(BIN)/pdoc --docformat google --output-directory site $(addprefix dmjd.,masking targets losses heads method backbones factory reference config)
+	$(BIN)/pdoc --docformat google --output-directory site $(addprefix dmjd.,masking losses heads method targets backbones data engine evaluation networks reports config registry factory reference)
 
 format: .venv/installed
 	$(BIN)/ruff format .

@@ -20,7 +20,7 @@ from dmjd.data.masked import MaskedSamples, collate_masked
 from dmjd.data.source import open_source
 from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
 from dmjd.engine.loop import Plan
-from dmjd.engine.optim import create_optimizer, learning_rate
+from dmjd.engine.optim import create_optimizer
 from dmjd.engine.run import Run
 from dmjd.engine.trainer import Trainer
 from dmjd.masking import block_masks
@@ -69,6 +69,8 @@ def run(case: Case, ranks: Ranks) -> None:
     plan = Plan(
         steps=case.steps,
         batch_size=case.batch_size,
+        lr=1e-3,
+        warmup_epochs=1.0,
         accumulation=case.accumulation,
         clip_grad=case.clip_grad,
         workers=case.workers,
@@ -76,10 +78,9 @@ def run(case: Case, ranks: Ranks) -> None:
         evaluations=0,
         saves=case.saves,
     )
-    warm = learning_rate(1e-3, warmup_epochs=1.0, count=len(train), batch_size=case.batch_size, steps=case.steps)
     optimizer = create_optimizer(network, name="adamw", lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95))
     record = Run(Path(case.out), {}, train, batch_size=case.batch_size, ranks=ranks)
-    trainer = Trainer(record, model, optimizer, plan, lr=warm, autocast=nullcontext)
+    trainer = Trainer(record, model, optimizer, plan, autocast=nullcontext)
     trainer.begin("", resume=case.resume)
     crop = partial(random_crop, size=(32, 32), scale=(0.5, 1.0), ratio=(0.75, 1.33), flip=True)
     masks = partial(block_masks, 1, (4, 4), num_views=2, mask_ratio=0.5)

@@ -1,36 +1,54 @@
-"""What the README tells a newcomer to type works as it stands there."""
+"""What the README and docs/recipes.md tell a newcomer to type works as it stands there."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dmjd.cli import main
+from dmjd.cli import VERBS, main
+from dmjd.config.rules import PRESETS
+from dmjd.data.source import register_source
+from dmjd.targets import register_target
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+RECIPES = (ROOT / "docs" / "recipes.md").read_text()
 # The runs there take minutes to weeks; these flags change how much is trained, not what is done.
-SHORT = shlex.split(
-    "--steps 2 --batch_size 4 --workers 0 --device cpu --monitor.evals 0 --model.image_size 64 --model.patch_size 8 "
-    "--model.embed_dim 32 --model.depth 1 --model.num_heads 2 "
-    "--decoder.embed_dim 16 --decoder.num_heads 2 --decoder.depth 1"
-)
 FINE = shlex.split("--steps 2 --batch_size 4 --workers 0 --device cpu")
-FLAGS = {"pretrain": SHORT, "finetune": FINE, "segment": FINE, "detect": FINE}
+SMALL = shlex.split("--monitor.evals 0 --decoder.embed_dim 16 --decoder.num_heads 2 --decoder.depth 1")
+SHAPE = shlex.split(
+    "--model.image_size 64 --model.patch_size 8 --model.embed_dim 32 --model.depth 1 --model.num_heads 2"
+)
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def commands():
-    lines = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("dmjd ")]
+def commands(text):
+    lines = [line.partition("#")[0].strip() for block in blocks(text, "sh") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def shortened(words):
+    """The command with flags that make it short; a network of timm has a shape of its own."""
+    if words[0] == "pretrain":
+        return [*words, *FINE, *SMALL, *([] if any(word.startswith("timm:") for word in words) else SHAPE)]
+    return [*words, *(FINE if words[0] in ("finetune", "segment", "detect") else [])]
+
+
+def rows(text, heading):
+    """The first cells of the table below a heading, those in backquotes."""
+    table = text.split(f"## {heading}\n")[1].split("\n## ")[0]
+    return set(re.findall(r"^\| `([^`]+)`", table, flags=re.MULTILINE))
 
 
 @pytest.fixture(scope="module")
@@ -60,21 +78,56 @@ def workplace(tmp_path_factory):
 
 def test_readme__every_command_does_what_it_says(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
-    assert len(commands()) >= 5
-    for command in commands():
-        words = shlex.split(command)[1:]
-        assert main([*words, *FLAGS.get(words[0], [])]) == 0, command + capsys.readouterr().err
+    typed = [shlex.split(line)[1:] for line in commands(README) + commands(RECIPES) if line.startswith("dmjd ")]
+    assert {words[0] for words in typed} == {verb.name for verb in VERBS} | {"report"}
+    for words in typed:
+        assert main(shortened(words)) == 0, " ".join(words) + capsys.readouterr().err
     for name in ("backbone.safetensors", "report.html", "metrics.jsonl", "config.yaml", "summary.json"):
         assert (workplace / "runs" / "photos" / name).stat().st_size > 0
     assert np.load(workplace / "features.npy").shape == (24, 32)
-    for block in blocks("python"):
+    for block in blocks(README, "python"):
         exec(compile(block, "README.md", "exec"), {})
 
 
-def test_readme__every_preset_is_in_the_table():
-    table = README.split("## Presets")[1].split("###")[0]
-    names = {path.stem for path in (ROOT / "src" / "dmjd" / "presets").glob("*.yaml")}
-    assert names == set(re.findall(r"^\| `([\w-]+)` \|", table, flags=re.MULTILINE))
+def test_readme__torchrun_trains_on_several_processes(workplace):
+    (line,) = (line for line in commands(README) if line.startswith("torchrun "))
+    launch, _, command = line.partition(" -m dmjd ")
+    assert re.fullmatch(r"torchrun --nproc-per-node \d+", launch)
+    torchrun = shlex.split("-m torch.distributed.run --nproc-per-node 2 --standalone -m dmjd")
+    done = subprocess.run(
+        [sys.executable, *torchrun, *shortened(shlex.split(command))],
+        capture_output=True,
+        text=True,
+        cwd=workplace,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("look at runs/dmjd-8/report.html") == 1
+
+
+def test_readme__every_command_is_run_by_a_test_or_is_a_target_of_make():
+    targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for line in commands(README) + commands(RECIPES):
+        program, *words = line.split()
+        assert program in ("dmjd", "torchrun") or (program == "make" and words[0] in targets), line
+
+
+def test_readme__make_docs_describes_modules_that_exist():
+    (names,) = re.findall(r"addprefix dmjd\.,([\w. ]+)\)", (ROOT / "Makefile").read_text())
+    for name in names.split():
+        place = ROOT / "src" / "dmjd" / name
+        assert place.is_dir() or place.with_suffix(".py").is_file(), name
+
+
+def test_recipes__every_preset_is_in_the_table():
+    assert rows(RECIPES, "Presets") == {path.stem for path in PRESETS.glob("*.yaml")}
+
+
+def test_recipes__every_target_and_every_source_is_in_a_table():
+    targets = {name.partition(":")[0] for name in rows(RECIPES, "Targets")} - {"hog+ema", "FILE.safetensors"}
+    assert targets | {"file"} == set(register_target.names())
+    sources = {name.partition(":")[0] for name in rows(RECIPES, "Data")}
+    assert sources | {"folder"} == set(register_source.names())
 
 
 def test_documents__every_link_leads_somewhere():

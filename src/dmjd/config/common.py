@@ -59,6 +59,11 @@ class DeviceSettings:
     debug: bool = False
     """Show the traceback of an error."""
 
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What `FeatureExtractor` takes from here."""
+        return {"precision": self.precision, "workers": self.workers}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(DeviceSettings):
@@ -119,6 +124,11 @@ class BackboneSettings:
     backbone: str
     """A backbone.safetensors, or timm:NAME for a model of timm with its weights."""
 
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What `FeatureExtractor` takes from here."""
+        return {"name": self.backbone}
+
 
 @dataclass(frozen=True, kw_only=True)
 class StartSettings(BackboneSettings):
@@ -126,6 +136,11 @@ class StartSettings(BackboneSettings):
 
     untrained: bool = False
     """Take the same network without its weights, to compare with."""
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What `FeatureExtractor` takes from here."""
+        return {"name": self.backbone, "pretrained": not self.untrained}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +151,11 @@ class LabelSubset:
     """Share of the training images of every class whose labels are used, at least one; larger shares hold smaller."""
     shots: int | None = None
     """Training images of every class whose labels are used, instead of a share."""
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What `labelled_parts` takes from here."""
+        return {"fraction": self.fraction, "shots": self.shots}
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
@@ -178,7 +198,11 @@ class OptimSettings:
     @property
     def plan(self) -> dict[str, Any]:
         """What the trainer's plan takes from here."""
-        return {"accumulation": self.accumulation, "clip_grad": self.clip_grad}
+        return {
+            "accumulation": self.accumulation,
+            "clip_grad": self.clip_grad,
+            "warmup_epochs": self.warmup_epochs,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

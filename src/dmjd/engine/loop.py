@@ -13,17 +13,21 @@ from torch.optim import Optimizer
 
 from dmjd.data.random import mix
 from dmjd.engine.distributed import ParallelModel, whole
+from dmjd.engine.optim import Shape
 
 Objective = Callable[[ParallelModel, Any], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How long a run is, how large its steps are, and what happens on the way.
+    """How long a run is, how large its steps are, how fast it learns, and what happens on the way.
 
     Attributes:
         steps: Optimizer steps of the whole run.
         batch_size: Images in one of them, over all ranks and parts.
+        lr: Peak learning rate.
+        warmup_epochs: Length of the linear rise to it.
+        shape: How the learning rate falls afterwards.
         seed: Of the order of images, of samples, and of what the network draws itself.
         accumulation: Parts of a rank's share of a step, whose gradients are averaged.
         clip_grad: Largest norm of the gradient; 0 does not clip.
@@ -35,6 +39,9 @@ class Plan:
 
     steps: int
     batch_size: int
+    lr: float
+    warmup_epochs: float = 0.0
+    shape: Shape = "cosine"
     seed: int = 0
     accumulation: int = 1
     clip_grad: float = 0.0

@@ -46,27 +46,22 @@ def create_optimizer(
 Shape = Literal["cosine", "poly"]
 
 
-def learning_rate(
-    lr: float, *, warmup_epochs: float, count: int, batch_size: int, steps: int, shape: Shape = "cosine"
-) -> Callable[[int], float]:
-    """Make the learning rate of step s = 0, 1, ...: linear up to `lr`, then down to zero.
+def learning_rate(peak: float, *, warmup: float, steps: int, shape: Shape = "cosine") -> Callable[[int], float]:
+    """Make the learning rate of step s = 0, 1, ...: linear up to the peak, then down to zero.
 
     A function of the step alone, so that a resumed run needs no state. A warm-up that takes all of the run is worth a
     warning.
 
     Args:
-        lr: Peak.
-        warmup_epochs: Length of the linear rise, in epochs.
-        count: Images of an epoch.
-        batch_size: Images of a step.
+        peak: Highest learning rate.
+        warmup: Steps of the linear rise.
         steps: Steps of the run.
         shape: `cosine`, or `poly`: a straight line, the polynomial of power 1 that segmentation recipes have.
     """
-    warmup = warmup_epochs * count / batch_size
     if warmup >= steps:
         said = f"warm-up takes {warmup:.0f} steps, the run has {steps}"
         print(f"warning: {said}: see --optim.warmup_epochs", file=sys.stderr)
-    return (warmup_cosine if shape == "cosine" else warmup_poly)(lr, warmup=warmup, steps=steps)
+    return (warmup_cosine if shape == "cosine" else warmup_poly)(peak, warmup=warmup, steps=steps)
 
 
 def warmup_cosine(lr: float, *, warmup: float, steps: int) -> Callable[[int], float]:

@@ -17,6 +17,7 @@ from dmjd.engine import checkpoint
 from dmjd.engine.device import memory_errors
 from dmjd.engine.distributed import ParallelModel
 from dmjd.engine.loop import Objective, Plan, Step, train
+from dmjd.engine.optim import learning_rate
 from dmjd.engine.run import Run
 from dmjd.engine.signals import stop_signals
 from dmjd.errors import NonFiniteError
@@ -30,7 +31,6 @@ class Trainer:
         model: What.
         optimizer: Steps on the model's parameters.
         plan: How long, how large, how often.
-        lr: Learning rate by step.
         autocast: Context of the forward pass.
         checkpointed: What a checkpoint holds, if that is more than the model: anything with state.
     """
@@ -42,12 +42,11 @@ class Trainer:
         optimizer: Optimizer,
         plan: Plan,
         *,
-        lr: Callable[[int], float],
         autocast: Callable[[], AbstractContextManager[None]],
         checkpointed: nn.Module | None = None,
     ):
         self.run, self.model, self.optimizer, self.plan = run, model, optimizer, plan
-        self.lr, self.autocast = lr, autocast
+        self.autocast = autocast
         self.checkpointed = checkpointed or model.module
         self.ranks = model.ranks
         self.start = 0  # steps done before
@@ -139,6 +138,8 @@ class Trainer:
             ranks.rank,
             ranks.world_size,
         )
+        warmup = plan.warmup_epochs * len(samples.images) / plan.batch_size
+        lr = learning_rate(plan.lr, warmup=warmup, steps=plan.steps, shape=plan.shape)
         on_gpu = ranks.device.type == "cuda"
         batches = train_batches(samples, sampler, collate, workers=plan.workers, pin_memory=on_gpu)
         self.model.module.train()
@@ -149,7 +150,7 @@ class Trainer:
             objective,
             plan,
             start=self.start,
-            lr=self.lr,
+            lr=lr,
             autocast=self.autocast,
         )
 

@@ -13,7 +13,7 @@ from dmjd.backbones.files import open_backbone
 from dmjd.backbones.normalize import Normalize
 from dmjd.data.crops import center_crop
 from dmjd.data.loader import read_batches
-from dmjd.data.source import Parts, Source, labels_of
+from dmjd.data.source import Parts, Source, labels_of, open_source
 from dmjd.engine.device import choose_precision
 from dmjd.engine.distributed import Ranks
 from dmjd.errors import ConfigError, DataError
@@ -114,6 +114,10 @@ class FeatureExtractor:
         self.image_hw: tuple[int, int] = (size[0], size[1])
         self.statistics: tuple[list[float], list[float]] = (list(wanted["mean"]), list(wanted["std"]))
         self.normalize = Normalize(*self.statistics).to(self.device)
+
+    def open_images(self, data: str, *, seed: int) -> Parts:
+        """Find a set by its path or name, in the channels and, where it is made to measure, the size of the model."""
+        return open_source(data, in_chans=self.in_chans, image_hw=self.image_hw, seed=seed)
 
     def features(
         self, source: Source, *, layers: tuple[int, ...] = (), batch_size: int = 256

@@ -16,9 +16,9 @@ from dmjd.config.downstream import DetectSettings
 from dmjd.config.rules import to_dict, to_yaml
 from dmjd.data.annotated import AnnotatedBatch, AnnotatedSamples, class_names
 from dmjd.data.detection import DetectionAugmentation, DetectionSet, open_detection
-from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
+from dmjd.engine.distributed import ParallelModel, join_ranks
 from dmjd.engine.loop import Plan
-from dmjd.engine.optim import create_optimizer, learning_rate
+from dmjd.engine.optim import create_optimizer
 from dmjd.engine.run import Run, refuse_second_run
 from dmjd.engine.trainer import Trainer
 from dmjd.evaluation.dense import Judged, images_to_predict
@@ -53,7 +53,8 @@ def detect(settings: DetectSettings) -> None:
         ranks.micro_batch(run.batch_size, settings.optim.accumulation)
         refuse_second_run(run.out, resume=run.resume, ranks=ranks)
         torch.manual_seed(run.seed)
-        backbone = open_backbone(settings, ranks, pretrained=not settings.start.untrained)
+        start = settings.start.keywords | {"drop_path_rate": settings.tuning.drop_path}
+        backbone = FeatureExtractor(ranks=ranks, **start, **run.keywords)
         classes = class_names(run.data, settings.dense.classes)
         train, held_out = open_detection(run.data, in_chans=backbone.in_chans, classes=classes)
         masks = train.masks and held_out.masks
@@ -80,17 +81,6 @@ def detect(settings: DetectSettings) -> None:
             legend=legend_of(train.classes),
         )
         print(json.dumps(summary))
-
-
-def open_backbone(settings: DetectSettings, ranks: Ranks, *, pretrained: bool) -> FeatureExtractor:
-    """Open the backbone that settings name."""
-    return FeatureExtractor(
-        settings.start.backbone,
-        ranks=ranks,
-        precision=settings.run.precision,
-        pretrained=pretrained,
-        drop_path_rate=settings.tuning.drop_path,
-    )
 
 
 def create(settings: DetectSettings, backbone: FeatureExtractor, num_classes: int, *, masks: bool) -> nn.Module:
@@ -133,14 +123,7 @@ def fit(settings: DetectSettings, backbone: FeatureExtractor, train: DetectionSe
             heads=heads_of(network, backbone.model),
             **optim.keywords,
         ),
-        Plan(steps=steps, **run.plan, **settings.log.plan, **optim.plan),
-        lr=learning_rate(
-            settings.lr,
-            warmup_epochs=optim.warmup_epochs,
-            count=len(train),
-            batch_size=run.batch_size,
-            steps=steps,
-        ),
+        Plan(steps=steps, lr=settings.lr, **run.plan, **settings.log.plan, **optim.plan),
         autocast=backbone.autocast,
     )
     trainer.begin(to_yaml(settings), resume=run.resume)
@@ -178,7 +161,8 @@ def predict(settings: DetectSettings) -> None:
     }
     skipped = 0
     with join_ranks(settings.run.device) as ranks:
-        backbone = open_backbone(settings, ranks, pretrained=False)  # the weights of all come with `load_around`
+        start = settings.start.keywords | {"pretrained": False}  # the weights of all come with `load_around`
+        backbone = FeatureExtractor(ranks=ranks, **start, **settings.run.keywords)
         network = create(settings, backbone, len(classes), masks=task["masks"]).eval()
         load_around(settings.start.backbone, network)
         find = Finder(network, backbone.autocast)

@@ -26,7 +26,7 @@ def embed(settings: EmbedSettings) -> None:
     began, run = time.perf_counter(), settings.run
     with join_ranks(run.device) as ranks:
         torch.manual_seed(0)
-        backbone = FeatureExtractor(settings.start.backbone, ranks=ranks, precision=run.precision, workers=run.workers)
+        backbone = FeatureExtractor(ranks=ranks, **settings.start.keywords, **run.keywords)
         matrices, rows = [], []
         skipped = 0
         for images in open_all(run.data, in_chans=backbone.in_chans, image_hw=backbone.image_hw):

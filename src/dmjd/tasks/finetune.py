@@ -22,10 +22,10 @@ from dmjd.data.labelled import (
     training_transform,
 )
 from dmjd.data.memory import in_memory
-from dmjd.data.source import Parts, labels_of, open_source
+from dmjd.data.source import Parts, labels_of
 from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
 from dmjd.engine.loop import Plan
-from dmjd.engine.optim import create_optimizer, learning_rate
+from dmjd.engine.optim import create_optimizer
 from dmjd.engine.run import Run, refuse_second_run
 from dmjd.engine.trainer import Trainer
 from dmjd.errors import ConfigError
@@ -50,16 +50,10 @@ def finetune(settings: FinetuneSettings) -> None:
         refuse_second_run(run.out, resume=run.resume, ranks=ranks)
         torch.manual_seed(run.seed)
         backbone = FeatureExtractor(
-            settings.start.backbone,
-            ranks=ranks,
-            precision=run.precision,
-            workers=run.workers,
-            pretrained=not settings.start.untrained,
-            drop_path_rate=settings.tuning.drop_path,
+            ranks=ranks, **settings.start.keywords, **run.keywords, drop_path_rate=settings.tuning.drop_path
         )
-        found = open_source(run.data, in_chans=backbone.in_chans, image_hw=backbone.image_hw, seed=run.seed)
-        labels = settings.labels
-        parts = labelled_parts(found, address=run.data, seed=run.seed, fraction=labels.fraction, shots=labels.shots)
+        images = backbone.open_images(run.data, seed=run.seed)
+        parts = labelled_parts(images, address=run.data, seed=run.seed, **settings.labels.keywords)
         trainer, result = fit(settings, backbone, parts, ranks)
         if ranks.is_main:
             result.facts = {"best_top1": trainer.run.summary["best_top1"], "train_images": len(parts.train)}
@@ -107,14 +101,7 @@ def fit(
         Run(run.out, to_dict(settings), train, batch_size=run.batch_size, ranks=ranks),
         model,
         create_optimizer(network, lr=settings.lr, layer_decay=settings.tuning.layer_decay, **optim.keywords),
-        Plan(steps=steps, **run.plan, **settings.log.plan, **optim.plan),
-        lr=learning_rate(
-            settings.lr,
-            warmup_epochs=optim.warmup_epochs,
-            count=len(train),
-            batch_size=run.batch_size,
-            steps=steps,
-        ),
+        Plan(steps=steps, lr=settings.lr, **run.plan, **settings.log.plan, **optim.plan),
         autocast=backbone.autocast,
         checkpointed=nn.ModuleDict({"model": network, "ema": ema.module}) if ema else None,
     )

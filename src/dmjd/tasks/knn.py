@@ -8,7 +8,6 @@ import torch
 from dmjd.config.downstream import KnnSettings
 from dmjd.config.rules import to_yaml
 from dmjd.data.labelled import labelled_parts
-from dmjd.data.source import open_source
 from dmjd.engine.distributed import join_ranks
 from dmjd.evaluation.classification import ClassificationResult
 from dmjd.evaluation.features import FeatureExtractor
@@ -26,15 +25,9 @@ def knn(settings: KnnSettings) -> None:
     began, run = time.perf_counter(), settings.run
     with join_ranks(run.device) as ranks:
         torch.manual_seed(settings.seed)
-        backbone = FeatureExtractor(
-            settings.start.backbone,
-            ranks=ranks,
-            precision=run.precision,
-            workers=run.workers,
-            pretrained=not settings.start.untrained,
-        )
-        found = open_source(run.data, in_chans=backbone.in_chans, image_hw=backbone.image_hw, seed=settings.seed)
-        parts = labelled_parts(found, address=run.data, seed=settings.seed)
+        backbone = FeatureExtractor(ranks=ranks, **settings.start.keywords, **run.keywords)
+        images = backbone.open_images(run.data, seed=settings.seed)
+        parts = labelled_parts(images, address=run.data, seed=settings.seed)
         (bank, bank_labels), (queries, labels) = backbone.labelled_features(
             parts, layers=settings.layers, batch_size=run.batch_size
         )

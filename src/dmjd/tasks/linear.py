@@ -18,10 +18,10 @@ from dmjd.data.labelled import (
     training_transform,
 )
 from dmjd.data.memory import in_memory
-from dmjd.data.source import Parts, labels_of, open_source
+from dmjd.data.source import Parts, labels_of
 from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
 from dmjd.engine.loop import Plan
-from dmjd.engine.optim import create_lars, learning_rate
+from dmjd.engine.optim import create_lars
 from dmjd.engine.run import Run, refuse_second_run
 from dmjd.engine.trainer import Trainer
 from dmjd.errors import DataError
@@ -45,16 +45,9 @@ def linear(settings: LinearSettings) -> None:
             ranks.micro_batch(run.batch_size)
             refuse_second_run(run.out, resume=run.resume, ranks=ranks)
         torch.manual_seed(run.seed)
-        backbone = FeatureExtractor(
-            settings.start.backbone,
-            ranks=ranks,
-            precision=run.precision,
-            workers=run.workers,
-            pretrained=not settings.start.untrained,
-        )
-        found = open_source(run.data, in_chans=backbone.in_chans, image_hw=backbone.image_hw, seed=run.seed)
-        labels = settings.labels
-        parts = labelled_parts(found, address=run.data, seed=run.seed, fraction=labels.fraction, shots=labels.shots)
+        backbone = FeatureExtractor(ranks=ranks, **settings.start.keywords, **run.keywords)
+        images = backbone.open_images(run.data, seed=run.seed)
+        parts = labelled_parts(images, address=run.data, seed=run.seed, **settings.labels.keywords)
         fit = fit_paper if settings.recipe == "paper" else fit_features
         result = fit(settings, backbone, parts, ranks)
         if result is None:
@@ -118,14 +111,7 @@ def fit_paper(
         Run(run.out, to_dict(settings), train, batch_size=run.batch_size, ranks=ranks),
         model,
         create_lars(classifier, settings.lr),
-        Plan(steps=steps, **run.plan, **settings.log.plan),
-        lr=learning_rate(
-            settings.lr,
-            warmup_epochs=settings.warmup_epochs,
-            count=len(train),
-            batch_size=run.batch_size,
-            steps=steps,
-        ),
+        Plan(steps=steps, lr=settings.lr, warmup_epochs=settings.warmup_epochs, **run.plan, **settings.log.plan),
         autocast=backbone.autocast,
     )
     trainer.begin(to_yaml(settings), resume=run.resume)

@@ -25,7 +25,7 @@ from dmjd.engine.checkpoint import write_atomically
 from dmjd.engine.device import choose_precision, memory_errors
 from dmjd.engine.distributed import ParallelModel, join_ranks
 from dmjd.engine.loop import Plan
-from dmjd.engine.optim import create_optimizer, learning_rate
+from dmjd.engine.optim import create_optimizer
 from dmjd.engine.run import Run, refuse_second_run
 from dmjd.engine.stopwatch import Stopwatch
 from dmjd.engine.target_cache import cache_targets
@@ -113,21 +113,14 @@ def cache(settings: PretrainSettings, network: DMJD, *, num_crops: int) -> None:
 def make_trainer(settings: PretrainSettings, model: ParallelModel, monitor: Monitor) -> Trainer:
     """Make the trainer that settings describe; evaluations look at no more than a share of what training reads."""
     run, optim, images = settings.run, settings.optim, monitor.parts.train
-    count, steps = len(images), run.num_steps(len(images))
-    plan = Plan(steps=steps, **run.plan, **settings.monitor.plan, **optim.plan)
+    steps = run.num_steps(len(images))
+    plan = Plan(steps=steps, lr=settings.lr, **run.plan, **settings.monitor.plan, **optim.plan)
     affordable = int(settings.monitor.max_share * steps * run.batch_size / monitor.num_images)
     return Trainer(
         Run(run.out, to_dict(settings), images, batch_size=run.batch_size, ranks=model.ranks),
         model,
         create_optimizer(model.module, lr=settings.lr, **optim.keywords),
         replace(plan, evaluations=min(plan.evaluations, affordable)),
-        lr=learning_rate(
-            settings.lr,
-            warmup_epochs=optim.warmup_epochs,
-            count=count,
-            batch_size=run.batch_size,
-            steps=steps,
-        ),
         autocast=choose_precision(run.precision, model.ranks.device),
     )
 
@@ -165,9 +158,7 @@ def fit(trainer: Trainer, samples: MaskedSamples, monitor: Monitor) -> dict[str,
         return {"loss": losses.total, "loss_masked": losses.masked, "loss_visible": losses.visible}
 
     def evaluate(step: int) -> dict[str, float]:
-        measured = monitor.measure(model, trainer.autocast, probe=step in (0, plan.steps))
-        stopwatch.read()  # evaluations are not training
-        return measured
+        return monitor.measure(model, trainer.autocast, probe=step in (0, plan.steps))
 
     return trainer.fit(
         samples,

@@ -15,9 +15,9 @@ from dmjd.config.downstream import SegmentSettings
 from dmjd.config.rules import to_dict, to_yaml
 from dmjd.data.annotated import AnnotatedBatch, AnnotatedSamples, class_names
 from dmjd.data.segmentation import SegmentationAugmentation, SegmentationSet, open_segmentation
-from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
+from dmjd.engine.distributed import ParallelModel, join_ranks
 from dmjd.engine.loop import Plan
-from dmjd.engine.optim import create_optimizer, learning_rate
+from dmjd.engine.optim import create_optimizer
 from dmjd.engine.run import Run, refuse_second_run
 from dmjd.engine.trainer import Trainer
 from dmjd.errors import ConfigError
@@ -53,7 +53,8 @@ def segment(settings: SegmentSettings) -> None:
             raise ConfigError(f"batch_size {run.batch_size}: BatchNorm needs two images at a time or more")
         refuse_second_run(run.out, resume=run.resume, ranks=ranks)
         torch.manual_seed(run.seed)
-        backbone = open_backbone(settings, ranks, pretrained=not settings.start.untrained)
+        start = settings.start.keywords | {"drop_path_rate": settings.tuning.drop_path}
+        backbone = FeatureExtractor(ranks=ranks, **start, **run.keywords)
         train, held_out = open_segmentation(
             run.data,
             in_chans=backbone.in_chans,
@@ -80,17 +81,6 @@ def segment(settings: SegmentSettings) -> None:
             legend=legend_of(classes),
         )
         print(json.dumps(summary))
-
-
-def open_backbone(settings: SegmentSettings, ranks: Ranks, *, pretrained: bool) -> FeatureExtractor:
-    """Open the backbone that settings name."""
-    return FeatureExtractor(
-        settings.start.backbone,
-        ranks=ranks,
-        precision=settings.run.precision,
-        pretrained=pretrained,
-        drop_path_rate=settings.tuning.drop_path,
-    )
 
 
 def create(settings: SegmentSettings, backbone: FeatureExtractor, num_classes: int) -> Segmenter:
@@ -140,15 +130,7 @@ def fit(
             heads=heads_of(network, backbone.model),
             **optim.keywords,
         ),
-        Plan(steps=steps, **run.plan, **settings.log.plan, **optim.plan),
-        lr=learning_rate(
-            settings.lr,
-            warmup_epochs=optim.warmup_epochs,
-            count=len(train),
-            batch_size=run.batch_size,
-            steps=steps,
-            shape=settings.schedule,
-        ),
+        Plan(steps=steps, lr=settings.lr, shape=settings.schedule, **run.plan, **settings.log.plan, **optim.plan),
         autocast=backbone.autocast,
     )
     trainer.begin(to_yaml(settings), resume=run.resume)
@@ -182,7 +164,8 @@ def predict(settings: SegmentSettings) -> None:
         **{name: task[name] for name in FROM_TRAINING},
     )
     with join_ranks(settings.run.device) as ranks:
-        backbone = open_backbone(settings, ranks, pretrained=False)  # the weights of all come with `load_around`
+        start = settings.start.keywords | {"pretrained": False}  # the weights of all come with `load_around`
+        backbone = FeatureExtractor(ranks=ranks, **start, **settings.run.keywords)
         classes = task["classes"]
         network = create(settings, backbone, len(classes)).eval()
         load_around(settings.start.backbone, network)
