@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmjd.backbones import Encoder
 from dmjd.backbones.convvit import ConvViT, ConvViTEncoder
@@ -132,13 +132,20 @@ def load_reference(
         mean=mean,
         std=std,
     )
-    ours = model.state_dict()
     # The official row of the class token is zero in the decoder's positions; ours has none.
-    official = {
-        **state_dict,
-        "decoder_pos_embed": positions[:, positions.shape[1] - ours["decoder.pos_embed"].shape[1] :],
-    }
-    weights = {our_name(name, hybrid=hybrid): (name, value) for name, value in official.items()}
+    positions = positions[:, -math.prod(encoder.grid) :]
+    load_weights(model, {**state_dict, "decoder_pos_embed": positions}, hybrid=hybrid)
+    return model
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], *, hybrid: bool) -> None:
+    """Load official weights into a model of their sizes.
+
+    Raises:
+        ValueError: If names or shapes do not fit; the message names the first keys that do not.
+    """
+    ours = model.state_dict()
+    weights = {our_name(name, hybrid=hybrid): (name, value) for name, value in state_dict.items()}
     unknown = [
         name for ours_, (name, value) in weights.items() if ours_ not in ours or value.shape != ours[ours_].shape
     ]
@@ -146,7 +153,6 @@ def load_reference(
     if wrong:
         raise ValueError(f"these keys are missing, unknown or of another shape: {', '.join(sorted(wrong)[:5])}")
     model.load_state_dict({name: value for name, (_, value) in weights.items()})
-    return model
 
 
 def vit_encoder(state_dict: Mapping[str, Tensor], num_heads: int) -> Encoder:

@@ -19,6 +19,9 @@ class Normalize(nn.Module):
     Args:
         mean: Mean of every channel, for values in 0..1.
         std: Standard deviation of every channel, for values in 0..1.
+
+    Attributes:
+        statistics: Mean and standard deviation as plain numbers.
     """
 
     mean: Tensor
@@ -26,13 +29,9 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
+        self.statistics: tuple[list[float], list[float]] = (list(mean), list(std))
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
-
-    @property
-    def statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation as numbers."""
-        return self.mean.flatten().tolist(), self.std.flatten().tolist()
 
     def forward(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Normalise pixels of 0..255, uint8 or float."""

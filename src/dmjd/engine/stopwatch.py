@@ -25,6 +25,7 @@ class Stopwatch:
             module.register_forward_pre_hook(lambda *_: self._mark())
             module.register_forward_hook(lambda *_: self._mark())
 
+    @torch.compiler.disable
     def _mark(self) -> None:
         if self.on_gpu:
             event = torch.cuda.Event(enable_timing=True)
