@@ -26,7 +26,7 @@ from dmjd.data.builtin import ArrayImages
 from dmjd.data.masked import MaskedBatch, collate_masked
 from dmjd.engine.distributed import ParallelModel, Ranks
 from dmjd.engine.loop import Plan
-from dmjd.engine.optim import create_optimizer, warmup_cosine
+from dmjd.engine.optim import create_optimizer
 from dmjd.engine.run import Run
 from dmjd.engine.trainer import Trainer
 from dmjd.factory import from_settings
@@ -78,13 +78,13 @@ def main() -> None:
     ranks = Ranks(torch.device("cpu"))
     model = from_settings(settings).train()
     optimizer = create_optimizer(model, lr=settings.lr, **settings.optim.keywords)
-    plan = Plan(steps=arguments.steps + 1, **settings.run.plan, **settings.monitor.plan, **settings.optim.plan)
+    sections = settings.run.plan | settings.monitor.plan | settings.optim.plan
+    plan = Plan(**sections | {"steps": arguments.steps + 1, "lr": settings.lr, "warmup_epochs": 0.0})
     trainer = Trainer(
         Run(out, to_dict(settings), images, batch_size=plan.batch_size, ranks=ranks),
         ParallelModel(model, ranks),
         optimizer,
         plan,
-        lr=warmup_cosine(settings.lr, warmup=0, steps=plan.steps),
         autocast=nullcontext,
     )
     trainer.begin(to_yaml(settings), resume=False)

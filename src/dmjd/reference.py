@@ -98,33 +98,22 @@ def load_reference(
     hybrid = any(name.startswith("patch_embed1.") for name in state_dict)
     try:
         encoder = hybrid_encoder(state_dict, num_heads) if hybrid else vit_encoder(state_dict, num_heads)
-        decoder_dim = len(state_dict["decoder_embed.weight"])
-        out_dim = len(state_dict["decoder_pred.weight"])
-        decoder_mlp_ratio = len(state_dict["decoder_blocks.0.mlp.fc1.weight"]) / decoder_dim
+        decoder = make_decoder(state_dict, encoder, decoder_num_heads)
         in_chans = state_dict[f"patch_embed{'1' if hybrid else ''}.proj.weight"].shape[1]
         positions = state_dict["decoder_pos_embed"]
     except KeyError as missing:
         raise ValueError(
             f"not a pre-training checkpoint of MAE, ConvMAE or DMJD: {missing.args[0]} is missing"
         ) from None
-    if in_chans not in STATISTICS or decoder_dim % decoder_num_heads:
-        raise ValueError(
-            f"{in_chans} channels, decoder of {decoder_dim} in {decoder_num_heads} heads: 1 or 3, and whole heads"
-        )
+    if in_chans not in STATISTICS:
+        raise ValueError(f"images of {in_chans} channels: those of 1 or 3 are known")
+    out_dim = decoder.pred.out_features
     mean, std = STATISTICS[in_chans]
     model = DMJD(
         encoder,
         make_target(target, out_dim, encoder.patch_size, in_chans),
-        decoder=Decoder(
-            encoder.embed_dim,
-            out_dim,
-            encoder.grid,
-            embed_dim=decoder_dim,
-            depth=count_blocks(state_dict, "decoder_blocks"),
-            num_heads=decoder_num_heads,
-            mlp_ratio=decoder_mlp_ratio,
-        ),
-        projector=Projector(encoder.embed_dim, out_dim, embed_dim=decoder_dim)
+        decoder=decoder,
+        projector=Projector(encoder.embed_dim, out_dim, embed_dim=decoder.pred.in_features)
         if any(name.startswith("proj_embed.") for name in state_dict)
         else None,
         masked_loss=masked_loss,
@@ -189,6 +178,26 @@ def hybrid_encoder(state_dict: Mapping[str, Tensor], num_heads: int) -> ConvViTE
         "mlp_ratios": [hidden / dim for hidden, dim in zip(mlps, embed_dims, strict=True)],
     }
     return ConvViTEncoder(ConvViT(**arguments), ("convvit_base", arguments))
+
+
+def make_decoder(state_dict: Mapping[str, Tensor], encoder: Encoder, num_heads: int) -> Decoder:
+    """Make an untrained decoder of the checkpoint's shapes; raises `KeyError` where one is missing.
+
+    Raises:
+        ValueError: If the heads do not divide its width.
+    """
+    embed_dim = len(state_dict["decoder_embed.weight"])
+    if embed_dim % num_heads:
+        raise ValueError(f"a decoder of width {embed_dim} has no {num_heads} heads: choose a number that divides it")
+    return Decoder(
+        encoder.embed_dim,
+        len(state_dict["decoder_pred.weight"]),
+        encoder.grid,
+        embed_dim=embed_dim,
+        depth=count_blocks(state_dict, "decoder_blocks"),
+        num_heads=num_heads,
+        mlp_ratio=len(state_dict["decoder_blocks.0.mlp.fc1.weight"]) / embed_dim,
+    )
 
 
 def count_blocks(state_dict: Mapping[str, Tensor], name: str) -> int:

@@ -116,7 +116,7 @@ def test_train__a_layers_step_is_as_long_as_its_scale_says() -> None:
         optimizer,
         iter([SimpleNamespace(skipped={})]),
         lambda model, batch: {"loss": F.cross_entropy(model(images), labels)},
-        Plan(steps=1, batch_size=6),
+        Plan(steps=1, batch_size=6, lr=0.01),
         start=0,
         lr=lambda step: 0.01,
         autocast=nullcontext,
