@@ -133,9 +133,16 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("elsewhere")
     (toml,) = re.findall(r"```toml\n(.*?)```", PAGE, flags=re.DOTALL)
     groups = tomllib.loads(toml)["project"]["entry-points"]
-    assert set(groups) == set(REGISTRIES)
+    assert set(groups) == {*REGISTRIES, "dmjd.verbs"}
     for name in ("mean_color", "mean_vit", "npy"):
         (root / f"{name}.py").write_text(BLOCKS[name])
+    (root / "mine").mkdir()
+    (root / "mine" / "__init__.py").write_text("")
+    (root / "mine" / "duplicates.py").write_text(BLOCKS["duplicates"])
+    row = BLOCKS["row"].strip().removesuffix(")") + ', package="mine")'
+    (root / "mine" / "rows.py").write_text(
+        f"{BLOCKS['duplicates_settings']}\nfrom dmjd.cli import Verb\n\nDUPLICATES = {row}\n"
+    )
     info = root / "mine-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
@@ -161,9 +168,17 @@ def test_extending__another_distribution_offers_them_by_entry_points(elsewhere: 
     assert losses(elsewhere / "runs" / "mine")
 
 
-@pytest.mark.xfail(strict=True, reason="backbones.files does not import what other distributions offer")
 def test_extending__a_backbone_of_another_distribution_is_opened_by_other_verbs(elsewhere: Path) -> None:
     words = "embed --backbone runs/mine/backbone.safetensors --data images.npy --out features.npy --device cpu"
     done = in_a_new_process(elsewhere, *words.split())
     assert done.returncode == 0, done.stderr
     assert np.load(elsewhere / "features.npy").shape == (24, 16)
+
+
+def test_extending__a_verb_of_another_distribution_runs_and_has_help(
+    elsewhere: Path, backbones: dict[str, Path]
+) -> None:
+    words = ["duplicates", "--data", "images.npy", "--backbone", str(backbones["vit"]), "--device", "cpu"]
+    done = in_a_new_process(elsewhere, *words, "--above", "0.9999")
+    assert done.stdout.split() == ["00000003", "00000007"], done.stderr
+    assert "duplicates" in in_a_new_process(elsewhere, "--help").stdout

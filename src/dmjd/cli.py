@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
@@ -24,12 +25,13 @@ from dmjd.config.rules import PRESETS
 
 
 class Verb(NamedTuple):
-    """A row of the table of verbs: `dmjd NAME` is the function NAME of `dmjd.tasks.NAME`."""
+    """A row of the table of verbs: `dmjd NAME` is the function NAME of the module `PACKAGE.NAME`."""
 
     name: str
     settings: Any
     does: str
     presets: Path | None = None  # folder of its recipes
+    package: str = "dmjd.tasks"
 
 
 VERBS = (
@@ -63,12 +65,17 @@ VERBS = (
 )
 
 
+def verbs() -> tuple[Verb, ...]:
+    """List the verbs: those of the table, and the rows that other distributions offer as `dmjd.verbs`."""
+    return (*VERBS, *(offered.load() for offered in entry_points(group="dmjd.verbs")))
+
+
 def command(verb: Verb) -> Callable[..., None]:
     """Make the function that the command line calls for a verb, whose settings' fields become its flags."""
 
     def run_verb(*, settings: Any = None) -> None:
         # torch takes seconds to import: only a verb that runs waits for it.
-        task = getattr(import_module(f"dmjd.tasks.{verb.name}"), verb.name)
+        task = getattr(import_module(f"{verb.package}.{verb.name}"), verb.name)
         task(verb.settings() if settings is None else settings)
 
     needed = any(setting.default is setting.default_factory is MISSING for setting in fields(verb.settings))
@@ -103,7 +110,7 @@ def application(layers: Sequence[Path] = ()) -> App:
         default_parameter=Parameter(name_transform=lambda name: name),
         config=[Yaml(path, use_commands_as_keys=False) for path in layers],
     )
-    for verb in VERBS:
+    for verb in verbs():
         app.command(command(verb), name=verb.name)
     app.command(report, name="report")
     return app
@@ -111,7 +118,7 @@ def application(layers: Sequence[Path] = ()) -> App:
 
 def layers_of(arguments: Sequence[str]) -> list[Path]:
     """Find the YAML files below the flags: a run to resume, else --config, else --preset (or the default preset)."""
-    verb = next((verb for verb in VERBS if arguments and verb.name == arguments[0]), None)
+    verb = next((verb for verb in verbs() if arguments and verb.name == arguments[0]), None)
     if verb is None or verb.presets is None or "--help" in arguments:
         return []
     kinds = get_type_hints(verb.settings)

@@ -139,15 +139,13 @@ def create_encoder(model: ModelSettings) -> Encoder:
         ValueError: If the settings do not go together.
         CheckpointError: If a file is no backbone's.
     """
-    options = {name: value for name in OPTIONS if (value := getattr(model, name))}
     if ":" in model.backbone or model.backbone.endswith(".safetensors"):
-        if options:
-            raise ValueError(
-                f"model.backbone {model.backbone} has a size of its own: leave out model.{next(iter(options))}"
-            )
+        if model.mask_token:
+            raise ValueError(f"model.backbone {model.backbone} has no mask token; choose vit")
         encoder = encoder_of(*create_network(model.backbone, image_hw=model.image_hw, in_chans=model.in_chans))
     else:
         create = register_encoder.get(model.backbone)
+        options = {name: value for name in OPTIONS if (value := getattr(model, name))}
         size = {"image_size": model.image_hw, "patch_size": model.patch_size, "in_chans": model.in_chans}
         try:
             inspect.signature(create).bind(model.size, **size, **options)

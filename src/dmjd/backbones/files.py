@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dmjd.backbones.convvit  # noqa: F401 (registers its models with timm)
-from dmjd.backbones import Architecture
+from dmjd.backbones import Architecture, register_encoder
 from dmjd.errors import CheckpointError, ConfigError
 
 
@@ -190,6 +190,7 @@ def _read(
         raise CheckpointError(f"no such backbone; {path}; give a run's backbone.safetensors") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"not a backbone file ({error}); {path}; give a run's backbone.safetensors") from None
+    register_encoder.names()  # what other distributions offer may register models with timm
     try:
         model = timm.create_model(name, **arguments, **(extra or {}), pretrained_cfg_overlay=overlay)
         if pretrained:

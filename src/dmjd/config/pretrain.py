@@ -20,8 +20,8 @@ class ModelSettings:
     SECTION: ClassVar[str] = "model."
 
     backbone: str = "vit"
-    """vit, or convvit: ConvMAE's hybrid of convolutions and transformer; timm:NAME for the network of another ViT of
-    timm, or that of a backbone.safetensors."""
+    """vit, or convvit: ConvMAE's hybrid of convolutions and transformer; timm:NAME for another ViT of timm, or the
+    file of a backbone: these have a shape of their own."""
     size: BackboneSize = "base"
     """Width and depth: of a ViT as in timm (192 x 12, 384 x 12, 768 x 12, 1024 x 24), of a ConvViT as published."""
     image_size: str = "224"
