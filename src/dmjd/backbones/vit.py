@@ -118,7 +118,9 @@ def create_vit(
     name = f"vit_{size}_patch16_224"
     try:
         vit = timm.create_model(name, **arguments)
-    except (AssertionError, TypeError) as error:  # a width that the heads do not divide, an argument of another model
+    except TypeError as error:  # "... got an unexpected keyword argument 'NAME'"
+        raise ValueError(f"a ViT has no setting {str(error).rpartition(' ')[2]}") from None
+    except AssertionError as error:  # a width that the heads do not divide
         raise ValueError(f"ViT {size}: {error}") from None
     vit.apply(init_weights)
     for token in (vit.cls_token, vit.reg_token):

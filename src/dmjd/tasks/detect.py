@@ -161,6 +161,8 @@ def predict(settings: DetectSettings) -> None:
     }
     skipped = 0
     with join_ranks(settings.run.device) as ranks:
+        if not ranks.is_main:  # an image takes no longer than starting a process
+            return
         start = settings.start.keywords | {"pretrained": False}  # the weights of all come with `load_around`
         backbone = FeatureExtractor(ranks=ranks, **start, **settings.run.keywords)
         network = create(settings, backbone, len(classes), masks=task["masks"]).eval()

@@ -131,7 +131,7 @@ class Loss:
         self.blend: Any = None
         if augment.mixup or augment.cutmix:
             if micro_batch % 2:
-                raise ConfigError(f"{micro_batch} images at a time: mixup and cutmix blend pairs; see --batch_size")
+                raise ConfigError(f"mixup and cutmix need an even number; {micro_batch} at a time; see --batch_size")
             self.blend = Mixup(augment.mixup, augment.cutmix, label_smoothing=self.smoothing, num_classes=num_classes)
 
     def __call__(self, model: ParallelModel, images: Tensor, labels: Tensor) -> Tensor:

@@ -164,6 +164,8 @@ def predict(settings: SegmentSettings) -> None:
         **{name: task[name] for name in FROM_TRAINING},
     )
     with join_ranks(settings.run.device) as ranks:
+        if not ranks.is_main:  # an image takes no longer than starting a process
+            return
         start = settings.start.keywords | {"pretrained": False}  # the weights of all come with `load_around`
         backbone = FeatureExtractor(ranks=ranks, **start, **settings.run.keywords)
         classes = task["classes"]
