@@ -25,11 +25,13 @@ VIT = str(FIXTURES / "vit.safetensors")
 COMMANDS: dict[str, list[str]] = {
     "quick": ["pretrain", "--preset", "quick", "--monitor.log_every", "1", "--monitor.max_images", "20"],
     "quick-convmae": [
-        *("pretrain", "--preset", "quick-convmae", "--batch_size", "16", "--optim.accumulation", "2"),
+        *("pretrain", "--preset", "quick-convmae", "--data", "{}/classes"),
+        *("--batch_size", "16", "--optim.accumulation", "2"),
         *("--monitor.log_every", "1", "--monitor.max_images", "20"),
     ],
     "ema": [
-        *("pretrain", "--preset", "quick", "--batch_size", "32", "--masked.target", "hog+ema"),
+        *("pretrain", "--preset", "quick", "--data", "{}/classes", "--batch_size", "16"),
+        *("--masked.target", "hog+ema"),
         *("--visible.target", "normalized_pixels", "--optim.clip_grad", "1.0"),
         *("--monitor.log_every", "1", "--monitor.max_images", "20"),
     ],
@@ -88,19 +90,21 @@ def paint(root: Path) -> None:
             file.write(f"{number:02d}\n")
 
 
-def curve(name: str, data: Path, out: Path) -> list[dict[str, float]]:
-    """Run ten steps of a command in a process of its own and read what it logged."""
-    arguments = [word.replace("{}", str(data)) for word in COMMANDS[name]]
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "dmjd.cli", *arguments, "--steps", "10", "--device", "cpu", "--workers", "0"),
-            *("--precision", "fp32", "--out", str(out)),
-        ],
-        check=True,
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def curves(data: Path, out: Path) -> dict[str, list[dict[str, float]]]:
+    """Run ten steps of every command, in a process of their own, and read what they logged."""
+    lines = []
+    for name, words in COMMANDS.items():
+        line = [*(word.replace("{}", str(data)) for word in words), "--steps", "10", "--out", str(out / name)]
+        lines.append([*line, "--device", "cpu", "--workers", "0", "--precision", "fp32"])
+    program = f"import dmjd.cli, sys; sys.exit(max(dmjd.cli.main(line) for line in {lines!r}))"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, env=environment)
+    return {name: read(out / name / "metrics.jsonl") for name in COMMANDS}
+
+
+def read(metrics: Path) -> list[dict[str, float]]:
+    """Read what has to be equal of every step."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [{key: line[key] for key in EXACT if key in line} for line in lines if "loss" in line]
 
 
@@ -116,5 +120,5 @@ def machine() -> dict[str, str]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         paint(Path(folder) / "data")
-        curves = {name: curve(name, Path(folder) / "data", Path(folder) / name) for name in COMMANDS}
-    STORED.write_text(json.dumps({"machine": machine(), "curves": curves}, indent=1) + "\n")
+        stored = curves(Path(folder) / "data", Path(folder))
+    STORED.write_text(json.dumps({"machine": machine(), "curves": stored}, indent=1) + "\n")
