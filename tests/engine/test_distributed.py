@@ -20,9 +20,10 @@ from dmjd.engine.distributed import Ranks, join_ranks
 from dmjd.errors import ConfigError
 
 SCRIPT = Path(__file__).with_name("ranks.py")
-CASES = [("vit", "hog"), ("convvit", "ema")]
-OTHER_CASES = [("vit", "ema"), ("convvit", "hog")]  # `make test-all`
+CASES = [("vit", "hog", "ddp"), ("convvit", "ema", "fsdp")]
+ALL_CASES = list(product(("vit", "convvit"), ("hog", "ema"), ("ddp", "fsdp")))  # `make test-all`
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+RESUMED = [(0, "ddp"), (0, "fsdp")]
 TORCHRUN = [
     sys.executable,
     "-m",
@@ -54,29 +55,23 @@ def train(root, alone, together):
         run(Case(**case), Ranks(choose_device("cpu")))
 
 
-def equal_cases(root, images, backbones_and_targets):
-    """The same run on one rank, and on two by each way to spread it."""
-    alone, together = [], []
-    for (backbone, target), (dtype, steps) in product(backbones_and_targets, (("float64", 50), ("float32", 10))):
+def equal_cases(root, images, chosen):
+    """The same runs on one rank and on two."""
+    alone, together = {}, []
+    for (backbone, target, parallel), (dtype, steps) in product(chosen, (("float64", 50), ("float32", 10))):
         name = f"{backbone}-{target}-{dtype}"
         case = {"data": images, "backbone": backbone, "target": target, "dtype": dtype, "steps": steps}
-        alone.append(case | {"out": f"{root}/1-{name}"})
-        together += [case | {"out": f"{root}/2-{name}-{each}", "parallel": each} for each in ("ddp", "fsdp")]
-    return alone, together
+        alone[name] = case | {"out": f"{root}/1-{name}"}
+        together.append(case | {"out": f"{root}/2-{name}-{parallel}", "parallel": parallel})
+    return [*alone.values()], together
 
 
-@pytest.fixture(scope="module")
-def runs(images, tmp_path_factory):
-    """All runs of `make test`: from the start, then those that are taken up on the other number of ranks."""
-    root = tmp_path_factory.mktemp("runs")
-    one, two = equal_cases(root, images, CASES)
-    parts = {"data": images, "steps": 10, "accumulation": 2, "clip_grad": 0.5}
-    one.append(parts | {"out": f"{root}/1-parts"})
-    two += [parts | {"out": f"{root}/2-parts-{parallel}", "parallel": parallel} for parallel in ("ddp", "fsdp")]
+def train_and_resume(root, images, chosen, alone=(), together=()):
+    """Break runs off on one rank and take them up on two, and the other way round; beside them, train other cases."""
     stops = {"data": images, "target": "hog+ema", "steps": 14, "saves": 2}
-    one.append(stops | {"out": f"{root}/1-unbroken"})
+    one, two = [*alone, stops | {"out": f"{root}/1-unbroken"}], [*together]
     one_again, two_again = [], []
-    for workers, parallel in ((0, "ddp"), (2, "ddp"), (0, "fsdp")):
+    for workers, parallel in chosen:
         broken = stops | {"workers": workers, "parallel": parallel, "crash_after": 9}
         whole = stops | {"workers": workers, "parallel": parallel, "resume": True}
         there, back = {"out": f"{root}/1-2-{workers}-{parallel}"}, {"out": f"{root}/2-1-{workers}-{parallel}"}
@@ -90,11 +85,21 @@ def runs(images, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def other_runs(images, tmp_path_factory):
-    """The other pairs of backbone and target."""
-    root = tmp_path_factory.mktemp("other-runs")
-    train(root, *equal_cases(root, images, OTHER_CASES))
-    return root
+def runs(images, tmp_path_factory):
+    """All runs of `make test`."""
+    root = tmp_path_factory.mktemp("runs")
+    one, two = equal_cases(root, images, CASES)
+    parts = {"data": images, "steps": 6, "accumulation": 2, "clip_grad": 0.5}
+    one.append(parts | {"out": f"{root}/1-parts"})
+    two += [parts | {"out": f"{root}/2-parts-{parallel}", "parallel": parallel} for parallel in ("ddp", "fsdp")]
+    return train_and_resume(root, images, RESUMED, one, two)
+
+
+@pytest.fixture(scope="module")
+def all_runs(images, tmp_path_factory):
+    """Every backbone with every target, spread in every way, and runs with workers."""
+    root = tmp_path_factory.mktemp("all-runs")
+    return train_and_resume(root, images, [(2, "ddp"), (2, "fsdp")], *equal_cases(root, images, ALL_CASES))
 
 
 def losses(folder):
@@ -137,17 +142,15 @@ def assert_equal_runs(root, backbone, target, parallel):
     torch.testing.assert_close(one, two, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize(("backbone", "target"), CASES)
+@pytest.mark.parametrize(("backbone", "target", "parallel"), CASES)
 def test_two_ranks__give_the_losses_and_weights_of_one(runs, backbone, target, parallel):
     assert_equal_runs(runs, backbone, target, parallel)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize(("backbone", "target"), OTHER_CASES)
-def test_two_ranks__give_the_losses_and_weights_of_one_for_the_other_pairs_too(other_runs, backbone, target, parallel):
-    assert_equal_runs(other_runs, backbone, target, parallel)
+@pytest.mark.parametrize(("backbone", "target", "parallel"), ALL_CASES)
+def test_two_ranks__give_the_losses_and_weights_of_one_whatever_is_trained(all_runs, backbone, target, parallel):
+    assert_equal_runs(all_runs, backbone, target, parallel)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -156,12 +159,8 @@ def test_two_ranks__with_accumulation_and_clipping_give_the_losses_of_one(runs, 
     assert_equal_weights(runs / "1-parts", runs / f"2-parts-{parallel}", 1e-12)
 
 
-@pytest.mark.parametrize(("workers", "parallel"), [(0, "ddp"), (2, "ddp"), (0, "fsdp")])
-@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
-def test_resume__on_another_number_of_ranks_goes_on_with_the_same_samples_and_losses(
-    runs, first, then, workers, parallel
-):
-    folder, unbroken = runs / f"{first}-{then}-{workers}-{parallel}", runs / "1-unbroken"
+def assert_resumed(root, first, then, workers, parallel):
+    folder, unbroken = root / f"{first}-{then}-{workers}-{parallel}", root / "1-unbroken"
     start, ids = sample_ids(folder, then)
     assert start == 7, "in the middle of an epoch, since 21 images are no whole number of steps of 8"
     assert ids == sample_ids(unbroken, 1)[1][start:]
@@ -170,16 +169,27 @@ def test_resume__on_another_number_of_ranks_goes_on_with_the_same_samples_and_lo
     assert_equal_weights(folder, unbroken, 1e-12)
 
 
+@pytest.mark.parametrize(("workers", "parallel"), RESUMED)
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
+def test_resume__on_another_number_of_ranks_goes_on_alike(runs, first, then, workers, parallel):
+    assert_resumed(runs, first, then, workers, parallel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "parallel"), [(2, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
+def test_resume__with_workers_it_goes_on_alike(all_runs, first, then, workers, parallel):
+    assert_resumed(all_runs, first, then, workers, parallel)
+
+
 def test_checkpoints__have_the_same_tensors_whatever_the_ranks(runs):
-    name = "convvit-ema-float64"
-    folders = [runs / each / "checkpoints" for each in (f"1-{name}", f"2-{name}-ddp", f"2-{name}-fsdp")]
-    for file in ("model.safetensors", "optimizer.safetensors"):
-        first, *others = (load_file(folder / "step-00000050" / file) for folder in folders)
-        for other in others:
-            assert {name: value.shape for name, value in first.items()} == {k: v.shape for k, v in other.items()}
-            for key, value in first.items():
-                torch.testing.assert_close(value, other[key], rtol=1e-9, atol=1e-9)
-    assert all("encoder" in key or "decoder" in key or "projector" in key for key in first if key.endswith(":exp_avg"))
+    for one, two in (("1-vit-hog-float64", "2-vit-hog-float64-ddp"), ("1-parts", "2-parts-fsdp")):
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            (first, second) = (load_file(max((runs / each / "checkpoints").iterdir()) / file) for each in (one, two))
+            assert first.keys() == second.keys()
+            for name, value in first.items():
+                torch.testing.assert_close(value, second[name], rtol=1e-9, atol=1e-9)
+        assert {"encoder.backbone.blocks.0.attn.qkv.weight:exp_avg", "decoder.mask_token:step"} <= first.keys()
 
 
 def test_join_ranks__without_torchrun_there_is_no_process_group(monkeypatch):
@@ -212,7 +222,7 @@ def start_rank(rank, port, arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-@pytest.mark.parametrize("signalled", [0, 1])
+@pytest.mark.parametrize("signalled", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_sigterm_to_one_rank__all_save_and_leave_with_143(images, tmp_path, signalled, free_tcp_port):
     arguments = ["pretrain", "--data", images, "--epochs", "100000", "--batch_size", "8", "--device", "cpu"]
     arguments += ["--workers", "0", "--out", str(tmp_path / "run"), "--monitor.saves", "20000"]
