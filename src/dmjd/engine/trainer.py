@@ -225,8 +225,9 @@ class Trainer:
         tensors = checkpoint.collect(self.checkpointed, self.model.module, self.optimizer)
         state = self.run.state() | {"step": step.number}
         self.ranks.on_main(lambda: checkpoint.save(self.run.checkpoints, tensors, state))
+        loss = float(self.ranks.mean(step.losses)["loss"])
         if not sys.stderr.isatty():
-            print(f"step {step.number}: loss {float(step.losses['loss']):.4f}, saved", file=sys.stderr, flush=True)
+            print(f"step {step.number}: loss {loss:.4f}, saved", file=sys.stderr, flush=True)
 
 
 def spaced(steps: int, parts: int) -> set[int]:
