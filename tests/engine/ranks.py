@@ -18,7 +18,7 @@ import dmjd
 from dmjd.data.crops import random_crop
 from dmjd.data.masked import MaskedSamples, collate_masked
 from dmjd.data.source import open_source
-from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
+from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks, local, whole
 from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_optimizer
 from dmjd.engine.run import Run
@@ -99,10 +99,29 @@ def run(case: Case, ranks: Ranks) -> None:
     samples = MaskedSamples(train, crop, masks, 0)
     with suppress(Crash):
         trainer.fit(samples, collate_masked, objective, lambda step: {}, after_step=after_step)
+    parameters = model.parameters
+    held = sum(local(each).numel() for each in parameters) / sum(each.numel() for each in parameters)
+    (Path(case.out) / f"share-{ranks.rank}.json").write_text(json.dumps(held))
     (Path(case.out) / f"ids-{ranks.world_size}-{ranks.rank}.json").write_text(json.dumps([trainer.start, ids]))
     weights = {name: value.contiguous() for name, value in model.whole().state_dict().items()}
     if ranks.is_main:
         save_file(weights, Path(case.out) / "weights.safetensors")
+
+
+def accumulate(out: Path, ranks: Ranks) -> None:
+    """Note whether the ranks agree on the gradient after the first and after the last part of a step."""
+    for parallel in ("ddp", "fsdp"):
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+        model = ParallelModel(network, ranks, parallel=parallel)
+        agreed = []
+        for last in (False, True):
+            with model.synchronized(last=last):
+                model(torch.full((2, 4), ranks.rank + 1.0)).sum().backward()
+            gradient = network[0].weight.grad
+            seen = ranks.gather(None if gradient is None else whole(gradient))
+            agreed.append(seen[0] is not None and torch.equal(seen[0], seen[1]))
+        (out / f"accumulation-{parallel}.json").write_text(json.dumps(agreed))
 
 
 if __name__ == "__main__":
@@ -110,3 +129,4 @@ if __name__ == "__main__":
     with join_ranks("cpu") as joined:
         for values in json.loads(Path(sys.argv[1]).read_text()):
             run(Case(**values), joined)
+        accumulate(Path(sys.argv[1]).parent, joined)

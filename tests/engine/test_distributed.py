@@ -182,6 +182,20 @@ def test_resume__with_workers_it_goes_on_alike(all_runs, first, then, workers, p
     assert_resumed(all_runs, first, then, workers, parallel)
 
 
+def test_fsdp__a_rank_holds_half_of_the_weights_and_ddp_all(runs):
+    shares = {
+        name: [json.loads((runs / name / f"share-{rank}.json").read_text()) for rank in (0, 1)]
+        for name in ("2-vit-hog-float64-ddp", "2-convvit-ema-float64-fsdp")
+    }
+    assert shares["2-vit-hog-float64-ddp"] == [1.0, 1.0]
+    assert shares["2-convvit-ema-float64-fsdp"] == pytest.approx([0.5, 0.5], abs=0.02)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_synchronized__ranks_average_gradients_in_the_last_part_of_a_step_alone(runs, parallel):
+    assert json.loads((runs / f"accumulation-{parallel}.json").read_text()) == [False, True]
+
+
 def test_checkpoints__have_the_same_tensors_whatever_the_ranks(runs):
     for one, two in (("1-vit-hog-float64", "2-vit-hog-float64-ddp"), ("1-parts", "2-parts-fsdp")):
         for file in ("model.safetensors", "optimizer.safetensors"):
@@ -240,10 +254,19 @@ def test_sigterm_to_one_rank__all_save_and_leave_with_143(images, tmp_path, sign
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_on_main__an_error_reaches_every_rank(number):
-    def fail():
-        raise ConfigError("no")
-
-    with pytest.raises(ConfigError, match="no"):
-        Ranks(torch.device("cpu"), rank=number).on_main(fail)
+@pytest.mark.parametrize(
+    ("broken", "code", "message"),
+    [
+        (["--batch_size", "7"], 2, "batch_size 7 is no multiple of 2 processes"),
+        (["--batch_size", "8", "--resume"], 4, "no checkpoint is whole"),  # rank 0 finds it, every rank is told
+    ],
+)
+def test_two_ranks__an_error_ends_both_with_its_code_and_a_line(images, tmp_path, free_tcp_port, broken, code, message):
+    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    arguments = ["pretrain", "--data", images, "--device", "cpu", "--out", str(tmp_path / "run"), *broken]
+    ranks = [start_rank(rank, free_tcp_port, arguments) for rank in (0, 1)]
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [code, code], errors
+    assert errors[0].startswith(f"error: {message}")
+    assert errors[1].startswith(f"error (process 1): {message}")
+    assert all(len(text.splitlines()) == 1 for text in errors)

@@ -18,6 +18,13 @@ SHORT = ["--steps", "4", "--device", "cpu", "--workers", "0", "--precision", "fp
 VERBS = ("knn", "embed", "linear", "finetune", "segment", "detect", "pretrain")
 
 
+def spread_out(trained, root):
+    """The verbs that train with labels again, their networks shared out; fine-tuning judges a running mean."""
+    for name, line in trained.items():
+        mean = ["--ema", "0.9"] if name == "finetune" else []
+        yield [*line[:-1], f"{root}/{name}-fsdp", "--parallel", "fsdp", *mean]
+
+
 def commands(data, root):
     """Short command lines of all verbs, which write below `root`."""
     start = ["--backbone", runs.VIT, "--device", "cpu", "--precision", "fp32", "--workers", "0"]
@@ -30,6 +37,7 @@ def commands(data, root):
         ["knn", *classes, *start, "--out", f"{root}/knn", "--batch_size", "5"],
         ["embed", *classes, *start, "--out", f"{root}/features.npy", "--batch_size", "5"],
         *trained.values(),
+        *spread_out(trained, root),
         [
             *("pretrain", *classes, "--batch_size", "8", "--optim.clip_grad", "1.0", "--parallel", "fsdp"),
             *("--monitor.log_every", "1", "--out", f"{root}/pretrain", *SHORT),
@@ -78,6 +86,20 @@ def test_ranks__training_with_labels_writes_what_one_writes(outputs, verb):
     assert result.keys() == json.loads((one / "result.json").read_text()).keys()
 
 
+@pytest.mark.parametrize("verb", ["finetune", "segment", "detect", "linear"])
+def test_ranks__a_network_that_is_shared_out_has_the_losses_of_copies(outputs, verb):
+    one, two = (
+        [json.loads(line) for line in (outputs[1] / name / "metrics.jsonl").read_text().splitlines()]
+        for name in (verb, f"{verb}-fsdp")
+    )
+    for key in ("loss", "grad_norm"):
+        values = [[line[key] for line in lines if key in line] for lines in (one, two)]
+        assert len(values[0]) == 4
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
+    names = [{path.name for path in (outputs[1] / name).iterdir()} for name in (verb, f"{verb}-fsdp")]
+    assert names[0] == names[1]
+
+
 def test_ranks__pretraining_by_the_command_line_gives_the_losses_of_one(outputs):
     one, two = (
         [json.loads(line) for line in (folder / "pretrain" / "metrics.jsonl").read_text().splitlines()]
@@ -91,5 +113,5 @@ def test_ranks__pretraining_by_the_command_line_gives_the_losses_of_one(outputs)
 
 def test_ranks__only_the_first_speaks(outputs):
     lines = outputs[2].splitlines()
-    assert sum(line.startswith("{") for line in lines) == 6, "one line of JSON for each verb that judges or embeds"
+    assert sum(line.startswith("{") for line in lines) == 10, "one line of JSON for each verb that judges or embeds"
     assert sum(line.startswith("done in") for line in lines) == 1

@@ -107,9 +107,9 @@ def average_precision(
     by_class: dict[str, dict[int, float | None]] = {}
     for kind, prefix in zip(kinds, ("", "mask_"), strict=False):
         ours = {name.removeprefix(f"{kind}_"): value for name, value in values.items()}
-        summary |= {prefix + name: share(ours[theirs]) for name, theirs in MEASURES.items()}
+        summary |= {prefix + name: rounded(ours[theirs]) for name, theirs in MEASURES.items()}
         numbers, precisions = values["classes"].reshape(-1).tolist(), ours["map_per_class"].reshape(-1)
-        by_class[f"{prefix}ap"] = dict(zip(numbers, map(share, precisions), strict=True))
+        by_class[f"{prefix}ap"] = dict(zip(numbers, map(rounded, precisions), strict=True))
     rows = [
         {"class": name, "objects": held_out.counts[number]}
         | {measure: "" if (value := found.get(number)) is None else value for measure, found in by_class.items()}
@@ -118,6 +118,6 @@ def average_precision(
     return summary, rows
 
 
-def share(value: Tensor) -> float | None:
+def rounded(value: Tensor) -> float | None:
     """Round a measure; -1 stands for none."""
     return round(float(value), 4) if value >= 0 else None

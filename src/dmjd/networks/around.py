@@ -73,8 +73,9 @@ def fit_around(
 
     def evaluate(step: int) -> dict[str, float]:
         nonlocal judged
+        network = trainer.model.whole().eval()  # shares of weights cannot be brought together in inference mode
         with torch.inference_mode():
-            judged = judge(trainer.model.whole().eval())
+            judged = judge(network)
         return {name: value for name, value in judged.summary.items() if isinstance(value, float)}
 
     def keep(name: str) -> None:

@@ -82,7 +82,7 @@ def fit_paper(
     nn.init.normal_(classifier.weight, std=0.01)
     nn.init.zeros_(classifier.bias)
     head = nn.Sequential(nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6), classifier).to(ranks.device)
-    model = ParallelModel(head, ranks, compile=run.compile)
+    model = ParallelModel(head, ranks, parallel=run.parallel, compile=run.compile)
     labels = labels_of(held_out, seen)
 
     def objective(model: ParallelModel, batch: LabelledBatch) -> dict[str, Tensor]:
@@ -92,8 +92,9 @@ def fit_paper(
         return {"loss": F.cross_entropy(model(pooled), targets)}
 
     def judge() -> ClassificationResult:
+        network = model.whole().eval()
         with torch.inference_mode():
-            scores = model.whole().eval()(features.to(ranks.device)).float().cpu()
+            scores = network(features.to(ranks.device)).float().cpu()
         return ClassificationResult(scores, labels, train.classes, {"train_images": len(train)})
 
     mean, std = backbone.statistics
@@ -121,4 +122,5 @@ def fit_paper(
         objective,
         lambda step: {"top1": judge().summary()["top1"]},
     )
-    return judge() if ranks.is_main else None
+    result = judge()  # by all ranks, which bring the weights together
+    return result if ranks.is_main else None
