@@ -107,7 +107,7 @@ def main() -> None:
         step = next(steps_of)
         trainer.log(step, lambda seconds: {})
         whole = time.perf_counter() - began
-        watch.seconds["images"], waited = step.data_seconds - waited, step.data_seconds
+        watch.seconds["images"], waited = trainer.waited - waited, trainer.waited
         if number == 0:  # the first step warms up
             continue
         watch.seconds["rest"] = whole - sum(watch.seconds.values())

@@ -23,6 +23,7 @@ RECIPES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 NAMES = [*(verb.name for verb in VERBS), "report"]
 NEEDED = {verb.name: ["--backbone", "b.safetensors"] for verb in VERBS if verb.name != "pretrain"}
 NEEDED["embed"] += ["--out", "f.npy"]
+NEEDED["prepare"] = ["--data", "d", "--out", "s"]
 for dense in ("segment", "detect"):
     NEEDED[dense] += ["--data", "d"]
 
@@ -168,6 +169,10 @@ BAD = {  # command line: what its error line has to say
     "knn --backbone x --bakbone y": "--backbone",
     "embed --backbone x": "--out",
     "embed --backbone x --out f --batch_size 0": "batch_size 0",
+    "prepare --data d": "--out",
+    "prepare --data d --out s --size 0": "size 0",
+    "prepare --data d --out s --in_chans 0": "in_chans 0",
+    "prepare --data d --out s --workers -1": "workers -1",
     "report": "RUN",
     "--nonsense": "nonsense",
 }
@@ -420,6 +425,7 @@ def test_help__settings_stand_in_groups(capsys: pytest.CaptureFixture[str]) -> N
         "segment": "Run Backbone Images Task Fine-tuning Optimizer Log",
         "detect": "Run Backbone Images Task Fine-tuning Optimizer Log",
         "embed": "Run Backbone",
+        "prepare": "Run Images",
     }
     assert set(groups) == {verb.name for verb in VERBS}
     for verb, names in groups.items():

@@ -1,10 +1,12 @@
 """What docs/extending.md shows works from outside the package, as it stands there."""
 
 import importlib
+import io
 import json
 import os
 import re
 import shlex
+import sqlite3
 import subprocess
 import sys
 import tomllib
@@ -36,12 +38,23 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (24, 36, 40, 3), dtype=np.uin
 IMAGES[7] = IMAGES[3]
 
 
+def store(path: Path) -> None:
+    """Write the images into a database."""
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE images (name TEXT PRIMARY KEY, content BLOB)")
+        for number, pixels in enumerate(IMAGES):
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "PNG")
+            database.execute("INSERT INTO images VALUES (?, ?)", (f"{number:08d}", buffer.getvalue()))
+    database.close()
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The page's modules in a folder of the path, and images; afterwards nothing of it is left in this process."""
     for name, code in BLOCKS.items():
         (tmp_path / f"{name}.py").write_text(code)
-    np.save(tmp_path / "images.npy", IMAGES)
+    store(tmp_path / "images.sqlite")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for registry in REGISTRIES.values():
@@ -73,7 +86,7 @@ def losses(run: Path) -> list[float]:
 
 
 def test_extending__every_example_is_short() -> None:
-    assert set(BLOCKS) == {"mean_color", "mean_vit", "npy", "duplicates_settings", "duplicates", "row"}
+    assert set(BLOCKS) == {"mean_color", "mean_vit", "sqlite", "duplicates_settings", "duplicates", "row"}
     for name, code in BLOCKS.items():
         both = code + BLOCKS["duplicates_settings"] if name == "duplicates" else code
         lines = [line for line in both.splitlines() if line.strip()]
@@ -98,26 +111,26 @@ def test_extending__a_backbone_is_one_file(folder: Path) -> None:
 
 
 def test_extending__a_data_source_is_one_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    importlib.import_module("npy")
-    run = pretrain("--data", "images.npy")
+    importlib.import_module("sqlite")
+    run = pretrain("--data", "images.sqlite")
     summary = json.loads((run / "summary.json").read_text())
-    assert (summary["num_images"], summary["data"], summary["labels"]) == (23, "images.npy", False)
-    np.save("grey.npy", np.zeros((4, 8, 8, 1), dtype=np.uint8))
+    assert (summary["num_images"], summary["data"], summary["labels"]) == (23, "images.sqlite", False)
+    Path("other.sqlite").touch()
     capsys.readouterr()
-    assert cli.main(["pretrain", "--data", "grey.npy", *TINY, "--out", "grey"]) == 3
-    assert "no uint8 images of 3 channels; grey.npy" in capsys.readouterr().err
+    assert cli.main(["pretrain", "--data", "other.sqlite", *TINY, "--out", "other"]) == 3
+    assert "no table of images (no such table: images); other.sqlite" in capsys.readouterr().err
 
 
 def test_extending__a_verb_is_one_file_and_one_row(
     folder: Path, backbones: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    importlib.import_module("npy")
+    importlib.import_module("sqlite")
     settings = importlib.import_module("duplicates_settings")
     row = eval(BLOCKS["row"], {"Verb": cli.Verb, "DuplicatesSettings": settings.DuplicatesSettings})
     monkeypatch.setattr(cli, "VERBS", (*cli.VERBS, row))
     # Stands for putting the file into src/dmjd/tasks.
     monkeypatch.setattr(dmjd.tasks, "__path__", [*dmjd.tasks.__path__, str(folder)])
-    words = ["duplicates", "--data", "images.npy", "--backbone", str(backbones["vit"]), "--device", "cpu"]
+    words = ["duplicates", "--data", "images.sqlite", "--backbone", str(backbones["vit"]), "--device", "cpu"]
     assert cli.main([*words, "--above", "0.9999"]) == 0
     assert capsys.readouterr().out.split() == ["00000003", "00000007"]
     assert cli.main(["duplicates", "--help"]) == 0
@@ -134,7 +147,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (toml,) = re.findall(r"```toml\n(.*?)```", PAGE, flags=re.DOTALL)
     groups = tomllib.loads(toml)["project"]["entry-points"]
     assert set(groups) == {*REGISTRIES, "dmjd.verbs"}
-    for name in ("mean_color", "mean_vit", "npy"):
+    for name in ("mean_color", "mean_vit", "sqlite"):
         (root / f"{name}.py").write_text(BLOCKS[name])
     (root / "mine").mkdir()
     (root / "mine" / "__init__.py").write_text("")
@@ -148,7 +161,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
     lines = [line for group, rows in groups.items() for line in (f"[{group}]", *map(" = ".join, rows.items()))]
     (info / "entry_points.txt").write_text("\n".join(lines))
-    np.save(root / "images.npy", IMAGES)
+    store(root / "images.sqlite")
     (command,) = re.findall(r"```sh\ndmjd (.*?)\n```", PAGE, flags=re.DOTALL)
     done = in_a_new_process(root, *shlex.split(command), *TINY)
     assert done.returncode == 0, done.stderr
@@ -169,7 +182,7 @@ def test_extending__another_distribution_offers_them_by_entry_points(elsewhere: 
 
 
 def test_extending__a_backbone_of_another_distribution_is_opened_by_other_verbs(elsewhere: Path) -> None:
-    words = "embed --backbone runs/mine/backbone.safetensors --data images.npy --out features.npy --device cpu"
+    words = "embed --backbone runs/mine/backbone.safetensors --data images.sqlite --out features.npy --device cpu"
     done = in_a_new_process(elsewhere, *words.split())
     assert done.returncode == 0, done.stderr
     assert np.load(elsewhere / "features.npy").shape == (24, 16)
@@ -178,7 +191,7 @@ def test_extending__a_backbone_of_another_distribution_is_opened_by_other_verbs(
 def test_extending__a_verb_of_another_distribution_runs_and_has_help(
     elsewhere: Path, backbones: dict[str, Path]
 ) -> None:
-    words = ["duplicates", "--data", "images.npy", "--backbone", str(backbones["vit"]), "--device", "cpu"]
+    words = ["duplicates", "--data", "images.sqlite", "--backbone", str(backbones["vit"]), "--device", "cpu"]
     done = in_a_new_process(elsewhere, *words, "--above", "0.9999")
     assert done.stdout.split() == ["00000003", "00000007"], done.stderr
     assert "duplicates" in in_a_new_process(elsewhere, "--help").stdout

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 
 from dmjd import errors
 from dmjd.config import downstream
+from dmjd.config.doctor import DoctorSettings
+from dmjd.config.prepare import PrepareSettings
 from dmjd.config.pretrain import PretrainSettings
 from dmjd.config.rules import PRESETS
 
@@ -62,6 +64,8 @@ VERBS = (
         PRESETS / "detect",
     ),
     Verb("embed", downstream.EmbedSettings, "Write the features of images to a file."),
+    Verb("prepare", PrepareSettings, "Decode images once, make them smaller and pack them for the other verbs."),
+    Verb("doctor", DoctorSettings, "Say what is in a set of images, a run or a backbone, and what is wrong with it."),
 )
 
 
@@ -73,7 +77,7 @@ def verbs() -> tuple[Verb, ...]:
 def command(verb: Verb) -> Callable[..., None]:
     """Make the function that the command line calls for a verb, whose settings' fields become its flags."""
 
-    def run_verb(*, settings: Any = None) -> None:
+    def run_verb(settings: Any = None) -> None:
         # torch takes seconds to import: only a verb that runs waits for it.
         task = getattr(import_module(f"{verb.package}.{verb.name}"), verb.name)
         task(verb.settings() if settings is None else settings)
@@ -83,7 +87,7 @@ def command(verb: Verb) -> Callable[..., None]:
     kind = Annotated[verb.settings, Parameter(name="*")]
     described: Any = run_verb  # cyclopts reads the signature, the annotations and the docstring
     described.__signature__ = inspect.Signature(
-        [inspect.Parameter("settings", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)]
+        [inspect.Parameter("settings", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind)]
     )
     described.__annotations__ = {"settings": kind}
     described.__doc__ = verb.does

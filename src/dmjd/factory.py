@@ -1,6 +1,7 @@
 """From settings to a model."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from typing import Any
@@ -9,7 +10,7 @@ import yaml
 
 from dmjd.backbones import Encoder, encoder_of, register_encoder
 from dmjd.backbones.files import create_network, open_backbone
-from dmjd.backbones.normalize import STATISTICS, Normalize
+from dmjd.backbones.normalize import Normalize, default_statistics
 from dmjd.config.pretrain import ModelSettings, PretrainSettings
 from dmjd.config.rules import PRESETS
 from dmjd.errors import CheckpointError
@@ -72,16 +73,20 @@ def setting_places(kinds: dict[str, Any]) -> dict[str, tuple[str, str]]:
     return places
 
 
-def from_settings(settings: PretrainSettings) -> DMJD:
+def from_settings(
+    settings: PretrainSettings, statistics: tuple[Sequence[float], Sequence[float]] | None = None
+) -> DMJD:
     """Build the model that settings describe, untrained, or with the backbone of `settings.init`.
+
+    Args:
+        settings: What to build.
+        statistics: Mean and standard deviation of every channel, 0 to 1. Default: ImageNet's, or round numbers.
 
     Raises:
         ValueError: If the settings do not go together.
         CheckpointError: If the backbone to start from, or a teacher, does not load.
     """
     model, masking = settings.model, settings.masking
-    if model.in_chans not in STATISTICS:
-        raise ValueError(f"model.in_chans {model.in_chans} is neither 3 (RGB) nor 1 (grey)")
     mask_counts(
         model.grid,
         block=masking.block,
@@ -90,7 +95,7 @@ def from_settings(settings: PretrainSettings) -> DMJD:
         predict_ratio=masking.predict_ratio,
     )  # raises where no such masks exist
     encoder = create_encoder(model)
-    mean, std = STATISTICS[model.in_chans]
+    mean, std = statistics or default_statistics(model.in_chans)
     request = TargetRequest(
         encoder=encoder,
         in_chans=model.in_chans,

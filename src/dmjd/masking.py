@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
+from dmjd.random import mix_all
+
 
 class TokenIds(NamedTuple):
     """The tokens of every row by number, in raster order."""
@@ -76,24 +78,46 @@ def block_masks(
     Raises:
         ValueError: If there are no such masks; the message names the range that works.
     """
-    rows, columns = grid
-    num_tokens = rows * columns
+    device = None if generator is None else generator.device
+    seeds = torch.randint(2**62, (batch_size,), generator=generator, device=device)
+    return seeded_masks(
+        seeds, grid, block=block, num_views=num_views, mask_ratio=mask_ratio, predict_ratio=predict_ratio
+    )
+
+
+def seeded_masks(
+    seeds: Int[Tensor, " B"],
+    grid: tuple[int, int],
+    *,
+    block: int = 2,
+    num_views: int,
+    mask_ratio: float,
+    predict_ratio: float = 1.0,
+) -> Bool[Tensor, "B V L"]:
+    """Draw the masks of each image from a seed of its own, on the seeds' device and with the same bits on any.
+
+    Other arguments and errors are those of `block_masks`.
+    """
     num_hidden, num_predicted = mask_counts(
         grid, block=block, num_views=num_views, mask_ratio=mask_ratio, predict_ratio=predict_ratio
     )
-    device = generator.device if generator is not None else torch.device("cpu")
-    row_h, column_w = (torch.arange(side, device=device) // block for side in grid)
-    square_L = (row_h[:, None] * math.ceil(columns / block) + column_w).flatten()
-    num_squares = math.ceil(rows / block) * math.ceil(columns / block)
-    # Squares in random order, tokens of one square side by side. In float32, two squares would tie once in a while.
-    noise_BS = torch.rand(batch_size, num_squares, dtype=torch.float64, generator=generator, device=device)
-    place_BL = noise_BS[:, square_L].argsort(dim=1, stable=True).argsort(dim=1)
-    if rows % block or columns % block:
+    rows, columns = (torch.arange(side, device=seeds.device) for side in grid)
+    heights, widths = (
+        (side - places[::block]).clamp(max=block) for side, places in zip(grid, (rows, columns), strict=True)
+    )
+    sizes_S = (heights[:, None] * widths).flatten()  # of the squares, in tokens
+    square_L = (rows[:, None] // block * len(widths) + columns // block).flatten()
+    within_L = (rows[:, None] % block * widths[columns // block] + columns % block).flatten()
+    # Squares in random order, the tokens of one square side by side.
+    draws = mix_all(seeds[:, None], torch.arange(len(sizes_S) + 1, device=seeds.device))
+    order_BS = draws[:, :-1].argsort(dim=1, stable=True)
+    starts_BS = sizes_S[order_BS].cumsum(dim=1) - sizes_S[order_BS]
+    place_BL = starts_BS.scatter(1, order_BS, starts_BS)[:, square_L] + within_L
+    if grid[0] % block or grid[1] % block:
         # Squares of unequal size do not come first equally often: turning the circle makes their tokens do so.
-        turn_B1 = torch.randint(num_tokens, (batch_size, 1), generator=generator, device=device)
-        place_BL = (place_BL + turn_B1) % num_tokens
+        place_BL = (place_BL + draws[:, -1:] % len(square_L)) % len(square_L)
     place_B1L = place_BL[:, None, :]
-    arc_V1 = num_hidden * torch.arange(num_views, device=device)[:, None]
+    arc_V1 = num_hidden * torch.arange(num_views, device=seeds.device)[:, None]
     return (place_B1L < num_predicted) & ((place_B1L - arc_V1) % num_predicted < num_hidden)
 
 
@@ -128,23 +152,24 @@ def mask_counts(
     return num_hidden, max(num_hidden, unit * round(num_tokens * predict / unit))
 
 
-def token_ids(masked: Bool[Tensor, "B V L"], device: torch.device | None = None) -> TokenIds:
-    """List the visible and the hidden tokens of every row, on `device`.
+def token_ids(masked: Bool[Tensor, "B V L"], num_hidden: int | None = None) -> TokenIds:
+    """List the visible and the hidden tokens of every row.
 
-    Leave `masked` on the CPU: how many tokens it hides shapes what follows, and reading that from a GPU would stall it.
+    Args:
+        masked: True = hidden.
+        num_hidden: M, where it is known; it is counted otherwise, which waits for a GPU to get there.
 
     Raises:
-        ValueError: If the rows hide different numbers of tokens.
+        ValueError: If the rows hide different numbers of tokens, as far as they are counted.
     """
     masked_NL = masked.flatten(0, 1)
-    counts_N = masked_NL.sum(dim=1)
-    if (counts_N != counts_N[0]).any():
-        raise ValueError("masked: every view must hide the same number of tokens")
+    if num_hidden is None:
+        counts_N = masked_NL.sum(dim=1)
+        if (counts_N != counts_N[0]).any():
+            raise ValueError("masked: every view must hide the same number of tokens")
+        num_hidden = int(counts_N[0])
     order_NL = masked_NL.byte().argsort(dim=1, stable=True)
-    if device is not None and device.type == "cuda":  # a copy from pageable memory waits for all that the GPU has to do
-        order_NL = order_NL.pin_memory()
-    order_NL = order_NL.to(device, non_blocking=True)
-    return TokenIds(*order_NL.tensor_split([masked_NL.shape[1] - int(counts_N[0])], dim=1))
+    return TokenIds(*order_NL.tensor_split([masked_NL.shape[1] - num_hidden], dim=1))
 
 
 def gather_tokens(tokens: Float[Tensor, "B L D"], ids: Int[Tensor, "N S"]) -> Float[Tensor, "N S D"]:

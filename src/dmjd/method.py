@@ -21,7 +21,7 @@ from dmjd.backbones import Encoder
 from dmjd.backbones.normalize import STATISTICS, Normalize
 from dmjd.heads import Decoder, LinearHead, Projector
 from dmjd.losses import LossName, regression_loss
-from dmjd.masking import gather_tokens, token_ids
+from dmjd.masking import TokenIds, gather_tokens, token_ids
 from dmjd.targets import EmaTeacher, Target
 
 
@@ -82,17 +82,20 @@ class DMJD(nn.Module):
         self.beta = beta
         self.normalize = Normalize(mean, std)
 
-    def forward(self, images: Num[Tensor, "B C H W"], masked: Bool[Tensor, "B V L"]) -> Losses:
+    def forward(
+        self, images: Num[Tensor, "B C H W"], masked: Bool[Tensor, "B V L"], num_hidden: int | None = None
+    ) -> Losses:
         """Compute the losses of a batch.
 
         Args:
             images: Pixels of 0..255, uint8 or float, where the model is.
-            masked: True = hidden; best on the CPU (see `masking.token_ids`).
+            masked: True = hidden.
+            num_hidden: M, where it is known (see `masking.token_ids`).
 
         Raises:
             ValueError: If the views hide different numbers of tokens.
         """
-        predictions = self.predict(images, masked)
+        predictions = self.predict(images, masked, num_hidden)
         masked_loss = regression_loss(
             predictions.masked,
             predictions.masked_target,
@@ -111,9 +114,11 @@ class DMJD(nn.Module):
         )
         return Losses(masked_loss + self.visible_weight * visible_loss, masked_loss, visible_loss)
 
-    def predict(self, images: Num[Tensor, "B C H W"], masked: Bool[Tensor, "B V L"]) -> Predictions:
+    def predict(
+        self, images: Num[Tensor, "B C H W"], masked: Bool[Tensor, "B V L"], num_hidden: int | None = None
+    ) -> Predictions:
         """Run both branches; arguments as in `forward`."""
-        tokens = token_ids(masked, images.device)
+        tokens = TokenIds(*(ids.to(images.device) for ids in token_ids(masked, num_hidden)))
         with torch.no_grad():  # once per image, for all its views
             target_BLT = self.target(images)
             visible_BLT = target_BLT if self.visible_target is None else self.visible_target(images)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dmjd.backbones import Encoder
 from dmjd.backbones.convvit import ConvViT, ConvViTEncoder
-from dmjd.backbones.normalize import STATISTICS
+from dmjd.backbones.normalize import default_statistics
 from dmjd.backbones.vit import create_vit
 from dmjd.errors import CheckpointError
 from dmjd.heads import Decoder, Projector
@@ -105,10 +105,8 @@ def load_reference(
         raise ValueError(
             f"not a pre-training checkpoint of MAE, ConvMAE or DMJD: {missing.args[0]} is missing"
         ) from None
-    if in_chans not in STATISTICS:
-        raise ValueError(f"images of {in_chans} channels: those of 1 or 3 are known")
     out_dim = decoder.pred.out_features
-    mean, std = STATISTICS[in_chans]
+    mean, std = default_statistics(in_chans)
     model = DMJD(
         encoder,
         make_target(target, out_dim, encoder.patch_size, in_chans),
@@ -216,7 +214,7 @@ def make_target(name: str, out_dim: int, patch_size: int, in_chans: int) -> Targ
         cells = math.isqrt(out_dim // (9 * in_chans)) or 1
         found = HOG(patch_size, in_chans=in_chans, cell_size=patch_size // cells)
     elif name in ("pixels", "normalized_pixels"):
-        mean, std = STATISTICS[in_chans]
+        mean, std = default_statistics(in_chans)
         found = Pixels(patch_size, mean=mean, std=std, standardize=name == "normalized_pixels")
     else:
         raise ValueError(f"there is no target {name!r}; choose hog, pixels or normalized_pixels")

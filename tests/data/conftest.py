@@ -26,6 +26,22 @@ def write() -> Write:
 
 
 @pytest.fixture(scope="session")
+def turn_file() -> Callable[..., Path]:
+    """Write an image anew, in a format by its ending, with an EXIF orientation and the stored pixels as they are."""
+
+    def turned(path: Path, orientation: int, ending: str = "png") -> Path:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        with Image.open(path) as image:
+            image.load()
+        path.unlink()
+        image.save(path.with_suffix(f".{ending}"), exif=exif, quality=100)
+        return path.with_suffix(f".{ending}")
+
+    return turned
+
+
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory, write: Write) -> Path:
     """Eleven images, of which 006.png does not decode."""
     root = write(tmp_path_factory.mktemp("images"), *(f"{number:03d}.png" for number in range(11)), size=(24, 20))

@@ -33,3 +33,11 @@ def test_collate__tensors_are_stacked_and_other_annotations_listed():
         {"boxes": 1},
         {"boxes": 2},
     ]
+
+
+def test_collate__a_deep_image_makes_all_of_its_batch_floats_and_changes_no_value():
+    plain, deep = torch.full((3, 4, 4), 7, dtype=torch.uint8), torch.full((3, 4, 4), 7.5)
+    for order in ((plain, deep), (deep, plain)):
+        images = collate_annotated([(image, None, {}) for image in order]).images
+        assert images.dtype == torch.float32
+        assert [float(image.mean()) for image in images] == [float(image.float().mean()) for image in order]

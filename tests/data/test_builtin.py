@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dmjd.data import builtin
+from dmjd.data.decode import Wanted
 from dmjd.data.shapes import CLASSES
 from dmjd.data.source import labels_of, open_all, open_source
 from dmjd.errors import DataError
@@ -17,7 +18,7 @@ from dmjd.errors import DataError
 def test_shapes__is_made_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtin, "SHAPES_SIZES", {"train": 24, "val": 12})
     for in_chans, hw, side in ((3, (32, 48), 48), (1, (8, 8), 16)):
-        parts = open_source("shapes", in_chans=in_chans, image_hw=hw)
+        parts = open_source("shapes", Wanted(in_chans, hw))
         assert (len(parts.train), len(parts.held_out)) == (24, 12)
         assert parts.train.read(3).shape == (in_chans, side, side)
         assert parts.train.classes == CLASSES
@@ -46,7 +47,7 @@ def mnist(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_fashion_mnist__reads_a_folder_of_idx_files(mnist: Path, in_chans: int) -> None:
-    train, held_out = open_source(f"fashion-mnist:{mnist}", in_chans=in_chans)
+    train, held_out = open_source(f"fashion-mnist:{mnist}", Wanted(in_chans))
     assert (len(train), len(held_out)) == (5, 3)
     assert labels_of(train, range(5)).tolist() == [0, 1, 2, 3, 4]
     assert len(train.classes) == 10

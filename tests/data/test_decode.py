@@ -1,5 +1,6 @@
-"""Any file becomes a uint8 image, or one reason why not."""
+"""Any file becomes an image of the wanted channels at its depth, or one reason why not."""
 
+import copy
 import io
 import random
 import resource
@@ -8,13 +9,18 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
-from dmjd.data.decode import BadImage, decode
+from dmjd.data.decode import BadImage, Wanted, decode
+from dmjd.data.folder import folder_images
+from dmjd.data.levels import Levels
+from dmjd.errors import DataError
 
 SIDES = (24, 40)  # height, width
 
@@ -44,6 +50,12 @@ def animation() -> bytes:
     return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
 
 
+def deep_colour() -> bytes:
+    return bytes(
+        pytest.importorskip("cv2").imencode(".png", np.array(picture("RGB")).astype(np.uint16) * 257)[1].tobytes()
+    )
+
+
 SEEDS: dict[str, Callable[[], bytes]] = {
     "jpeg-rgb": lambda: encoded(picture("RGB"), "JPEG"),
     "jpeg-grey": lambda: encoded(picture("L"), "JPEG", progressive=True),
@@ -55,6 +67,7 @@ SEEDS: dict[str, Callable[[], bytes]] = {
     "bmp": lambda: encoded(picture("RGB"), "BMP"),
     "tiff": lambda: encoded(picture("RGB"), "TIFF", compression="tiff_lzw"),
     "tiff-16-bit": lambda: encoded(ramp("I;16"), "TIFF"),
+    "png-16-bit-colour": deep_colour,
     "tiff-float": lambda: encoded(ramp("F"), "TIFF"),
     "gif": animation,
     "ppm": lambda: encoded(picture("RGB"), "PPM"),
@@ -64,13 +77,18 @@ SEEDS: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("in_chans", [3, 1])
 @pytest.mark.parametrize("name", SEEDS)
-def test_decode__every_format_gives_bytes_of_the_wanted_channels(tmp_path: Path, name: str, in_chans: int) -> None:
+def test_decode__every_format_gives_the_wanted_channels(tmp_path: Path, name: str, in_chans: int) -> None:
     path = tmp_path / "image"
     path.write_bytes(SEEDS[name]())
-    image = decode(path, in_chans)
-    assert image.dtype == torch.uint8
+    image = decode(path, Wanted(in_chans))
+    assert image.dtype == {
+        "png-16-bit": torch.uint16,
+        "tiff-16-bit": torch.uint16,
+        "png-16-bit-colour": torch.uint16,
+        "tiff-float": torch.float32,
+    }.get(name, torch.uint8)
     assert image.shape == (in_chans, *SIDES)
-    assert image.float().std() > 10  # neither white nor black
+    assert Levels(0.0, 1.0 if image.is_floating_point() else 65535.0).scale(image).float().std() > 10  # a picture
 
 
 @pytest.mark.parametrize("name", ["png-rgb", "png-rgba", "bmp", "tiff", "ppm"])
@@ -78,41 +96,180 @@ def test_decode__lossless_formats_give_the_pixels_that_went_in(tmp_path: Path, n
     path = tmp_path / "image"
     path.write_bytes(SEEDS[name]())
     expected = torch.from_numpy(np.array(picture("RGB"))).permute(2, 0, 1)
-    assert torch.equal(decode(path, 3), expected)
+    assert torch.equal(decode(path, Wanted(3)), expected)
 
 
 def test_decode__an_animation_gives_its_first_frame(tmp_path: Path) -> None:
     path = tmp_path / "image.gif"
     path.write_bytes(animation())
     expected = torch.from_numpy(np.array(picture("RGB"))).permute(2, 0, 1)
-    assert (decode(path, 3).float() - expected.float()).abs().mean() < 20
+    assert (decode(path, Wanted(3)).float() - expected.float()).abs().mean() < 20
 
 
-def assert_ramp(path: Path) -> None:
-    expected = torch.linspace(0, 255, SIDES[1]).round().to(torch.uint8)
-    for in_chans in (1, 3):
-        image = decode(path, in_chans)
-        assert (image.int() - expected.int()).abs().max() <= 1
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize(
+    ("mode", "kind", "high"), [("I;16", "PNG", 65535.0), ("I;16", "TIFF", 65535.0), ("F", "TIFF", 1.0)]
+)
+def test_decode__deep_images_keep_their_depth_until_they_are_scaled(
+    tmp_path: Path, mode: str, kind: str, high: float, in_chans: int
+) -> None:
+    (tmp_path / "ramp").write_bytes(encoded(ramp(mode), kind))
+    steps = torch.linspace(0, 1, SIDES[1]).expand(in_chans, *SIDES)
+    assert torch.allclose(decode(tmp_path / "ramp", Wanted(in_chans)).float() / high, steps, atol=1e-4)
+    scaled = decode(tmp_path / "ramp", Wanted(in_chans, levels=Levels(0.0, high)))
+    assert torch.allclose(scaled, 255 * steps, atol=0.01)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
-def test_decode__sixteen_bit_ramp_stays_a_ramp(tmp_path: Path, kind: str) -> None:
-    (tmp_path / "ramp").write_bytes(encoded(ramp("I;16"), kind))
-    assert_ramp(tmp_path / "ramp")
-
-
-def test_decode__float_ramp_of_0_to_1_stays_a_ramp(tmp_path: Path) -> None:
-    (tmp_path / "ramp").write_bytes(encoded(ramp("F"), "TIFF"))
-    assert_ramp(tmp_path / "ramp")
-
-
-@pytest.mark.parametrize("value", [-1.0, 7.0, float("nan"), float("inf")])
-def test_decode__floats_of_an_unknown_range_are_refused(tmp_path: Path, value: float) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_decode__values_that_are_no_numbers_are_refused(tmp_path: Path, value: float) -> None:
     pixels = np.full(SIDES, 0.5, np.float32)
     pixels[0, 0] = value
     (tmp_path / "image").write_bytes(encoded(Image.fromarray(pixels), "TIFF"))
-    with pytest.raises(BadImage, match="values outside"):
-        decode(tmp_path / "image", 3)
+    with pytest.raises(BadImage, match="no finite numbers"):
+        decode(tmp_path / "image", Wanted(3))
+
+
+def tiff(array: np.ndarray, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def saved(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "int16", "float32"])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 12])
+def test_decode__tiffs_and_arrays_of_any_channels_give_the_values_that_went_in(kind: str, channels: int) -> None:
+    array = np.random.default_rng(0).integers(0, 120, (9, 13, channels)).astype(kind)
+    first = np.moveaxis(array, -1, 0)
+    for content in (
+        tiff(array, photometric="minisblack", planarconfig="contig" if channels > 1 else None),
+        tiff(first, photometric="minisblack", planarconfig="separate" if channels > 1 else None),
+        saved(array),
+        saved(np.ascontiguousarray(first)),
+    ):
+        image = decode(content, Wanted(channels))
+        assert image.dtype == getattr(torch, kind)
+        assert np.array_equal(image.numpy(), first)
+
+
+def test_decode__types_that_are_no_depth_become_the_nearest_one() -> None:
+    values = np.arange(12).reshape(3, 4)
+    for kind, depth in (("int8", "int16"), ("uint32", "float32"), ("float64", "float32"), (">u2", "uint16")):
+        image = decode(saved(values.astype(kind)), Wanted(1))
+        assert image.dtype == getattr(torch, depth)
+        assert np.array_equal(image[0].numpy(), values)
+    assert decode(saved(values > 5), Wanted(1)).unique().tolist() == [0, 255]
+
+
+def test_decode__sixteen_bit_colour_png_keeps_its_depth() -> None:
+    cv2 = pytest.importorskip("cv2")
+    array = np.random.default_rng(0).integers(0, 65536, (9, 13, 4), dtype=np.uint16)
+    for channels in (3, 4):
+        content = cv2.imencode(".png", array[..., [2, 1, 0, 3][:channels]])[1].tobytes()
+        for in_chans in range(3, channels + 1):
+            image = decode(content, Wanted(in_chans))
+            assert np.array_equal(image.numpy(), array[..., :in_chans].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("ending", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_decode__images_are_turned_as_their_exif_says(ending: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 100, "subsampling": 0} if ending == "JPEG" else {"lossless": True} if ending == "WEBP" else {}
+    content = encoded(picture("RGB"), ending, exif=exif, **options)
+    shown = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    image = decode(content, Wanted(3))
+    assert image.shape == (3, *(SIDES if orientation < 5 else SIDES[::-1]))
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), np.array(shown.convert("RGB")))
+
+
+def test_decode__pages_are_bands_or_frames_as_asked_and_never_cut_silently() -> None:
+    pages = np.random.default_rng(0).integers(0, 60000, (5, 9, 13), dtype=np.uint16)
+    content = tiff(pages)
+    with pytest.raises(DataError, match=r"5 pages; stack\.tif; say --data_pages bands or frames"):
+        decode(content, Wanted(1), name="stack.tif")
+    assert np.array_equal(decode(content, Wanted(5, pages="bands")).numpy(), pages)
+    for number, page in enumerate(pages):
+        assert np.array_equal(decode(content, Wanted(1, pages="frames"), frame=number).numpy(), page[None])
+
+
+def test_decode__frames_of_a_folder_are_images_of_their_own(tmp_path: Path) -> None:
+    pages = np.random.default_rng(0).integers(0, 255, (3, 9, 13), dtype=np.uint8)
+    (tmp_path / "a.tif").write_bytes(tiff(pages, photometric="minisblack"))
+    picture("RGB").save(tmp_path / "b.png")
+    images = folder_images(tmp_path, Wanted(1, pages="frames"))
+    assert [*images.names] == ["a.tif#0", "a.tif#1", "a.tif#2", "b.png"]
+    for number, page in enumerate(pages):
+        assert np.array_equal(images.read(number).numpy(), page[None])
+
+
+def test_decode__channels_that_are_not_wanted_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "image.tif"
+    path.write_bytes(tiff(np.zeros((9, 13, 5), np.uint16), photometric="minisblack", planarconfig="contig"))
+    with pytest.raises(DataError, match=r"5 channels, not 4; .*image.tif; say --model.in_chans 5") as refused:
+        decode(path, Wanted(4))
+    assert "\n" not in str(refused.value)
+
+
+def test_decode__grey_and_colour_become_each_other() -> None:
+    colour = np.random.default_rng(0).integers(0, 60000, (9, 13, 3), dtype=np.uint16)
+    grey = decode(saved(colour), Wanted(1))
+    assert np.allclose(grey[0].numpy(), colour @ np.array([0.299, 0.587, 0.114]), atol=1)
+    assert (decode(saved(colour[..., 0]), Wanted(3)).numpy() == colour[..., 0]).all()
+
+
+def test_decode__a_jpeg_is_read_smaller_only_as_far_as_asked() -> None:
+    large = Image.fromarray(np.array(picture("RGB").resize((333, 200))))
+    content = encoded(large, "JPEG", quality=95)
+    whole = decode(content, Wanted(3))
+    for factor in (1, 2, 4, 8):
+        sizes: list[tuple[int, int]] = []
+
+        def reduce(height: int, width: int, factor: int = factor, sizes: list[tuple[int, int]] = sizes) -> int:
+            sizes.append((height, width))
+            return factor
+
+        image = decode(content, Wanted(3), reduce=reduce)
+        assert sizes == [(200, 333)]
+        assert image.shape == (3, -(-200 // factor), -(-333 // factor))
+        assert abs(image.float().mean() - whole.float().mean()) < 2
+
+
+def test_decode__a_jpeg_has_the_same_values_as_from_pillow() -> None:
+    for mode, options in (("RGB", {}), ("RGB", {"subsampling": 0, "progressive": True}), ("L", {}), ("CMYK", {})):
+        content = encoded(picture(mode), "JPEG", **options)
+        expected = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+        assert np.array_equal(decode(content, Wanted(3)).permute(1, 2, 0).numpy(), expected)
+
+
+def test_decode__dicom_has_its_units() -> None:
+    pydicom = pytest.importorskip("pydicom")
+    values = np.random.default_rng(0).integers(0, 4000, (9, 13), dtype=np.uint16)
+    data = pydicom.Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
+    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data.Rows, data.Columns, data.SamplesPerPixel, data.PixelRepresentation = 9, 13, 1, 0
+    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 12, 11
+    data.PhotometricInterpretation, data.PixelData = "MONOCHROME2", values.tobytes()
+    for changes, expected in (
+        ({}, values),
+        ({"RescaleSlope": 1, "RescaleIntercept": -1024}, values.astype(int) - 1024),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, 4095 - values),
+    ):
+        written = copy.deepcopy(data)
+        for name, value in changes.items():
+            setattr(written, name, value)
+        buffer = io.BytesIO()
+        written.save_as(buffer, enforce_file_format=True)
+        assert np.array_equal(decode(buffer.getvalue(), Wanted(1))[0].numpy(), expected)
 
 
 def bomb(side: int) -> bytes:
@@ -133,7 +290,7 @@ def test_decode__a_decompression_bomb_is_refused_at_once_and_without_memory(tmp_
     assert path.stat().st_size < 1_000_000
     peak, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(BadImage, match="Bomb"):
-        decode(path, 3)
+        decode(path, Wanted(3))
     assert time.process_time() - began < 0.2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 20_000  # KiB; the pixels would take 495,000
 
@@ -187,11 +344,11 @@ def test_decode__whatever_is_wrong_with_a_file_it_is_a_bad_image(
         for repetition in range(40):
             path.write_bytes(mutate(bytearray(good), rng))
             try:
-                image = decode(path, 3 if repetition % 2 else 1)
-            except BadImage as error:
+                image = decode(path, Wanted(3 if repetition % 2 else 1))
+            except (BadImage, DataError) as error:  # a header may say anything, such as two pages
                 reasons.append(str(error))
             else:
-                assert image.dtype == torch.uint8
+                assert image.dtype in (torch.uint8, torch.uint16, torch.float32, torch.int16)
                 assert image.shape[0] == (3 if repetition % 2 else 1)
                 assert image.numel() > 0
     assert len(reasons) > 20
@@ -203,11 +360,11 @@ def test_decode__a_file_that_is_no_image_is_a_bad_image(tmp_path: Path, content:
     path = tmp_path / "image.png"
     path.write_bytes(content)
     with pytest.raises(BadImage, match=r"\w"):
-        decode(path, 3)
+        decode(path, Wanted(3))
 
 
 def test_decode__a_missing_file_and_a_folder_are_bad_images(tmp_path: Path) -> None:
     with pytest.raises(BadImage, match="FileNotFoundError"):
-        decode(tmp_path / "nowhere.png", 3)
+        decode(tmp_path / "nowhere.png", Wanted(3))
     with pytest.raises(BadImage, match="IsADirectoryError"):
-        decode(tmp_path, 3)
+        decode(tmp_path, Wanted(3))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dmjd.data.annotated import AnnotatedSamples
-from dmjd.data.decode import BadImage
+from dmjd.data.decode import BadImage, Wanted
 from dmjd.data.detection import DetectionAugmentation, LargeScaleJitter, open_detection
 from dmjd.errors import DataError
 
@@ -26,7 +26,7 @@ def picture(path: Path, height: int = HEIGHT, width: int = WIDTH) -> None:
 
 
 def annotation(image: int, box: list[float], category: int = 3, **more: object) -> dict:
-    return {"id": 1, "image_id": image, "bbox": box, "category_id": category, **more}
+    return {"image_id": image, "bbox": box, "category_id": category, **more}
 
 
 def write_coco(root: Path, train: list[dict], *, size: tuple[int, int] = (HEIGHT, WIDTH)) -> Path:
@@ -39,7 +39,7 @@ def write_coco(root: Path, train: list[dict], *, size: tuple[int, int] = (HEIGHT
                 {"id": number, "file_name": f"{number}.png", "height": size[0], "width": size[1]} for number in range(2)
             ],
             "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}],
-            "annotations": annotations,
+            "annotations": [{"id": number, **each} for number, each in enumerate(annotations)],
         }
         (root / "annotations").mkdir(exist_ok=True)
         (root / "annotations" / f"instances_{part}.json").write_text(json.dumps(content))
@@ -64,7 +64,7 @@ def write_voc(root: Path, *objects: tuple[str, tuple[int, int, int, int], int], 
 
 
 def found(root: Path, **options: object):
-    return open_detection(str(root), in_chans=3, **options)
+    return open_detection(str(root), Wanted(3), **options)
 
 
 # -- COCO --------------------------------------------------------------------------------------------------------------
@@ -198,6 +198,30 @@ def test_coco__what_is_missing_or_broken_is_named(tmp_path, spoil, said):
         found(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "said"),
+    [
+        ("images", "id", 0, "2 images have the id 0"),
+        ("images", "file_name", "0.png", "2 images have the file_name '0.png'"),
+        ("annotations", "id", 0, "2 annotations have the id 0"),
+        ("categories", "id", 7, "2 categories have the id 7"),
+    ],
+)
+def test_coco__what_comes_twice_is_named_with_the_file(tmp_path, kind, key, value, said):
+    write_coco(tmp_path, [annotation(0, [5, 6, 10, 10]), annotation(0, [0, 0, 9, 9])])
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    content[kind][1][key] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=f"{said}; .*instances_train2017.json; give each its own"):
+        found(tmp_path)
+
+
+def test_coco__annotations_need_no_ids(tmp_path):
+    plain = [annotation(0, box, id=None) for box in ([5, 6, 10, 10], [0, 0, 9, 9])]
+    assert found(write_coco(tmp_path, plain))[0].counts == (2, 0)
+
+
 def test_coco__the_file_of_instances_is_taken_and_images_may_lie_elsewhere(tmp_path):
     write_coco(tmp_path, [annotation(0, [5, 6, 10, 10])])
     (tmp_path / "annotations" / "captions_train2017.json").write_text("{}")
@@ -205,6 +229,39 @@ def test_coco__the_file_of_instances_is_taken_and_images_may_lie_elsewhere(tmp_p
     for part in ("train2017", "val2017"):
         (tmp_path / part).rename(tmp_path / "images" / part)
     assert found(tmp_path)[0].root == tmp_path / "images" / "train2017"
+
+
+@pytest.mark.parametrize("shape", ["polygon", "lengths", "box"])
+@pytest.mark.parametrize("orientation", range(5, 9))
+def test_coco__objects_annotated_in_the_stored_size_are_turned_along_with_their_image(
+    tmp_path, turn_file, orientation, shape
+):
+    lengths = {"size": [HEIGHT, WIDTH], "counts": [5 * HEIGHT + 6, 10, *[HEIGHT - 10, 10] * 9, 26 * HEIGHT + 14]}
+    outline = {"polygon": {"segmentation": SQUARE}, "lengths": {"segmentation": lengths}, "box": {}}[shape]
+    write_coco(tmp_path, [annotation(0, [5, 6, 10, 10], **outline)])
+    turn_file(tmp_path / "train2017" / "0.png", orientation)
+    image, objects = found(tmp_path)[0].read(0)
+    assert image.shape[1:] == (WIDTH, HEIGHT)
+    left, top, right, bottom = map(int, objects.boxes[0])
+    assert (image[:, top:bottom, left:right] == 255).all()
+    assert image.sum() == 3 * 255 * (bottom - top) * (right - left)
+    if shape != "box":
+        assert torch.equal(objects.masks[0], image[0] == 255)
+
+
+@pytest.mark.parametrize("size", [(WIDTH, HEIGHT), (0, 0)])
+def test_coco__objects_annotated_in_the_shown_size_or_in_none_stay(tmp_path, turn_file, size):
+    write_coco(tmp_path, [annotation(0, [14, 5, 10, 10], segmentation=[[14, 5, 24, 5, 24, 15, 14, 15]])], size=size)
+    turn_file(tmp_path / "train2017" / "0.png", 6)  # the square goes from (5, 6) to (14, 5)
+    image, objects = found(tmp_path)[0].read(0)
+    assert objects.boxes.tolist() == [[14, 5, 24, 15]]
+    assert torch.equal(objects.masks[0], image[0] == 255)
+
+
+def test_coco__an_image_on_its_side_without_a_word_of_exif_is_a_bad_one(tmp_path):
+    train, _ = found(write_coco(tmp_path, [annotation(0, [5, 6, 10, 10])], size=(WIDTH, HEIGHT)))
+    with pytest.raises(BadImage, match="image of 30x41 pixels, annotated as 41x30"):
+        train.read(0)
 
 
 # -- Pascal VOC --------------------------------------------------------------------------------------------------------
@@ -336,3 +393,30 @@ def test_augmentation__after_a_crop_boxes_are_those_of_what_is_left_of_the_masks
             assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             kept += 1
     assert 5 <= kept < 40
+
+
+def test_augmentation__of_an_extremely_long_image_is_a_crop_as_any(tmp_path):
+    write_coco(tmp_path, [annotation(0, [100, 2, 4000, 10])], size=(20, 8000))
+    picture(tmp_path / "train2017" / "0.png", 20, 8000)
+    augment = DetectionAugmentation.of((24, 32), scale=(0.1, 2.0), flip=True, mean=[0.5] * 3)
+    samples = AnnotatedSamples(found(tmp_path)[0], augment, seed=0)
+    for epoch in range(6):
+        image, target, _ = samples[epoch, 0]
+        assert image.shape == (3, 24, 32)
+        assert len(target["boxes"]) == len(target["labels"])
+
+
+@pytest.mark.parametrize("channels", [2, 3, 12])
+def test_augmentation__of_a_deep_image_does_what_it_does_to_bytes_but_for_rounding(tmp_path, channels):
+    _, objects = found(write_coco(tmp_path, [annotation(0, [5, 6, 10, 10], segmentation=SQUARE)]))[0].read(0)
+    pixels = torch.randint(256, (channels, HEIGHT, WIDTH), generator=torch.Generator().manual_seed(0)).byte()
+    augment = DetectionAugmentation.of((24, 32), scale=(0.5, 0.7), flip=True, mean=[0.25] * channels)
+    results = []
+    for image in (pixels, pixels.float()):
+        torch.manual_seed(1)
+        results.append(augment(image, objects))
+    (bytes_image, target), (deep, deep_target) = results
+    assert (bytes_image.dtype, deep.dtype) == (torch.uint8, torch.float32)
+    assert (bytes_image.float() - deep).abs().max() <= 1
+    assert torch.equal(target["boxes"], deep_target["boxes"])
+    assert len(target["boxes"]) == 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dmjd.data.decode import Wanted
 from dmjd.data.folder import folder_images
 from dmjd.data.labelled import (
     LabelledSamples,
@@ -18,6 +19,7 @@ from dmjd.data.loader import train_batches
 from dmjd.data.sampler import StepSampler
 from dmjd.data.source import Parts, labels_of, open_source
 from dmjd.errors import DataError
+from dmjd.random import seeded
 
 AUGMENT = {"mean": [0.5] * 3, "std": [0.2] * 3, "scale": (0.3, 1.0), "flip": True, "random_erasing": 0.5}
 
@@ -56,7 +58,7 @@ def test_labelled_parts__keep_a_share_of_the_training_labels_and_all_held_out_on
 
 
 def test_labelled_parts__without_labels_they_are_refused(pets):
-    parts = Parts(folder_images(pets / "train" / "cat", 3), folder_images(pets / "val", 3))
+    parts = Parts(folder_images(pets / "train" / "cat", Wanted(3)), folder_images(pets / "val", Wanted(3)))
     for refused in (parts, Parts(*reversed(parts))):
         with pytest.raises(DataError, match="no labels; pets; needs two classes or more"):
             labelled_parts(refused, address="pets", seed=0)
@@ -117,3 +119,52 @@ def test_training_transform__posterize_never_asks_pillow_for_no_bits():
     assert posterize
     for operation in posterize:
         operation.aug_fn(Image.new("RGB", (4, 4)), 0)
+
+
+# -- images that Pillow cannot hold ------------------------------------------------------------------------------------
+
+
+def images(channels: int, height: int, width: int) -> torch.Tensor:
+    """Smooth colours, since resampling need not agree on noise; uint8."""
+    rows, columns = torch.linspace(0, 1, height)[:, None], torch.linspace(0, 1, width)
+    planes = [100 + 60 * rows * number / channels + 80 * columns for number in range(channels)]
+    return torch.stack(planes).byte()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("channels", [1, 2, 3, 12])
+def test_training_transform__any_number_of_channels_is_cropped_mirrored_normalised_and_erased(channels, dtype):
+    mean, std = ([start + number / 100 for number in range(channels)] for start in (0.3, 0.1))
+    options = {"mean": mean, "std": std, "scale": (1.0, 1.0), "auto_augment": "none"}
+    image = images(channels, 16, 16).to(dtype)
+    expected = (image / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    plain = training_transform((channels, 16, 16), **options, flip=False, random_erasing=0.0)
+    torch.testing.assert_close(plain(image), expected, atol=1e-4, rtol=1e-4)
+    mirrored = training_transform((channels, 16, 16), **options, flip=True, random_erasing=0.0)
+    with seeded(1):
+        seen = [mirrored(image) for _ in range(8)]
+    flips = [torch.allclose(each, expected.flip(-1), atol=1e-4) for each in seen]
+    assert 0 < sum(flips) < 8
+    erased = training_transform((channels, 16, 16), **options, flip=False, random_erasing=0.999)(image)
+    assert 0.01 < ((erased - expected).abs() > 1e-3).float().mean() < 0.7
+
+
+def test_training_transform__a_policy_is_for_pictures_alone():
+    augment = training_transform((3, 16, 16), **AUGMENT | {"random_erasing": 0.0}, auto_augment="rand-m9-n4")
+    flat = torch.full((3, 16, 16), 77, dtype=torch.uint8)
+    with seeded(0):
+        assert any(augment(flat).std() > 0.1 for _ in range(8))
+        for _ in range(8):
+            torch.testing.assert_close(augment(flat.float()), torch.full((3, 16, 16), (77 / 255 - 0.5) / 0.2))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("shape", [(20, 8000), (8000, 20), (1, 30_000)])
+def test_training_transform__of_an_extremely_long_image_is_a_crop_as_any(shape, dtype):
+    for channels in (3, 5):
+        augment = training_transform(
+            (channels, 16, 20),
+            **AUGMENT | {"mean": [0.5] * channels, "std": [0.2] * channels},
+            auto_augment="rand-m9-mstd0.5-inc1",
+        )
+        assert augment(torch.zeros(channels, *shape, dtype=dtype)).shape == (channels, 16, 20)

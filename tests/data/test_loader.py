@@ -8,38 +8,34 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmjd.data.crops import center_crop, random_crop
+from dmjd.data.crops import RandomCrop, center_crop
+from dmjd.data.decode import Wanted
 from dmjd.data.folder import folder_images
 from dmjd.data.loader import read_batches, train_batches
-from dmjd.data.masked import MaskedBatch, MaskedSamples, collate_masked
+from dmjd.data.masked import MaskedBatch, MaskedSamples
 from dmjd.data.memory import in_memory
 from dmjd.data.sampler import StepSampler
 from dmjd.data.source import Source, Subset
-from dmjd.masking import block_masks
 
 COUNT = 11
 BAD = "006.png"
 
 
 def samples_of(folder: Path, *, seed: int = 0, memory: bool = False) -> MaskedSamples:
-    images = folder_images(folder, 3)
-    return MaskedSamples(
-        in_memory(images) if memory else images,
-        partial(random_crop, size=(16, 16), scale=(0.3, 1.0), ratio=(0.75, 1.33), flip=True),
-        partial(block_masks, 1, (4, 4), block=1, num_views=2, mask_ratio=0.5),
-        seed,
-    )
+    images = folder_images(folder, Wanted(3))
+    crop = RandomCrop((16, 16), (0.3, 1.0), (0.75, 1.33), flip=True)
+    return MaskedSamples(in_memory(images) if memory else images, crop, seed)
 
 
 def batches_of(samples: MaskedSamples, *, workers: int = 0, **where: int) -> list[MaskedBatch]:
     where = {"count": COUNT, "batch_size": 4, "start": 0, "steps": 6, "seed": samples.seed} | where
-    return list(train_batches(samples, StepSampler(**where), collate_masked, workers=workers, pin_memory=False))
+    return list(train_batches(samples, StepSampler(**where), None, workers=workers, pin_memory=False))
 
 
 def equal(some: list[MaskedBatch], others: list[MaskedBatch]) -> bool:
     return len(some) == len(others) and all(
         torch.equal(a.images, b.images)
-        and torch.equal(a.masked, b.masked)
+        and torch.equal(a.seeds, b.seeds)
         and torch.equal(a.indices, b.indices)
         and a.skipped == b.skipped
         for a, b in zip(some, others, strict=True)
@@ -66,8 +62,7 @@ def test_train_batches__have_the_shapes_asked_for(folder: Path) -> None:
     for batch in batches_of(samples_of(folder)):
         assert batch.images.shape == (4, 3, 16, 16)
         assert batch.images.dtype == torch.uint8
-        assert batch.masked.shape == (4, 2, 16)
-        assert batch.masked.dtype == torch.bool
+        assert batch.seeds.shape == (4,)
 
 
 def test_train_batches__a_bad_file_is_recorded_and_the_next_one_stands_in(folder: Path) -> None:
@@ -96,7 +91,7 @@ def read(source: Source, indices: Sequence[int], **options: object) -> list[tupl
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_read_batches__are_in_order_without_what_does_not_decode(folder: Path, workers: int) -> None:
-    images = folder_images(folder, 3)
+    images = folder_images(folder, Wanted(3))
     indices = [10, 6, 2, 3, 6, 6, 6, 6, 7]
     batches = read(Subset(images, range(COUNT)), indices, workers=workers)
     assert [kept for _, kept in batches] == [[10, 2, 3], [], [7]]
@@ -109,12 +104,12 @@ def test_read_batches__are_in_order_without_what_does_not_decode(folder: Path, w
 
 @pytest.mark.parametrize(("count", "batches"), [(0, 0), (1, 1), (4, 1), (5, 2), (11, 3)])
 def test_read_batches__are_as_many_as_the_indices_say(folder: Path, count: int, batches: int) -> None:
-    assert len(read(folder_images(folder, 3), range(count))) == batches
-    assert len(read(folder_images(folder, 3), [6] * count)) == batches
+    assert len(read(folder_images(folder, Wanted(3)), range(count))) == batches
+    assert len(read(folder_images(folder, Wanted(3)), [6] * count)) == batches
 
 
 def test_read_batches__from_memory_they_are_those_from_the_disk(folder: Path) -> None:
-    images = folder_images(folder, 3)
+    images = folder_images(folder, Wanted(3))
     for (pixels, kept), (others, too) in zip(
         read(images, range(COUNT)), read(in_memory(images), range(COUNT), workers=None), strict=True
     ):
@@ -124,5 +119,5 @@ def test_read_batches__from_memory_they_are_those_from_the_disk(folder: Path) ->
 
 def test_read_batches__do_not_move_the_global_generator(folder: Path) -> None:
     before = torch.get_rng_state()
-    read(folder_images(folder, 3), range(COUNT))
+    read(folder_images(folder, Wanted(3)), range(COUNT))
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,69 +1,127 @@
 """Samples of pretraining are a function of seed, epoch and index."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from dmjd.data.crops import random_crop
+from dmjd.data.crops import RandomCrop
+from dmjd.data.decode import Wanted
 from dmjd.data.folder import folder_images
-from dmjd.data.masked import MaskedSamples, collate_masked
-from dmjd.data.memory import in_memory
-from dmjd.masking import block_masks
+from dmjd.data.levels import Levels
+from dmjd.data.masked import MaskedBatch, MaskedSamples
+from dmjd.data.memory import in_memory, stack_of
+
+CROP = RandomCrop((16, 16), (0.3, 1.0), (0.75, 1.33), flip=True)
+CPU = torch.device("cpu")
 
 
 def samples_of(folder: Path, *, seed: int = 0, memory: bool = False) -> MaskedSamples:
-    images = folder_images(folder, 3)
-    return MaskedSamples(
-        in_memory(images) if memory else images,
-        partial(random_crop, size=(16, 16), scale=(0.3, 1.0), ratio=(0.75, 1.33), flip=True),
-        partial(block_masks, 1, (4, 4), block=1, num_views=2, mask_ratio=0.5),
-        seed,
-    )
+    images = folder_images(folder, Wanted(3))
+    return MaskedSamples(in_memory(images) if memory else images, CROP, seed)
+
+
+def one(samples: MaskedSamples, epoch: int, index: int) -> MaskedBatch:
+    return samples.__getitems__([(epoch, index)])
+
+
+def stacked(samples: MaskedSamples) -> MaskedSamples:
+    """The same samples, cropped from one tensor."""
+    stack = stack_of(in_memory(samples.images))
+    assert stack is not None
+    return replace(samples, stack=stack)
 
 
 def test_samples__with_so_many_variants_crops_come_again_and_masks_do_not(folder: Path) -> None:
     samples = replace(samples_of(folder), variants=2)
-    crops, masks = zip(*(samples[epoch, 3][:2] for epoch in range(4)), strict=True)
-    assert torch.equal(crops[0], crops[2])
-    assert torch.equal(crops[1], crops[3])
-    assert not torch.equal(crops[0], crops[1])
-    assert not any(torch.equal(masks[0], mask) for mask in masks[1:])
+    batches = [one(samples, epoch, 3) for epoch in range(4)]
+    assert torch.equal(batches[0].images, batches[2].images)
+    assert torch.equal(batches[1].images, batches[3].images)
+    assert not torch.equal(batches[0].images, batches[1].images)
+    assert len({int(batch.seeds) for batch in batches}) == 4
 
 
 def test_samples__are_a_function_of_seed_epoch_and_index_alone(folder: Path) -> None:
     samples = samples_of(folder)
-    first = samples[2, 3]
+    first = one(samples, 2, 3)
     torch.rand(5)
-    _ = samples[0, 1]
-    for again in (samples[2, 3], samples_of(folder)[2, 3], samples_of(folder, memory=True)[2, 3]):
-        assert torch.equal(first[0], again[0])
-        assert torch.equal(first[1], again[1])
-    for other in (samples[1, 3], samples_of(folder, seed=1)[2, 3]):
-        assert not torch.equal(first[0], other[0])
-    assert not torch.equal(first[0], samples[2, 4][0])
-    masks = torch.stack([samples[epoch, 3][1] for epoch in range(20)])
-    assert len(masks.flatten(1).unique(dim=0)) > 15
+    _ = one(samples, 0, 1)
+    for again in (one(samples, 2, 3), one(samples_of(folder), 2, 3), one(samples_of(folder, memory=True), 2, 3)):
+        assert torch.equal(first.images, again.images)
+        assert torch.equal(first.seeds, again.seeds)
+    for other in (one(samples, 1, 3), one(samples_of(folder, seed=1), 2, 3), one(samples, 2, 4)):
+        assert not torch.equal(first.images, other.images)
+        assert not torch.equal(first.seeds, other.seeds)
+
+
+def test_samples__of_a_batch_are_those_of_its_members(folder: Path) -> None:
+    keys = [(0, 5), (2, 3), (1, 0)]
+    for samples in (samples_of(folder), stacked(samples_of(folder))):
+        batch, alone = samples.__getitems__(keys), [one(samples, *key) for key in keys]
+        assert torch.allclose(batch.images.float(), torch.cat([each.images for each in alone]).float(), atol=1e-3)
+        assert torch.equal(batch.seeds, torch.cat([each.seeds for each in alone]))
+        assert torch.equal(batch.indices, torch.cat([each.indices for each in alone]))
+
+
+def test_samples__cropped_from_one_tensor_they_are_within_a_level_of_those_cropped_one_by_one(folder: Path) -> None:
+    samples = samples_of(folder)
+    keys = [(epoch, index) for epoch in range(8) for index in range(11)]
+    alone, together = samples.__getitems__(keys), stacked(samples).__getitems__(keys)
+    assert together.images.dtype == torch.float32
+    assert (alone.images.float() - together.images).abs().max() <= 1.5  # one of them is not rounded
+    assert torch.equal(alone.indices, together.indices)
+    assert torch.equal(alone.seeds, together.seeds)
 
 
 def test_samples__neither_read_nor_move_the_global_generator(folder: Path) -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    _ = samples_of(folder)[0, 0]
+    for samples in (samples_of(folder), stacked(samples_of(folder))):
+        _ = one(samples, 0, 0)
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_samples__of_a_bad_file_show_the_next_image_and_say_so(folder: Path) -> None:
     samples = samples_of(folder)
-    image, masked, index, skipped = samples[0, 6]
-    assert index == 7
-    assert list(skipped) == ["006.png"]
-    assert skipped["006.png"]
-    assert torch.equal(image, samples[0, 6][0])
-    assert torch.equal(masked, samples[0, 6][1])
-    batch = collate_masked([samples[0, 5], samples[0, 6]])
+    batch = samples.__getitems__([(0, 5), (0, 6)])
     assert batch.images.shape == (2, 3, 16, 16)
-    assert batch.masked.shape == (2, 2, 16)
     assert batch.indices.tolist() == [5, 7]
-    assert batch.skipped == skipped
+    assert list(batch.skipped) == ["006.png"]
+    assert batch.skipped["006.png"]
+    assert torch.equal(batch.images, samples.__getitems__([(0, 5), (0, 6)]).images)
+
+
+def write_arrays(root: Path, pixels: np.ndarray) -> Path:
+    root.mkdir()
+    for number, image in enumerate(pixels):
+        np.save(root / f"{number}.npy", image)
+    return root
+
+
+def test_samples__of_16_bits_are_those_of_8_where_the_values_are_the_same(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 12, 14, 5), dtype=np.uint8)
+    wide = [pixels.astype(np.uint16) * 257, pixels.astype(np.float32) * 3 - 100]
+    ranges = [Levels(0.0, 65535.0), Levels(-100.0, 665.0)]
+    wanted, keys = Wanted(5), [(epoch, index) for epoch in range(2) for index in range(6)]
+    narrow = stacked(MaskedSamples(folder_images(write_arrays(tmp_path / "8", pixels), wanted), CROP, 0))
+    expected = narrow.pixels(narrow.__getitems__(keys), CPU)
+    for number, (values, levels) in enumerate(zip(wide, ranges, strict=True)):
+        images = folder_images(write_arrays(tmp_path / str(number), values), wanted)
+        samples = stacked(MaskedSamples(images, CROP, 0, levels=levels))
+        found = samples.pixels(samples.__getitems__(keys), CPU)
+        assert torch.allclose(found, expected, atol=1e-3)
+        assert number == 1 or torch.equal(found, expected)
+        alone = MaskedSamples(images, CROP, 0, levels=levels)
+        batch = alone.__getitems__(keys)
+        assert batch.images.dtype == (torch.uint16, torch.float32)[number]  # deep until the device
+        assert (alone.pixels(batch, CPU) - expected).abs().mean() < 2  # no clipping between rows and columns
+
+
+def test_samples__of_8_and_of_16_bits_in_one_batch_share_a_range(tmp_path: Path) -> None:
+    pixels = np.full((2, 8, 8, 3), 100, dtype=np.uint8)
+    root = write_arrays(tmp_path / "mixed", pixels)
+    np.save(root / "1.npy", pixels[1].astype(np.uint16) * 16)
+    samples = MaskedSamples(folder_images(root, Wanted(3)), CROP, 0, levels=Levels(0.0, 255.0 * 16))
+    shown = samples.pixels(samples.__getitems__([(0, 0), (0, 1)]), CPU)
+    assert torch.allclose(shown, torch.full_like(shown, 100.0), atol=1e-3)

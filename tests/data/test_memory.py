@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dmjd.data import memory
-from dmjd.data.decode import BadImage
+from dmjd.data.decode import BadImage, Wanted
 from dmjd.data.folder import folder_images
 from dmjd.data.memory import PackedImages, in_memory
 from dmjd.data.source import Source, Subset
@@ -17,7 +17,7 @@ def test_in_memory__equals_decoding(tmp_path, write, in_chans):
     write(tmp_path, "x/a.png", "y/b.png", size=(6, 4))
     write(tmp_path, "x/c.png", size=(9, 30))
     (tmp_path / "y" / "bad.png").write_text("no image")
-    images = folder_images(tmp_path, in_chans)
+    images = folder_images(tmp_path, Wanted(in_chans))
     for held in (in_memory(images), pickle.loads(pickle.dumps(in_memory(images)))):
         assert isinstance(held, PackedImages)
         assert isinstance(held, Source)
@@ -37,7 +37,7 @@ def test_in_memory__equals_decoding(tmp_path, write, in_chans):
 
 
 def test_in_memory__a_subset_is_held_alone(folder):
-    images = folder_images(folder, 3)
+    images = folder_images(folder, Wanted(3))
     held = in_memory(Subset(images, [7, 2]))
     assert isinstance(held, PackedImages)
     assert [held.name(0), held.name(1)] == ["007.png", "002.png"]
@@ -46,19 +46,19 @@ def test_in_memory__a_subset_is_held_alone(folder):
 
 
 def test_in_memory__what_is_held_is_not_held_again(folder):
-    held = in_memory(folder_images(folder, 3))
+    held = in_memory(folder_images(folder, Wanted(3)))
     subset = Subset(held, [1, 2])
     assert in_memory(held) is held
     assert in_memory(subset) is subset
 
 
 def test_in_memory__large_sets_stay_on_the_disk(tmp_path, write, monkeypatch):
-    images = folder_images(write(tmp_path, "a.png", "b.png"), 3)
+    images = folder_images(write(tmp_path, "a.png", "b.png"), Wanted(3))
     monkeypatch.setattr(memory, "MEMORY_LIMIT", 2 * 6 * 4 * 3 - 1)
     assert in_memory(images) is images
 
 
 def test_in_memory__sets_without_a_readable_image_stay_on_the_disk(tmp_path):
     (tmp_path / "a.png").write_text("no image")
-    images = folder_images(tmp_path, 3)
+    images = folder_images(tmp_path, Wanted(3))
     assert in_memory(images) is images

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from dmjd.data.annotated import AnnotatedSamples
-from dmjd.data.decode import BadImage
-from dmjd.data.segmentation import SegmentationAugmentation, SegmentationSet, open_segmentation
+from dmjd.data.decode import BadImage, Wanted
+from dmjd.data.segmentation import SegmentationAugmentation, SegmentationSet, open_segmentation, seen_hw
 from dmjd.errors import DataError
 
 HEIGHT, WIDTH = 30, 41
@@ -40,7 +40,7 @@ def root(tmp_path):
 
 
 def found(root: Path, **options: object) -> tuple[SegmentationSet, SegmentationSet]:
-    return open_segmentation(str(root), in_chans=3, **options)
+    return open_segmentation(str(root), Wanted(3), **options)
 
 
 def augmentation(size: tuple[int, int], **options: object) -> SegmentationAugmentation:
@@ -142,6 +142,90 @@ def test_read__an_annotation_of_another_size_in_colour_or_broken_says_so(root):
     for number, said in enumerate(["image of 30x41 but annotation of 29x41", "in colours", "UnidentifiedImageError"]):
         with pytest.raises(BadImage, match=said):
             train.read(number)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_read__an_annotation_of_the_stored_size_is_turned_along_with_its_image(root, turn_file, orientation, kind):
+    labels = stripes(0, 1, 2)
+    labels[: HEIGHT // 2] = 3
+    write(root, "train", "0", labels)
+    turn_file(root / "images" / "train" / "0.png", orientation, kind)
+    if orientation in (2, 3, 4):  # these sizes cannot tell: the annotation is of the image as it is shown
+        labels = {2: labels[:, ::-1], 3: labels[::-1, ::-1], 4: labels[::-1]}[orientation]
+        Image.fromarray(labels.astype(np.uint8)).save(root / "annotations" / "train" / "0.png")
+    image, found_labels = found(root)[0].read(0)
+    assert image.shape[1:] == ((WIDTH, HEIGHT) if orientation >= 5 else (HEIGHT, WIDTH))
+    agree = ((image[0] / 20).round() == found_labels).float().mean()
+    assert agree == 1 if kind in ("png", "tif") else agree > 0.95  # the others are lossy
+
+
+def test_read__an_annotation_of_the_shown_size_stays_as_it_is(root, turn_file):
+    write(root, "train", "0", stripes(0, 1, 2))
+    turn_file(root / "images" / "train" / "0.png", 6)
+    shown = torch.from_numpy(stripes(0, 1, 2)).rot90(-1)
+    Image.fromarray(shown.numpy().astype(np.uint8)).save(root / "annotations" / "train" / "0.png")
+    image, labels = found(root)[0].read(0)
+    assert torch.equal(labels, shown)
+    assert torch.equal(image[0], shown.byte() * 20)
+
+
+def test_read__an_annotation_on_its_side_without_a_word_of_exif_is_refused(root):
+    Image.fromarray(stripes(0, 1).T.astype(np.uint8)).save(root / "annotations" / "train" / "0.png")
+    with pytest.raises(BadImage, match="image of 30x41 but annotation of 41x30"):
+        found(root)[0].read(0)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("image", "seen"),
+    [
+        ((480, 640), (64, 85)),
+        ((640, 480), (85, 64)),
+        ((64, 256), (64, 256)),
+        ((64, 512), (32, 256)),
+        ((20, 8000), (1, 256)),
+        ((8000, 20), (256, 1)),
+        ((3, 100_000), (1, 256)),
+    ],
+)
+def test_seen_hw__the_shorter_side_is_given_and_the_longer_one_bounded(image, seen):
+    assert tuple(seen_hw(image, 64)) == seen
+
+
+@pytest.mark.parametrize("scale", [(0.1, 0.1), (0.5, 2.0)])
+def test_augmentation__of_an_extremely_long_image_is_a_crop_as_any(scale):
+    augment = augmentation((24, 32), scale=scale)
+    for shape in ((20, 8000), (8000, 20), (1, 30_000)):
+        image, labels = augment(torch.zeros(3, *shape, dtype=torch.uint8), torch.zeros(shape, dtype=torch.long))
+        assert image.shape == (3, 24, 32)
+        assert labels.shape == (24, 32)
+        assert (labels == 0).any()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 12])
+def test_augmentation__of_a_deep_image_does_what_it_does_to_bytes_but_for_rounding(channels):
+    pixels = torch.randint(256, (channels, 30, 41), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    augment = augmentation((24, 32), mean=[0.25] * channels, scale=(0.5, 0.7))
+    results = []
+    for image in (pixels, pixels.float()):
+        torch.manual_seed(3)
+        results.append(augment(image, torch.zeros(30, 41, dtype=torch.long)))
+    assert [each.image.dtype for each in results] == [torch.uint8, torch.float32]
+    assert torch.equal(results[0].labels, results[1].labels)
+    assert (results[0].labels == 255).any()  # padded
+    assert (results[0].image.float() - results[1].image).abs().mean() < 2
+    assert 0 <= results[1].image.min() <= results[1].image.max() <= 255
+
+
+def test_augmentation__colours_change_where_there_are_any():
+    torch.manual_seed(0)
+    for channels, changed in ((1, True), (2, False), (3, True), (4, False)):
+        image, labels = torch.full((channels, 24, 32), 100, dtype=torch.uint8), torch.zeros(24, 32, dtype=torch.long)
+        augment = augmentation((24, 32), scale=(1.0, 1.0), mean=[0.5] * channels)
+        assert bool((augment(image, labels).image != image).any()) == changed
 
 
 @pytest.mark.parametrize("size", [(24, 32), (64, 96), (17, 23)])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmjd.data.decode import decode
+from dmjd.data.decode import Reduce, Wanted, decode
 from dmjd.data.folder import folder_images
 from dmjd.data.source import (
     Opener,
@@ -62,7 +62,7 @@ class Bare:
     def label(self, index: int) -> int | None:
         return index
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, reduce: Reduce | None = None) -> Tensor:
         return torch.full((1, 2, 2), index % 256, dtype=torch.uint8)
 
 
@@ -79,7 +79,7 @@ def test_open__without_images_it_is_a_data_error(tmp_path):
 
 
 def test_open__what_is_nothing_is_told_what_there_is():
-    with pytest.raises(DataError, match=r"no such data; cifar; give a folder .* one of cifar10, fash.*shapes"):
+    with pytest.raises(DataError, match=r"no such data; cifar; give a folder .* one of .*cifar10, fash.*shapes"):
         open_source("cifar")
     with pytest.raises(DataError, match="no such data; shapes:x"):
         open_source("shapes:x")
@@ -110,7 +110,7 @@ def test_open__held_out_classes_have_the_numbers_of_training_and_new_ones_come_a
     assert (train.classes, held_out.classes) == (("b", "d"), ("b", "d", "a"))
     assert (labels(train), labels(held_out)) == ([0, 1], [2, 0, 1])
     assert names(held_out) == ["a/3.png", "b/5.png", "d/4.png"]
-    assert torch.equal(held_out.read(0), decode(tmp_path / "val/a/3.png", 3))
+    assert torch.equal(held_out.read(0), decode(tmp_path / "val/a/3.png", Wanted(3)))
 
 
 def test_open__a_folder_of_the_name_of_a_set_needs_its_path(tmp_path, write, monkeypatch):
@@ -132,7 +132,7 @@ def test_open_all__names_are_relative_to_the_root_in_every_part(tmp_path, write)
     for images in parts:
         assert images.address == str(tmp_path)
         for index, name in enumerate(names(images)):
-            assert torch.equal(images.read(index), decode(tmp_path / name, 3))
+            assert torch.equal(images.read(index), decode(tmp_path / name, Wanted(3)))
 
 
 def test_open_all__a_folder_without_parts_is_one(tmp_path, write):
@@ -166,12 +166,12 @@ class Stripes:
     def label(self, index):
         return index % 2
 
-    def read(self, index):
+    def read(self, index, reduce=None):
         return torch.full((self.in_chans, 8, 8), index, dtype=torch.uint8)
 
 
-def open_stripes(data, *, in_chans, image_hw):
-    return {"": Stripes(data, in_chans)}
+def open_stripes(data, wanted):
+    return {"": Stripes(data, wanted.in_chans)}
 
 
 register_source("stripes")(Opener(lambda data: data == "stripes", open_stripes))
@@ -186,8 +186,9 @@ def test_register_source__a_file_of_another_distribution_is_enough(tmp_path):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stripes\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[dmjd.data]\nstripes = stripes\n")
     check = """
+from dmjd.data.decode import Wanted
 from dmjd.data.source import labels_of, open_source
-train, held_out = open_source("stripes", in_chans=1)
+train, held_out = open_source("stripes", Wanted(1))
 print(len(train), len(held_out), train.read(0).shape[0], labels_of(held_out, range(2)).tolist(), train.name(0))
 """
     done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -196,7 +197,7 @@ print(len(train), len(held_out), train.read(0).shape[0], labels_of(held_out, ran
 
 
 def opened(parts: Iterable[str]) -> Opener:
-    return Opener(lambda data: data.endswith(".tape"), lambda data, **_: {part: Bare(10, part) for part in parts})
+    return Opener(lambda data: data.endswith(".tape"), lambda data, wanted: {part: Bare(10, part) for part in parts})
 
 
 @pytest.fixture
@@ -226,7 +227,7 @@ def test_register_source__the_kind_named_is_asked_first_and_that_of_folders_last
     write(tmp_path / "x.tape", *numbered(4))
     register("tape", opened([""]))
     assert open_source(str(tmp_path / "x.tape")).train.address == "bare"
-    register("zebra", Opener(lambda data: True, lambda data, **_: {"": Bare(2)}))
+    register("zebra", Opener(lambda data: True, lambda data, wanted: {"": Bare(2)}))
     assert len(open_all("zebra:x.tape")[0]) == 2
     assert len(open_all("x.tape")[0]) == 10
 
@@ -270,10 +271,10 @@ def test_subset__of_nothing_is_empty():
 
 
 def test_labels_of__are_those_of_the_images_asked_for(tmp_path, write):
-    images = folder_images(write(tmp_path, "dog/1.png", "cat/2.png", "cat/1.png"), 3)
+    images = folder_images(write(tmp_path, "dog/1.png", "cat/2.png", "cat/1.png"), Wanted(3))
     assert labels_of(images, [2, 0, 2]).tolist() == [1, 0, 1]
     assert has_labels(images)
-    assert not has_labels(folder_images(tmp_path / "cat", 3))
+    assert not has_labels(folder_images(tmp_path / "cat", Wanted(3)))
 
 
 def test_fingerprint__tells_names_and_their_order_apart_and_is_that_of_older_runs():
@@ -285,7 +286,7 @@ def test_fingerprint__tells_names_and_their_order_apart_and_is_that_of_older_run
 def test_read_or_substitute__the_last_image_is_followed_by_the_first(tmp_path, folder):
     for name in ("a.png", "b.png", "c.png"):
         (tmp_path / name).write_bytes((folder / "000.png").read_bytes() if name == "a.png" else b"")
-    image, index, skipped = read_or_substitute(folder_images(tmp_path, 3), 1)
+    image, index, skipped = read_or_substitute(folder_images(tmp_path, Wanted(3)), 1)
     assert (index, list(skipped)) == (0, ["b.png", "c.png"])
     assert image.shape == (3, 20, 24)
 
@@ -294,4 +295,4 @@ def test_read_or_substitute__a_set_without_a_good_image_is_a_data_error(tmp_path
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(DataError, match=r"2 images in a row do not decode; b\.png"):
-        read_or_substitute(folder_images(tmp_path, 3), 1)
+        read_or_substitute(folder_images(tmp_path, Wanted(3)), 1)

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import sys
 from contextlib import nullcontext, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,15 @@ import torch
 from safetensors.torch import save_file
 
 import dmjd
-from dmjd.data.crops import random_crop
-from dmjd.data.masked import MaskedSamples, collate_masked
+from dmjd.data.crops import RandomCrop
+from dmjd.data.masked import MaskedSamples
 from dmjd.data.source import open_source
 from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks, local, whole
 from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_optimizer
 from dmjd.engine.run import Run
 from dmjd.engine.trainer import Trainer
-from dmjd.masking import block_masks
+from dmjd.masking import seeded_masks
 
 SHAPE = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "decoder_embed_dim": 32, "decoder_depth": 2}
 
@@ -82,13 +81,11 @@ def run(case: Case, ranks: Ranks) -> None:
     record = Run(Path(case.out), {}, train, batch_size=case.batch_size, ranks=ranks)
     trainer = Trainer(record, model, optimizer, plan, autocast=nullcontext)
     trainer.begin("", resume=case.resume)
-    crop = partial(random_crop, size=(32, 32), scale=(0.5, 1.0), ratio=(0.75, 1.33), flip=True)
-    masks = partial(block_masks, 1, (4, 4), num_views=2, mask_ratio=0.5)
     ids: list[list[int]] = []
 
     def objective(model: ParallelModel, batch: Any) -> dict[str, torch.Tensor]:
         ids.append(batch.indices.tolist())
-        losses = model(batch.images, batch.masked)
+        losses = model(batch.images, seeded_masks(batch.seeds, (4, 4), num_views=2, mask_ratio=0.5))
         return {"loss": losses.total, "loss_masked": losses.masked, "loss_visible": losses.visible}
 
     def after_step(step: int) -> None:
@@ -96,9 +93,9 @@ def run(case: Case, ranks: Ranks) -> None:
         if step == case.crash_after:
             raise Crash
 
-    samples = MaskedSamples(train, crop, masks, 0)
+    samples = MaskedSamples(train, RandomCrop((32, 32), (0.5, 1.0), (0.75, 1.33), flip=True), 0)
     with suppress(Crash):
-        trainer.fit(samples, collate_masked, objective, lambda step: {}, after_step=after_step)
+        trainer.fit(samples, None, objective, lambda step: {}, after_step=after_step)
     parameters = model.parameters
     held = sum(local(each).numel() for each in parameters) / sum(each.numel() for each in parameters)
     (Path(case.out) / f"share-{ranks.rank}.json").write_text(json.dumps(held))

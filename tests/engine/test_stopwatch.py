@@ -15,10 +15,23 @@ class Sleep(nn.Module):
 
 def test_stopwatch__sums_the_forward_passes_of_its_modules_since_the_last_reading():
     timed, other = Sleep(), Sleep()
-    stopwatch = Stopwatch([timed], torch.device("cpu"))
+    stopwatch = Stopwatch(torch.device("cpu"), [timed])
     assert stopwatch.read() == 0
     for _ in range(3):
         timed(0.02)
         other(0.1)
     assert 0.06 <= stopwatch.read() < 0.1
     assert stopwatch.read() == 0
+
+
+def test_stopwatch__counts_the_time_until_items_are_there_and_none_in_between():
+    def slow():
+        for item in range(3):
+            time.sleep(0.02)
+            yield item
+
+    stopwatch = Stopwatch(torch.device("cpu"))
+    for place, item in enumerate(stopwatch.timed(slow())):
+        assert item == place
+        time.sleep(0.1)
+    assert 0.06 <= stopwatch.read() < 0.1

@@ -8,6 +8,7 @@ import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, jaccard_score
 from torch import nn
 
+from dmjd.backbones.normalize import Normalize
 from dmjd.evaluation.segmentation import PixelClassifier, scores, starts
 
 
@@ -51,15 +52,40 @@ def test_windows__cover_the_image_and_end_with_it(full, expected):
     assert starts(full, 10, 6) == expected
 
 
+class Pointwise(nn.Conv2d):
+    """A network that sees single pixels, and remembers the sizes of what it saw."""
+
+    def forward(self, images):
+        self.sizes = [*getattr(self, "sizes", []), images.shape[2:]]
+        return [super().forward(images)]
+
+
 @pytest.mark.parametrize("size", [(40, 70), (20, 70), (24, 32), (9, 11)])
 def test_windows__of_a_network_that_sees_single_pixels_are_the_whole_image(size):
-    class Pointwise(nn.Conv2d):
-        def forward(self, images):
-            return [super().forward(images)]
-
     model, image = Pointwise(3, 5, 1), torch.randn(1, 3, *size)
     whole, slid = (
         PixelClassifier(model, nn.Identity(), nullcontext, (24, 32), slide=slide).logits(image)
         for slide in (False, True)
     )
     torch.testing.assert_close(whole, slid)
+
+
+@pytest.mark.parametrize("slide", [False, True])
+@pytest.mark.parametrize("shape", [(20, 8000), (8000, 20), (1, 30_000), (24, 120)])
+def test_classify__of_an_extremely_long_image_takes_no_more_than_four_crops(shape, slide):
+    model = Pointwise(3, 5, 1)
+    classify = PixelClassifier(model, Normalize([0.5] * 3, [0.2] * 3), nullcontext, (24, 24), slide=slide)
+    with torch.inference_mode():
+        classes = classify(torch.randint(256, (3, *shape)).byte())
+    assert classes.shape == shape
+    assert max(max(size) for size in model.sizes) <= (24 if slide else 4 * 24)
+    assert len(model.sizes) <= (6 if slide else 1)
+
+
+def test_classify__deep_images_are_what_bytes_are_but_for_rounding():
+    torch.manual_seed(0)
+    model = Pointwise(3, 5, 1)
+    classify = PixelClassifier(model, Normalize([0.5] * 3, [0.2] * 3), nullcontext, (24, 24))
+    image = torch.randint(256, (3, 40, 50)).byte()
+    with torch.inference_mode():
+        assert (classify(image) == classify(image.float())).float().mean() > 0.97

@@ -1,5 +1,6 @@
 """The detection network."""
 
+import pytest
 import torch
 
 from dmjd.engine.distributed import Ranks
@@ -53,6 +54,20 @@ def test_detector__boxes_are_computed_in_float32_whatever_the_precision(backbone
     assert maps[0].dtype == torch.bfloat16  # the backbone does compute in half precision
     assert types == [torch.float32] * 3
     sum(losses.values()).backward()
+
+
+@pytest.mark.parametrize("shape", [(20, 8000), (8000, 20), (1, 30_000)])
+def test_detector__an_extremely_long_image_has_boxes_and_masks_within_it(backbones, shape):
+    backbone, model = network(backbones, masks=True, crop_hw=(64, 96))
+    sizes = []
+    model.backbone.register_forward_pre_hook(lambda module, given: sizes.append(given[0].shape[2:]))
+    with torch.inference_mode():
+        found = Finder(model.eval(), backbone.autocast)(torch.randint(256, (3, *shape)).byte())
+    assert len(found["boxes"])
+    assert found["masks"].shape[1:] == shape
+    assert (found["boxes"] >= 0).all()
+    assert (found["boxes"] <= torch.tensor([shape[1], shape[0]] * 2)).all()
+    assert max(sizes[0]) <= 128  # 96, up to the next multiple of 64
 
 
 def test_heads_of__and_the_backbone_are_the_whole_network_and_share_nothing(backbones):

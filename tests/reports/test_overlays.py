@@ -28,6 +28,11 @@ def test_rgb__of_any_number_of_channels(channels: int, shown: list[int]) -> None
     assert picture[0, 0].tolist() == shown
 
 
+def test_rgb__of_a_deep_image_is_rounded_and_kept_within_bounds() -> None:
+    image = torch.tensor([-3.0, 99.6, 300.0])[:, None, None].expand(-1, 4, 6)
+    assert rgb(image)[0, 0].tolist() == [0, 100, 255]
+
+
 def test_pixels__have_the_colour_of_their_class_or_half_of_it() -> None:
     numbers = torch.tensor([[0, 1, 2]])
     assert (colour_pixels(numbers, 2)[0] == class_colours(2)).all()

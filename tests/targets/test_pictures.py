@@ -24,13 +24,13 @@ def test_unpatchify__undoes_patchify():
 
 
 @pytest.mark.parametrize("standardize", [False, True])
-@pytest.mark.parametrize(("in_chans", "drawn"), [(1, 1), (2, 1), (3, 3), (4, 3)])
-def test_pixels__picture_of_a_perfect_prediction_is_the_image(standardize, in_chans, drawn):
+@pytest.mark.parametrize("in_chans", [1, 2, 3, 4])
+def test_pixels__picture_of_a_perfect_prediction_is_the_image(standardize, in_chans):
     image = noise(in_chans, 32, 48)
     image[:, :16, :16] = 77  # a flat patch has no contrast to divide by
     target = Pixels(16, mean=(*MEAN, 0.5)[:in_chans], std=(*STD, 0.3)[:in_chans], standardize=standardize)
     values = target(image[None])
-    assert (target.picture(values[0], image, values).int() - image[:drawn].int()).abs().max() <= 1
+    assert (target.picture(values[0], image, values).int() - image.int()).abs().max() <= 1
 
 
 def test_pixels__picture_of_what_is_not_finite_is_a_picture():

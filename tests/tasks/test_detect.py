@@ -153,3 +153,23 @@ def test_detect__two_workers_train_what_none_does(backbones, tmp_path, write_coc
     losses = [[line["loss"] for line in lines(out) if "loss" in line] for out in runs]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 3
+
+
+def test_detect__extremely_long_images_are_trained_on_and_judged(backbones, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "annotations").mkdir()
+    shapes = ((20, 3000), (3000, 20), (1, 5000))
+    for number, shape in enumerate(shapes):
+        Image.fromarray(np.full(shape, 90, np.uint8)).save(tmp_path / "images" / f"{number}.png")
+    content = {
+        "images": [{"id": number, "file_name": f"{number}.png"} for number in range(len(shapes))],
+        "categories": [{"id": 0, "name": "line"}],
+        "annotations": [
+            {"id": number, "image_id": number, "category_id": 0, "bbox": [0, 0, width, height]}
+            for number, (height, width) in enumerate(shapes)
+        ],
+    }
+    for part in ("train", "val"):
+        (tmp_path / "annotations" / f"instances_{part}.json").write_text(json.dumps(content))
+    assert main(words(backbones["vit"], tmp_path, tmp_path / "run", "--steps 3 --log.evals 0")) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 3

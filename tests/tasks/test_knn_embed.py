@@ -12,7 +12,7 @@ from PIL import Image
 from dmjd import load_backbone
 from dmjd.cli import main
 from dmjd.data.crops import center_crop
-from dmjd.data.decode import decode
+from dmjd.data.decode import Wanted, decode
 from dmjd.evaluation.knn import knn_top1
 
 CLASSES = ("dots", "rows", "columns")
@@ -119,7 +119,7 @@ def test_embed__rows_are_the_features_of_the_paths_beside_them(backbone: Path, d
     model = load_backbone(backbone)
     mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
     for row in (0, 20, len(rows) - 1):
-        image = center_crop(decode(data / rows[row][0], 3), (32, 32))
+        image = center_crop(decode(data / rows[row][0], Wanted(3)), (32, 32))
         with torch.inference_mode():
             expected = model(((image / 255 - mean) / std)[None])[0]
         np.testing.assert_allclose(features[row], expected.numpy(), rtol=1e-4, atol=1e-5)

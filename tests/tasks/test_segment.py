@@ -173,3 +173,22 @@ def test_segment__two_workers_train_what_none_does(scenes, backbones, tmp_path):
     losses = [[line["loss"] for line in lines(out) if "loss" in line] for out in runs]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 3
+
+
+@pytest.mark.parametrize("inference", ["whole", "slide"])
+def test_segment__extremely_long_images_are_trained_on_judged_and_predicted(inference, backbones, tmp_path, capsys):
+    shapes, out, seen = ((20, 3000), (3000, 20), (1, 5000)), tmp_path / "run", tmp_path / "seen"
+    for part in ("train", "val"):
+        for folder in ("images", "annotations"):
+            (tmp_path / folder / part).mkdir(parents=True)
+        for number, shape in enumerate(shapes):
+            labels = np.random.default_rng(number).integers(0, 2, shape, dtype=np.uint8)
+            Image.fromarray(labels).save(tmp_path / "annotations" / part / f"{number}.png")
+            Image.fromarray(labels * 200).save(tmp_path / "images" / part / f"{number}.png")
+    flags = f"--steps 3 --log.evals 0 --inference {inference}"
+    assert main(words(backbones["vit"], tmp_path, out, flags)) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 3
+    predict = ["--predict", str(tmp_path / "images" / "val"), "--out", str(seen), "--device", "cpu"]
+    assert main(["segment", "--backbone", str(out / "last.safetensors"), *predict]) == 0
+    for number, shape in enumerate(shapes):
+        assert np.array(Image.open(seen / "masks" / f"{number}.png")).shape == shape

@@ -22,10 +22,13 @@ def save_backbone(
     mean: Any,
     std: Any,
     *,
+    value_range: tuple[float, float] = (0.0, 255.0),
     around: nn.Module | None = None,
     task: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a timm model: weights, its name and arguments for `timm.create_model`, and the images' statistics.
+
+    These are the mean and standard deviation of every channel, 0 to 1 of `value_range`, which deep images had.
 
     A network `around` it, which `task` describes, has its weights written instead: `read_task` and `load_around` read
     such a file whole, `load_backbone` the backbone in it.
@@ -45,6 +48,7 @@ def save_backbone(
             }
         ),
     }
+    metadata["value_range"] = json.dumps(value_range)
     if around is not None:
         place = next(name for name, module in around.named_modules() if module is model)
         metadata |= {"task": json.dumps(dict(task or {})), "backbone_prefix": f"{place}."}
@@ -86,9 +90,9 @@ def load_around(path: str | Path, model: nn.Module) -> None:
 def load_backbone(path: str | Path) -> nn.Module:
     """Load a trained backbone as a timm model, in evaluation mode.
 
-    Its `pretrained_cfg` holds the input size and the mean and standard deviation to normalise images by. Plain
-    timm makes the same of the metadata: `timm.create_model(architecture, **model_args,
-    pretrained_cfg_overlay=pretrained_cfg, checkpoint_path=path)`.
+    Its `pretrained_cfg` holds the input size, the mean and standard deviation to normalise images by, and the
+    `value_range` of these: what deep images had in training. Plain timm makes the same of the metadata:
+    `timm.create_model(architecture, **model_args, pretrained_cfg_overlay=pretrained_cfg, checkpoint_path=path)`.
 
     Args:
         path: A `backbone.safetensors`, or what fine-tuning, segmentation or detection made of one.
@@ -198,4 +202,5 @@ def _read(
     except (RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"weights and metadata do not agree: {reason}; {path}; write the file again") from None
+    model.pretrained_cfg["value_range"] = json.loads(metadata.get("value_range", "null"))
     return model, (name, arguments)

@@ -13,6 +13,11 @@ STATISTICS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 
 
+def default_statistics(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Look up mean and standard deviation of the channels of images of which nothing else is known."""
+    return STATISTICS.get(in_chans, ((0.5,) * in_chans, (0.25,) * in_chans))
+
+
 class Normalize(nn.Module):
     """Pixels of 0..255, less the mean of their channel and over its standard deviation.
 

@@ -49,7 +49,13 @@ class DeviceSettings:
     """Where a verb reads and computes."""
 
     data: str
-    """Folder of images, or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""
+    """Folder of images; list of them (FILE.csv, .tsv, .parquet, .txt); FILE.zip, FILE.tar or tar shards; FILE.npy;
+    hf:NAME; or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""
+    data_pages: Literal["bands", "frames"] | None = None
+    """What the pages of a TIFF are: channels of one image, or an image each. Default: files have one page."""
+    data_range: tuple[float, float] | None = None
+    """Lowest and highest value of images deeper than 8 bits. Default: what the backbone was trained with, else what a
+    sample of them uses."""
     workers: int | None = None
     """Processes that load images. Default: none for sets in memory, else one per core but one."""
     device: str = "auto"
@@ -59,10 +65,16 @@ class DeviceSettings:
     debug: bool = False
     """Show the traceback of an error."""
 
+    def __post_init__(self) -> None:
+        if self.data_range and not self.data_range[0] < self.data_range[1]:
+            raise ConfigError(f"data_range {self.data_range}: low before high")
+        at_least(0, self, "workers")
+
     @property
     def keywords(self) -> dict[str, Any]:
         """What `FeatureExtractor` takes from here."""
-        return {"precision": self.precision, "workers": self.workers}
+        images = {"value_range": self.data_range, "pages": self.data_pages}
+        return {"precision": self.precision, "workers": self.workers, **images}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +103,9 @@ class RunSettings(DeviceSettings):
     """Go on with the run in --out."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, self, "steps", "batch_size")
-        at_least(0, self, "epochs", "seed", "workers")
+        at_least(0, self, "epochs", "seed")
 
     def num_steps(self, count: int) -> int:
         """Count the steps of a run over `count` images."""
@@ -113,8 +126,8 @@ class ReadSettings(DeviceSettings):
     """Images at a time."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, self, "batch_size")
-        at_least(0, self, "workers")
 
 
 @dataclass(frozen=True, kw_only=True)

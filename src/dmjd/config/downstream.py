@@ -105,7 +105,8 @@ class AugmentSettings:
     flip: bool = True
     """Mirror every other image."""
     auto_augment: str = "rand-m9-mstd0.5-inc1"
-    """Policy of RandAugment; none for none."""
+    """Policy of RandAugment; none for none. Images of more than 8 bits, or of other channels than 1 or 3, go without,
+    which is said on stderr."""
     random_erasing: float = 0.25
     """Probability of erasing a box."""
     mixup: float = 0.8
@@ -250,9 +251,11 @@ class SegmentSettings:
     reduce_zero_label: Annotated[bool, group("Task")] = False
     """Label 0 has no class either, and label 1 is the first class, as in ADE20K."""
     photometric: Annotated[bool, group("Task")] = True
-    """Change brightness, contrast, saturation and hue of training images."""
+    """Change brightness, contrast, saturation and hue of training images; those of other channels than 1 or 3 stay as
+    they are."""
     inference: Annotated[Literal["whole", "slide"], group("Task")] = "whole"
-    """Look at a whole image, or at windows of the crop's size whose logits are averaged."""
+    """Look at a whole image, or at windows of the crop's size whose logits are averaged. Either way its shorter side is
+    resized to that of the crop, and less where the longer one would have more than four times as many pixels."""
     stride: Annotated[int | None, group("Task")] = None
     """Pixels from one window to the next. Default: two thirds of a window."""
     decoder_channels: Annotated[int, group("Task")] = 512

@@ -31,7 +31,7 @@ class ModelSettings:
     conv_mlp_ratio: float | None = None
     """ConvViT: width of an MLP over the width in the convolution stages. Default: 8, as DMJD; ConvMAE has 4."""
     in_chans: int = 3
-    """Channels of an image: 3 (RGB) or 1 (grey)."""
+    """Channels of an image: 3 (RGB), 1 (grey), or as many as all images have."""
     class_token: bool = False
     """Give the encoder a class token."""
     reg_tokens: int = 0
@@ -47,7 +47,7 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         one_of(BackboneSize, self, "size")
-        at_least(1, self, "patch_size", "embed_dim", "depth", "num_heads", "conv_mlp_ratio")
+        at_least(1, self, "in_chans", "patch_size", "embed_dim", "depth", "num_heads", "conv_mlp_ratio")
         at_least(0, self, "reg_tokens")
         height, width = self.image_hw
         if height % self.patch_size or width % self.patch_size:
@@ -219,6 +219,8 @@ class MonitorSettings(LogSettings):
 
     max_images: int = 2000
     """Images per part (training, held out) that an evaluation looks at."""
+    channels: tuple[int, int, int] | None = None
+    """Three channels of an image that the report shows as red, green and blue. Default: the first three."""
     max_share: float = 0.05
     """Images that all evaluations during the run look at, over those that training reads: a short run has fewer
     evaluations. One costs up to as much time as training on an image."""
@@ -238,6 +240,12 @@ class PretrainRun(RunSettings):
     preset: str = "quick"
     """Recipe: mae, maskfeat, convmae, fastconvmae, dm, dmjd, dmjd-clip, dmjd-dino, data2vec; for 2 cores quick and
     quick-convmae, -fastconvmae, -dmjd, -teacher."""
+    data_statistics: str = "auto"
+    """Mean and standard deviation that images are normalised by: imagenet, or a JSON file as dmjd doctor writes it;
+    auto takes ImageNet's for 3 channels and measures those of a sample for any other number."""
+    data_on_device: Literal["auto", "yes", "no"] = "auto"
+    """Keep a small set of images of one size where the network is, and crop whole batches there; auto where that
+    fits a quarter of a GPU's free memory, or on a CPU images of at most 128 pixels."""
     epochs: float = 400.0
     """Passes over the images; an epoch shows each image num_views times to the encoder."""
     batch_size: int = 512
@@ -265,6 +273,8 @@ class PretrainSettings:
         divides(self.run.batch_size, self.optim.accumulation)
         if self.teacher.cache and not self.crop.variants:
             raise ConfigError("teacher.cache keeps the targets of crops that come again: set crop.variants, such as 2")
+        if self.monitor.channels and not all(0 <= each < self.model.in_chans for each in self.monitor.channels):
+            raise ConfigError(f"monitor.channels {self.monitor.channels}: channels are 0 to {self.model.in_chans - 1}")
         if self.model.mask_token != (self.decoder.depth == 0):
             raise ConfigError("model.mask_token and decoder.depth 0 (a linear head) belong together: set both or none")
 

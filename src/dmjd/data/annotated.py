@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Num
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dmjd.data.random import mix, seeded
+from dmjd.data.decode import orientation
 from dmjd.data.source import Readable, join_skipped, read_or_substitute
 from dmjd.errors import DataError
+from dmjd.random import mix, seeded
 
 AnnotatedSample = tuple[Tensor, Any, dict[str, str]]
 
@@ -20,7 +21,7 @@ AnnotatedSample = tuple[Tensor, Any, dict[str, str]]
 class AnnotatedBatch(NamedTuple):
     """One micro-batch of images with what is to be seen in them."""
 
-    images: UInt8[Tensor, "B C H W"]
+    images: Num[Tensor, "B C H W"]  # 0..255; uint8, or float32 if one of them is deep
     annotations: Any  # a tensor of all, or a list with those of every image
     skipped: dict[str, str]  # files that did not decode, with the reason; others stand in for them
 
@@ -59,6 +60,22 @@ def collate_annotated(samples: list[AnnotatedSample]) -> AnnotatedBatch:
     images, annotations, skipped = zip(*samples, strict=True)
     stacked = torch.stack(annotations) if isinstance(annotations[0], Tensor) else list(annotations)
     return AnnotatedBatch(torch.stack(images), stacked, join_skipped(skipped))
+
+
+def turn_of(file: Path, given: tuple[int, ...], shown: tuple[int, ...]) -> int:
+    """Find how an annotation is turned to lie on its image: by an EXIF orientation, 5 to 8, or 1 for not at all.
+
+    An image is decoded the way up that its EXIF data say. An annotation of the size in which the file stores it is
+    turned along. One of the size that viewers show stays, and so does one whose size cannot tell: of a square image, or
+    of one that is only mirrored or upside down in its file.
+
+    Args:
+        file: The image.
+        given: Height and width of the annotation.
+        shown: Height and width of the decoded image.
+    """
+    turned = orientation(file) if given != shown and given == shown[::-1] else 1
+    return turned if turned >= 5 else 1
 
 
 def class_names(data: str, file: Path | None) -> tuple[str, ...] | None:

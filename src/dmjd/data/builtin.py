@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from dmjd.data.decode import Reduce, Wanted
 from dmjd.data.shapes import CLASSES, scene
 from dmjd.data.source import Opener, Source, register_source
 from dmjd.errors import DataError
@@ -51,7 +52,7 @@ class ArrayImages:
         """Number of its class."""
         return int(self.labels[index])
 
-    def read(self, index: int) -> UInt8[Tensor, "C H W"]:
+    def read(self, index: int, reduce: Reduce | None = None) -> UInt8[Tensor, "C H W"]:
         """Look an image up."""
         return self.pixels[index]
 
@@ -61,17 +62,17 @@ def download_folder() -> Path:
     return Path(os.environ.get("DMJD_DATA") or Path.home() / ".cache" / "dmjd")
 
 
-def open_shapes(data: str, *, in_chans: int, image_hw: tuple[int, int]) -> dict[str, Source]:
-    """Draw the scenes of `shapes`, as large as the longer side of `image_hw`, and 16 pixels at least."""
-    size, parts = max(16, *image_hw), dict[str, Source]()
+def open_shapes(data: str, wanted: Wanted) -> dict[str, Source]:
+    """Draw the scenes of `shapes`, as large as the longer side of `wanted.image_hw`, and 16 pixels at least."""
+    size, parts = max(16, *wanted.image_hw), dict[str, Source]()
     for part, count in SHAPES_SIZES.items():
         scenes = [scene(part, index, size=size) for index in range(count)]  # type: ignore[arg-type]
         array = np.stack([each.image for each in scenes])
-        parts[part] = _array_images(f"shapes/{part}", array, [each.label for each in scenes], CLASSES, in_chans)
+        parts[part] = _array_images(f"shapes/{part}", array, [each.label for each in scenes], CLASSES, wanted.in_chans)
     return parts
 
 
-def open_cifar10(data: str, *, in_chans: int, image_hw: tuple[int, int]) -> dict[str, Source]:
+def open_cifar10(data: str, wanted: Wanted) -> dict[str, Source]:
     """Open CIFAR-10 in the folder after the colon, or where downloads are kept; what is missing is downloaded.
 
     Raises:
@@ -85,12 +86,12 @@ def open_cifar10(data: str, *, in_chans: int, image_hw: tuple[int, int]) -> dict
     except (OSError, RuntimeError) as error:
         raise DataError(f"CIFAR-10 could not be downloaded ({error}); {root}; put cifar-10-batches-py there") from None
     return {
-        part: _array_images(f"cifar10/{part}", each.data, each.targets, each.classes, in_chans)
+        part: _array_images(f"cifar10/{part}", each.data, each.targets, each.classes, wanted.in_chans)
         for part, each in found.items()
     }
 
 
-def open_fashion_mnist(data: str, *, in_chans: int, image_hw: tuple[int, int]) -> dict[str, Source]:
+def open_fashion_mnist(data: str, wanted: Wanted) -> dict[str, Source]:
     """Open Fashion-MNIST in the folder after the colon, in Debian's, or where downloads are kept.
 
     Raises:
@@ -115,7 +116,7 @@ def open_fashion_mnist(data: str, *, in_chans: int, image_hw: tuple[int, int]) -
         if pixels.ndim != 3 or labels.shape != pixels.shape[:1]:
             raise DataError(f"{len(pixels)} images but {len(labels)} labels; {root}; fetch {stem}-*.gz anew")
         name = f"fashion-mnist/{stem}"
-        parts[part] = _array_images(name, pixels, labels.tolist(), FashionMNIST.classes, in_chans)
+        parts[part] = _array_images(name, pixels, labels.tolist(), FashionMNIST.classes, wanted.in_chans)
     return parts
 
 

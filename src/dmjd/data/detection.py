@@ -2,11 +2,14 @@
 
 COCO: DATA/annotations/*train*.json and *val*.json, images in the folder that a file is named after (train2017), in
 images/ of that name, in images/ or in DATA itself. VOC: DATA/Annotations, DATA/JPEGImages and DATA/ImageSets/Main.
+
+The sizes that these files give are those in which the images are stored, or those that their EXIF data turn them to.
 """
 
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +18,20 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
-from dmjd.data.decode import EXTENSIONS, BadImage
+from dmjd.data.annotated import turn_of
+from dmjd.data.decode import EXTENSIONS, BadImage, Wanted, turn
 from dmjd.data.folder import FolderFiles
 from dmjd.data.packed import PackedStrings
 from dmjd.errors import DataError
 
 COCO_PARTS = (("train",), ("val", "valid", "test"))
+UNIQUE = (("categories", "id"), ("images", "id"), ("images", "file_name"), ("annotations", "id"))  # in a file of COCO
 VOC_PARTS = (("train", "val"), ("train", "test"), ("trainval", "test"))
 
 
@@ -61,8 +66,8 @@ class DetectionSet(FolderFiles):
     masks: bool
     counts: tuple[int, ...]
 
-    def read(self, index: int) -> tuple[UInt8[Tensor, "C H W"], Objects]:
-        """Decode an image and its objects.
+    def read(self, index: int) -> tuple[Num[Tensor, "C H W"], Objects]:
+        """Decode an image and its objects, which lie on it as it is shown.
 
         Raises:
             BadImage: If it or a mask does not decode, or has not the size that its annotation gives.
@@ -70,17 +75,18 @@ class DetectionSet(FolderFiles):
         image = self.image(index)
         height, width = image.shape[1:]
         record = json.loads(self.records[index])
-        if record["size"] not in (None, [height, width]):
-            given = "x".join(map(str, record["size"]))
-            raise BadImage(f"image of {height}x{width} pixels, annotated as {given}")
+        given = tuple(record["size"] or (height, width))
+        turned = turn_of(self.root / self.names[index], given, (height, width))
+        if given != ((width, height) if turned > 1 else (height, width)):
+            raise BadImage(f"image of {height}x{width} pixels, annotated as {given[0]}x{given[1]}")
         objects = record["objects"]
         boxes = torch.tensor([each["box"] for each in objects], dtype=torch.float32).reshape(-1, 4)
         masks = None
         if self.masks:
-            drawn = [draw(each["segmentation"], each["box"], height, width) for each in objects]
+            drawn = [turn(draw(each["segmentation"], each["box"], *given), turned) for each in objects]
             masks = torch.from_numpy(np.stack([*drawn])) if drawn else torch.zeros(0, height, width, dtype=torch.bool)
         return image, Objects(
-            boxes=boxes,
+            boxes=turn_boxes(boxes, turned, height, width),
             labels=torch.tensor([each["class"] for each in objects], dtype=torch.long),
             ignored=torch.tensor([each["ignored"] for each in objects], dtype=torch.bool),
             masks=masks,
@@ -111,13 +117,32 @@ def draw(segmentation: Any, box: Sequence[float], height: int, width: int) -> Bo
     return drawn
 
 
+def turn_boxes(boxes: Float[Tensor, "n 4"], turned: int, height: int, width: int) -> Float[Tensor, "n 4"]:
+    """Turn boxes as `turn` turns their image.
+
+    Args:
+        boxes: Left, top, right and bottom in pixels.
+        turned: An EXIF orientation of 5 to 8, which changes rows for columns; or 1 to leave them.
+        height: Height of the image after it.
+        width: Its width.
+    """
+    left, top, right, bottom = boxes.unbind(dim=1)
+    if turned >= 5:
+        left, top, right, bottom = top, left, bottom, right
+    if turned in (7, 8):
+        top, bottom = height - bottom, height - top
+    if turned in (6, 7):
+        left, right = width - right, width - left
+    return torch.stack([left, top, right, bottom], dim=1)
+
+
 def is_compressed(segmentation: Any) -> bool:
     """Tell run lengths as a string from polygons and from run lengths as numbers."""
     return isinstance(segmentation, dict) and isinstance(segmentation["counts"], str | bytes)
 
 
 def open_detection(
-    data: str, *, in_chans: int, classes: tuple[str, ...] | None = None
+    data: str, wanted: Wanted, *, classes: tuple[str, ...] | None = None
 ) -> tuple[DetectionSet, DetectionSet]:
     """Find the training and the held-out part of a set with boxes.
 
@@ -126,7 +151,7 @@ def open_detection(
 
     Args:
         data: Folder of the set.
-        in_chans: Channels to decode, 3 or 1.
+        wanted: What is wanted of its images.
         classes: Names of the classes. Default: COCO's categories by their numbers, VOC's names of the training part.
 
     Raises:
@@ -147,14 +172,14 @@ def open_detection(
             for file, names, (_, found) in zip(files, COCO_PARTS, read, strict=True)
         ]
         named = classes or read[0][0]
-    train, held_out = (collect(folder, found, named, in_chans) for folder, found in parts)
+    train, held_out = (collect(folder, found, named, wanted) for folder, found in parts)
     for part, (folder, _) in zip((train, held_out), parts, strict=True):
         if not sum(part.counts):
             raise DataError(f"no objects; {folder}; both parts need some")
     return train, held_out
 
 
-def collect(root: Path, found: Iterable[Record], classes: tuple[str, ...], in_chans: int) -> DetectionSet:
+def collect(root: Path, found: Iterable[Record], classes: tuple[str, ...], wanted: Wanted) -> DetectionSet:
     """Check and pack the images of one part."""
     names, records, flat, counts, outlined = [], [], [], [0] * len(classes), 0
     number = {name: place for place, name in enumerate(classes)}
@@ -183,7 +208,7 @@ def collect(root: Path, found: Iterable[Record], classes: tuple[str, ...], in_ch
         root=root,
         names=PackedStrings.pack(names),
         classes=classes,
-        in_chans=in_chans,
+        wanted=wanted,
         records=PackedStrings.pack(records),
         masks=2 * outlined > sum(counts),
         counts=tuple(counts),
@@ -222,10 +247,14 @@ def read_coco(file: Path) -> tuple[tuple[str, ...], list[Record]]:
     """Read a file of COCO: names of its categories by their numbers, and its images.
 
     Raises:
-        DataError: If it is broken, or has an annotation for an image that it does not list.
+        DataError: If it is broken, has an annotation for an image that it does not list, or one id twice.
     """
     try:
         content = json.loads(file.read_text("utf-8"))
+        for kind, key in UNIQUE:
+            counts = Counter(each[key] for each in content[kind] if each.get(key) is not None)
+            if twice := [value for value, count in counts.items() if count > 1]:
+                raise DataError(f"{counts[twice[0]]} {kind} have the {key} {twice[0]!r}; {file}; give each its own")
         categories = {each["id"]: each["name"] for each in sorted(content["categories"], key=lambda each: each["id"])}
         images = {
             each["id"]: Record(each["file_name"], size if all(size) else None, [])

@@ -3,15 +3,18 @@
 A part has labels if every image lies in a folder of its class: PART/CLASS/IMAGE.
 """
 
-import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Num
 from torch import Tensor
 
-from dmjd.data.decode import EXTENSIONS, decode
+from dmjd.data.builtin import download_folder
+from dmjd.data.decode import EXTENSIONS, Reduce, Wanted, count_pages, decode
+from dmjd.data.listing import list_files
 from dmjd.data.packed import PackedStrings
 from dmjd.data.source import HELD_OUT_PARTS, Opener, Source, register_source
 from dmjd.errors import DataError
@@ -24,13 +27,13 @@ class FolderFiles:
     Attributes:
         root: The folder.
         names: Path of each file below it.
-        in_chans: Channels to decode, 3 or 1.
+        wanted: What is wanted of its images.
         classes: Names of the classes, if there are any.
     """
 
     root: Path
     names: PackedStrings
-    in_chans: int
+    wanted: Wanted
     classes: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -50,13 +53,17 @@ class FolderFiles:
         """Look up the path of a file below the folder."""
         return self.names[index]
 
-    def image(self, index: int) -> UInt8[Tensor, "C H W"]:
+    def image(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
         """Decode one.
 
         Raises:
             BadImage: If it does not decode.
         """
-        return decode(self.root / self.names[index], self.in_chans)
+        name, frame = self.names[index], 0
+        if self.wanted.pages == "frames" and name.rpartition("#")[2].isdecimal():
+            name, _, number = name.rpartition("#")
+            frame = int(number)
+        return decode(self.root / name, self.wanted, frame=frame, reduce=reduce)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,46 +80,61 @@ class FolderImages(FolderFiles):
         """Look up the number of an image's class; None if there are no classes."""
         return None if self.labels is None else int(self.labels[index])
 
-    def read(self, index: int) -> UInt8[Tensor, "C H W"]:
+    def read(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
         """Decode an image; raises `BadImage`."""
-        return self.image(index)
+        return self.image(index, reduce)
 
 
-def image_names(root: Path) -> list[str]:
-    """List the paths of the images below a folder, sorted, without following links to folders.
+def image_names(root: Path) -> PackedStrings:
+    """List the paths of the images below a folder, sorted; says on stderr what other files there are.
 
     Raises:
-        DataError: If there is none.
+        DataError: If there is no image, or a folder that cannot be read.
     """
-    names = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        relative = Path(folder).relative_to(root)
-        names += [str(relative / name) for name in files if Path(name).suffix.lower() in EXTENSIONS and name[0] != "."]
-    if not names:
+    try:
+        listing = list_files(root, EXTENSIONS, download_folder() / "listings")
+    except OSError as error:
+        raise DataError(f"{error.strerror}; {error.filename}; check its permissions") from None
+    if not len(listing.names):
         raise DataError(f"no images; {root}; images end in {', '.join(sorted(EXTENSIONS))}")
-    return sorted(names)
+    if listing.passed_over:
+        others = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in listing.passed_over.items())
+        print(f"passed over: {others}; {root}; no images by their endings", file=sys.stderr)
+    return listing.names
 
 
-def folder_images(root: Path, in_chans: int) -> FolderImages:
+def folder_images(root: Path, wanted: Wanted) -> FolderImages:
     """List the images below a folder, and their classes if each of them lies in one of two or more class folders.
 
     Raises:
         DataError: If there is no image.
     """
     names = image_names(root)
-    folders = [Path(name).parts[:-1] for name in names]
-    classes = tuple(sorted({parts[0] for parts in folders if parts}))
-    labels = None
-    if len(classes) < 2 or any(len(parts) != 1 for parts in folders):
-        classes = ()
-    else:
-        number = {name: place for place, name in enumerate(classes)}
-        labels = np.array([number[parts[0]] for parts in folders])
-    return FolderImages(root=root, names=PackedStrings.pack(names), classes=classes, labels=labels, in_chans=in_chans)
+    if wanted.pages == "frames":
+        names = PackedStrings.pack(_frames(root, names))
+    places: dict[str, int] = {}
+    found = np.empty(len(names), dtype=np.int64)
+    for index in range(len(names)):
+        folder, _, file = names[index].partition("/")
+        if not file or "/" in file:
+            return FolderImages(root=root, names=names, wanted=wanted, classes=(), labels=None)
+        found[index] = places.setdefault(folder, len(places))
+    if len(places) < 2:
+        return FolderImages(root=root, names=names, wanted=wanted, classes=(), labels=None)
+    classes = tuple(sorted(places))
+    rank = np.array([classes.index(name) for name in places])
+    return FolderImages(root=root, names=names, wanted=wanted, classes=classes, labels=rank[found])
 
 
-def open_folder(data: str, *, in_chans: int, image_hw: tuple[int, int]) -> dict[str, Source]:
+def _frames(root: Path, names: PackedStrings) -> Iterator[str]:
+    """Name every page of every file, as FILE#PAGE where there are several."""
+    for index in range(len(names)):
+        name = names[index]
+        count = count_pages(root / name)
+        yield from [name] if count == 1 else (f"{name}#{page}" for page in range(count))
+
+
+def open_folder(data: str, wanted: Wanted) -> dict[str, Source]:
     """Find the parts of a folder; without a `train` part it is one, whatever is in it.
 
     Raises:
@@ -121,11 +143,11 @@ def open_folder(data: str, *, in_chans: int, image_hw: tuple[int, int]) -> dict[
     root = Path(data)
     parts = [name for name in ("train", *HELD_OUT_PARTS) if (root / name).is_dir()]
     if "train" not in parts:
-        return {"": folder_images(root, in_chans)}
+        return {"": folder_images(root, wanted)}
     found: dict[str, Source] = {}
     for place, name in enumerate(parts):
         try:
-            found[name] = folder_images(root / name, in_chans)
+            found[name] = folder_images(root / name, wanted)
         except DataError:
             if place < 2:  # training looks at these two only; no other has to have images
                 raise

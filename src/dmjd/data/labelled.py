@@ -5,16 +5,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Num
 from timm.data import create_transform
 from timm.data.auto_augment import posterize
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dmjd.data.random import mix, seeded
 from dmjd.data.source import Parts, Source, Subset, has_labels, join_skipped, labels_of, read_or_substitute
 from dmjd.errors import DataError
+from dmjd.random import mix, seeded
 
 LabelledSample = tuple[Tensor, int, dict[str, str]]
 
@@ -36,12 +38,12 @@ class LabelledSamples(Dataset[LabelledSample]):
 
     Attributes:
         images: A source with labels.
-        transform: From an image of uint8 to what the model takes.
+        transform: From an image of 0..255, uint8 or float32, to what the model takes.
         seed: Seed of the run.
     """
 
     images: Source
-    transform: Callable[[UInt8[Tensor, "C H W"]], Float[Tensor, "C h w"]]
+    transform: Callable[[Num[Tensor, "C H W"]], Float[Tensor, "C h w"]]
     seed: int
 
     def __getitem__(self, key: tuple[int, int]) -> LabelledSample:
@@ -77,13 +79,24 @@ def collate_labelled(samples: list[LabelledSample]) -> LabelledBatch:
 
 @dataclass(frozen=True)
 class TrainingTransform:
-    """timm's training transform for images of uint8; an object, so that worker processes can have it."""
+    """What training does to an image; an object, so that worker processes can have it.
+
+    Attributes:
+        steps: timm's, for what Pillow holds.
+        tensor_steps: The same without a policy, for any other image.
+    """
 
     steps: Callable[[Any], Tensor]
+    tensor_steps: Callable[[Tensor], Tensor]
 
-    def __call__(self, image: UInt8[Tensor, "C H W"]) -> Float[Tensor, "C h w"]:
-        """Augment and normalise one image, drawing from the global generators."""
-        return self.steps(to_pil_image(image))
+    def __call__(self, image: Num[Tensor, "C H W"]) -> Float[Tensor, "C h w"]:
+        """Augment and normalise one image of 0..255, drawing from the global generators."""
+        return self.steps(to_pil_image(image)) if is_picture(image) else self.tensor_steps(image)
+
+
+def is_picture(image: Num[Tensor, "C H W"]) -> bool:
+    """Tell whether Pillow can hold an image, and so a policy change it: 8 bits, and 1 or 3 channels."""
+    return image.dtype == torch.uint8 and len(image) in (1, 3)
 
 
 def training_transform(
@@ -96,7 +109,7 @@ def training_transform(
     auto_augment: str,
     random_erasing: float,
 ) -> TrainingTransform:
-    """Make timm's training transform for what a backbone takes.
+    """Make timm's training transform for what a backbone takes; an image that is no picture goes without policy.
 
     Args:
         input_size: Channels, height and width.
@@ -124,7 +137,14 @@ def training_transform(
         for operation in getattr(step, "ops", ()):
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize
-    return TrainingTransform(transform)
+    tensor_steps = [
+        v2.RandomResizedCrop(input_size[1:], scale=scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+        v2.RandomHorizontalFlip(0.5 if flip else 0.0),
+        v2.ToDtype(torch.float32),
+        v2.Normalize([255 * value for value in mean], [255 * value for value in std]),
+        RandomErasing(random_erasing, mode="pixel", device="cpu"),
+    ]
+    return TrainingTransform(transform, v2.Compose(tensor_steps))
 
 
 def _posterize(image: Any, bits: int, **rest: Any) -> Any:

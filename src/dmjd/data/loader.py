@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Num
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,20 +20,22 @@ FEW = 512  # images that are read sooner than workers start
 
 @runtime_checkable
 class ReadableSamples(Protocol):
-    """Training samples by (epoch, index), made of a set of images."""
+    """Training samples by (epoch, index), made of a set of images.
+
+    They have `__getitem__`, for one sample, or `__getitems__`, for a batch at once; in the latter case a `stack` that
+    is not None says that batches are made where the network is.
+    """
 
     @property
     def images(self) -> Readable:
         """What they are made of."""
         ...
 
-    def __getitem__(self, key: tuple[int, int], /) -> Any: ...
-
 
 def train_batches(
     samples: ReadableSamples,
     sampler: StepSampler,
-    collate: Callable[[list[Any]], Any],
+    collate: Callable[[list[Any]], Any] | None,
     *,
     workers: int | None,
     pin_memory: bool,
@@ -43,24 +45,28 @@ def train_batches(
     Args:
         samples: What to load.
         sampler: Which, when.
-        collate: Makes a batch of samples.
-        workers: Processes; None takes none for images in memory and else one per core but one.
+        collate: Makes a batch of samples; None for samples that come as a batch.
+        workers: Processes; None takes none for images in memory and else one per core but one. Batches that are made
+            where the network is take none in any case.
         pin_memory: Make copies to a GPU asynchronous.
     """
-    if workers is None:
-        workers = 0 if samples.images.in_memory else _spare_cores()
-    return _load(samples, sampler, collate, workers=workers, pin_memory=pin_memory)
+    in_place = getattr(samples, "stack", None) is not None
+    if in_place or (workers is None and samples.images.in_memory):
+        workers = 0
+    elif workers is None:
+        workers = _spare_cores()
+    return _load(samples, sampler, collate or _as_is, workers=workers, pin_memory=pin_memory and not in_place)
 
 
 def read_batches(
     source: Source,
     indices: Sequence[int],
-    transform: Callable[[UInt8[Tensor, "C H W"]], UInt8[Tensor, "C h w"]],
+    transform: Callable[[Num[Tensor, "C H W"]], Num[Tensor, "C h w"]],
     *,
     batch_size: int,
     workers: int | None,
     pin_memory: bool,
-) -> Iterator[tuple[UInt8[Tensor, "b C h w"], list[int]]]:
+) -> Iterator[tuple[Num[Tensor, "b C h w"], list[int]]]:
     """Read images for an evaluation, in order; those that do not decode are left out.
 
     Args:
@@ -101,6 +107,8 @@ def _stack(read: list[tuple[Tensor | None, int]]) -> tuple[Tensor, list[int]]:
     if not decoded:
         return torch.empty(0, 0, 0, 0, dtype=torch.uint8), []
     images, indices = zip(*decoded, strict=True)
+    if len({image.dtype for image in images}) > 1:  # some of 8 bits, some deeper and brought to 0..255 as floats
+        images = tuple(image.float() for image in images)
     return torch.stack(images), list(indices)
 
 
@@ -124,6 +132,11 @@ def _load(
         multiprocessing_context="spawn" if workers else None,
         worker_init_fn=_set_up_worker if workers else None,
     )
+
+
+def _as_is(batch: Any) -> Any:
+    """Take samples that come as a batch."""
+    return batch
 
 
 def _spare_cores() -> int:

@@ -1,73 +1,86 @@
-"""Samples of pretraining: a random crop of an image, and the masks of its views."""
+"""Samples of pretraining: a random crop of every image, and the seed of its masks."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int, UInt8
-from torch import Generator, Tensor
+from jaxtyping import Int, Num
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from dmjd.data.random import mix
+from dmjd.data.crops import RandomCrop
+from dmjd.data.levels import BYTES, Levels
+from dmjd.data.memory import Stack
 from dmjd.data.source import Source, join_skipped, read_or_substitute
+from dmjd.random import mix_all
 
-MaskedSample = tuple[Tensor, Tensor, int, dict[str, str]]
+CROP, MASKS = 0, 1  # what a seed is for
 
 
 class MaskedBatch(NamedTuple):
     """One micro-batch of pretraining."""
 
-    images: UInt8[Tensor, "B C H W"]
-    masked: Bool[Tensor, "B V L"]
+    images: Num[Tensor, "B C H W"]  # at their depth, or of 0..255 on the network's device
+    seeds: Int[Tensor, " B"]  # of the masks, which are drawn where the network is
     indices: Int[Tensor, " B"]  # of the images, substitutes included
     skipped: dict[str, str]  # files that did not decode, with the reason; others stand in for them
 
 
 @dataclass(frozen=True)
-class MaskedSamples(Dataset[MaskedSample]):
-    """Samples of pretraining by (epoch, index); everything random about one is drawn from a generator of these.
+class MaskedSamples(Dataset[MaskedBatch]):
+    """Samples of pretraining by (epoch, index), of which everything random about one is a function.
 
     Attributes:
         images: What they are made of.
-        crop: Of (image, generator=); makes a crop of one image.
-        draw: Of (generator=); draws the masks of one image's views.
+        crop: Makes a crop of an image.
         seed: Seed of the run.
         variants: How many different crops there are of an image; None takes another one in every epoch.
+        levels: The range of deep images.
+        stack: All images in one tensor, if they are to be cropped at once.
     """
 
     images: Source
-    crop: Callable[..., UInt8[Tensor, "C h w"]]
-    draw: Callable[..., Bool[Tensor, "1 V L"]]
+    crop: RandomCrop
     seed: int
     variants: int | None = None
+    levels: Levels = BYTES
+    stack: Stack | None = None
 
-    def __getitem__(self, key: tuple[int, int]) -> MaskedSample:
-        """Crop the image (epoch, index) and draw its masks.
-
-        Returns:
-            The crop, the masks (V, L), the number of the image that was read, and what did not decode.
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> MaskedBatch:
+        """Crop the images of these (epoch, index).
 
         Raises:
-            DataError: If neither it nor the images after it decode.
+            DataError: If neither one nor the images after it decode.
         """
-        epoch, index = key
-        generator = Generator().manual_seed(mix(self.seed, epoch, index))
-        of_crop = generator
-        if self.variants:
-            of_crop = Generator().manual_seed(mix(self.seed, index, epoch % self.variants))
-        image, read, skipped = read_or_substitute(self.images, index)
-        return self.crop(image, generator=of_crop), self.draw(generator=generator)[0], read, skipped
+        epochs, indices = torch.tensor(keys).unbind(dim=1)
+        shown = epochs % self.variants if self.variants else epochs
+        of_crops, of_masks = mix_all(self.seed, shown, indices, CROP), self.mask_seeds(epochs, indices)
+        if self.stack is not None:
+            pixels = self.stack.pixels[self.stack.rows[indices].to(self.stack.pixels.device, non_blocking=True)]
+            images = self.crop.of_many(self.levels.scale(pixels), of_crops)
+            return MaskedBatch(images, of_masks, self.stack.numbers[indices], {})
+        crops, read, skipped = zip(*map(self._crop, indices.tolist(), of_crops.split(1)), strict=True)
+        return MaskedBatch(_stacked(crops, self.levels), of_masks, torch.tensor(read), join_skipped(skipped))
 
-    def masks(self, epoch: int, index: int) -> Bool[Tensor, "V L"]:
-        """Draw the masks of a sample without reading its image."""
-        generator = Generator().manual_seed(mix(self.seed, epoch, index))
-        if not self.variants:  # the crop draws first, the same numbers whatever the image
-            self.crop(torch.zeros(1, 1, 1, dtype=torch.uint8), generator=generator)
-        return self.draw(generator=generator)[0]
+    def pixels(self, batch: MaskedBatch, device: torch.device) -> Num[Tensor, "B C H W"]:
+        """Bring the images of a batch to a device, as pixels of 0..255."""
+        return batch.images if self.stack else self.levels.scale(batch.images.to(device, non_blocking=True))
+
+    def mask_seeds(self, epochs: Int[Tensor, " B"], indices: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+        """Compute the seeds of the masks of samples."""
+        return mix_all(self.seed, epochs, indices, MASKS)
+
+    def _crop(self, index: int, seed: Tensor) -> tuple[Tensor, int, dict[str, str]]:
+        """Read an image, or the next one that decodes, no larger than its crop needs."""
+        image, read, skipped = read_or_substitute(
+            self.images, index, lambda height, width: self.crop.factor(seed, height, width)
+        )
+        return self.crop.of_one(image, seed), read, skipped
 
 
-def collate_masked(samples: list[MaskedSample]) -> MaskedBatch:
-    """Stack the crops and masks of samples."""
-    images, masked, indices, skipped = zip(*samples, strict=True)
-    return MaskedBatch(torch.stack(images), torch.stack(masked), torch.tensor(indices), join_skipped(skipped))
+def _stacked(crops: Sequence[Tensor], levels: Levels) -> Num[Tensor, "B C h w"]:
+    """Stack crops at their depth; where some have 8 bits and some more, all in the range of the deep ones."""
+    if len({crop.dtype for crop in crops}) > 1:
+        crops = [levels.widen(crop) for crop in crops]
+    return torch.stack([*crops])

@@ -1,18 +1,56 @@
-"""Small sets are decoded once and held in memory, instead of being decoded again in every epoch."""
+"""Small sets are decoded once and held in memory, instead of being decoded again in every epoch.
 
-import math
+Small images of one size are a single tensor, which lives where the network is: a batch is cropped from it at once.
+"""
+
+import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
 
+import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Num, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from dmjd.data.decode import BadImage
+from dmjd.data.builtin import ArrayImages
+from dmjd.data.decode import BadImage, Reduce
 from dmjd.data.source import Source, View
 
 MEMORY_LIMIT = 2**30  # bytes of decoded images that are worth holding, rather than decoding them every epoch
+DEVICE_SHARE = 0.25  # of the free memory of a GPU that images may take
+CPU_SIDE = 128  # pixels; cropping larger images by whole matrices would be slower there than one by one
+CHUNK = 256  # images that a thread decodes at a time: one by one, threads would wait for each other
+TYPES = (torch.uint8, torch.uint16, torch.int16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Images of one size and depth in one tensor.
+
+    Attributes:
+        pixels: Those that decode.
+        numbers: For each image of the set its own number, or that of the next one that decodes.
+        rows: The row of `pixels` where that is.
+    """
+
+    pixels: Num[Tensor, "m C H W"]
+    numbers: Int[Tensor, " n"]
+    rows: Int[Tensor, " n"]
+
+    def to(self, device: torch.device) -> "Stack":
+        """Move the pixels to a device."""
+        return replace(self, pixels=self.pixels.to(device))
+
+    def fits(self, device: torch.device) -> bool:
+        """Tell whether cropping from here is worth while: a GPU has the memory, or the images are small."""
+        if device.type != "cuda":
+            return max(self.pixels.shape[2:]) <= CPU_SIDE
+        return self.pixels.nbytes <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 class PackedImages(View):
@@ -24,32 +62,56 @@ class PackedImages(View):
         source: What to decode; not empty.
 
     Attributes:
-        pixels: All images one after the other.
-        shapes: Channels, height and width of each.
+        pixels: All images one after the other, each H W C.
+        shapes: Height, width and channels of each, and the place of its type in `TYPES`.
         offsets: Where each begins.
         bad: Those that did not decode, with the reason.
     """
 
     pixels: UInt8[Tensor, " bytes"]
-    shapes: Int[Tensor, "n 3"]
+    shapes: Int[Tensor, "n 4"]
     offsets: Int[Tensor, " n"]
     bad: dict[int, str]
 
     def __init__(self, source: Source):
         super().__init__(source)
         self.bad = {}
-        images = list(self._decoded())
-        sizes = torch.tensor([image.numel() for image in images])
-        self.pixels = torch.cat([image.reshape(-1) for image in images])
-        self.shapes = torch.tensor([image.shape for image in images])
-        self.offsets = sizes.cumsum(0) - sizes
+        content, shapes = bytearray(), np.zeros((len(source), 4), dtype=np.int64)
+        offsets = np.zeros(len(source), dtype=np.int64)
+        for index, image in enumerate(_decoded(source)):
+            if isinstance(image, BadImage):
+                self.bad[index] = str(image)
+                continue
+            content += bytes(-len(content) % image.element_size())
+            shapes[index] = (*image.shape[1:], image.shape[0], TYPES.index(image.dtype))
+            offsets[index] = len(content)
+            content += image.permute(1, 2, 0).contiguous().numpy().tobytes()
+        self.pixels = torch.frombuffer(content or bytearray(1), dtype=torch.uint8)
+        self.shapes, self.offsets = torch.from_numpy(shapes), torch.from_numpy(offsets)
 
     @property
     def in_memory(self) -> bool:
         """True."""
         return True
 
-    def read(self, index: int) -> UInt8[Tensor, "C H W"]:
+    @property
+    def broken(self) -> dict[str, str]:
+        """Those that did not decode by name, with the reason."""
+        return {self.name(index): reason for index, reason in self.bad.items()}
+
+    @cached_property
+    def stack(self) -> Stack | None:
+        """All images in one tensor that shares their memory; None if they differ in size or depth, or none decodes."""
+        good = [index for index in range(len(self)) if index not in self.bad]
+        if not good or (self.shapes[good] != self.shapes[good[0]]).any():
+            return None
+        height, width, channels, kind = self.shapes[good[0]].tolist()
+        size = height * width * channels * TYPES[kind].itemsize
+        pixels = self.pixels[: size * len(good)].view(TYPES[kind]).view(len(good), height, width, channels)
+        rows = torch.from_numpy(np.searchsorted(good, np.arange(len(self)))) % len(good)
+        return Stack(pixels.permute(0, 3, 1, 2), torch.tensor(good)[rows], rows)
+
+    def read(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
         """Look one image up.
 
         Raises:
@@ -57,17 +119,39 @@ class PackedImages(View):
         """
         if index in self.bad:
             raise BadImage(self.bad[index])
-        shape, start = self.shapes[index].tolist(), int(self.offsets[index])
-        return self.pixels[start : start + math.prod(shape)].view(shape)
+        height, width, channels, kind = self.shapes[index].tolist()
+        start, size = int(self.offsets[index]), height * width * channels * TYPES[kind].itemsize
+        pixels = self.pixels[start : start + size].view(TYPES[kind])
+        return pixels.view(height, width, channels).permute(2, 0, 1)
 
-    def _decoded(self) -> Iterator[Tensor]:
-        count = len(self.source)
-        for index in tqdm(range(count), desc="reading images", unit=" images", leave=False, disable=None):
+    def __getstate__(self) -> dict[str, object]:
+        """Let go of the stack on the way to a worker: it is looked up again where it is needed."""
+        return {name: value for name, value in self.__dict__.items() if name != "stack"}
+
+
+def _decoded(source: Source) -> Iterator[Tensor | BadImage]:
+    """Decode all images in order, on all cores: decoders let other threads run."""
+
+    def read(start: int) -> list[Tensor | BadImage]:
+        images: list[Tensor | BadImage] = []
+        for index in range(start, min(start + CHUNK, len(source))):
             try:
-                yield self.source.read(index)
-            except BadImage as reason:
-                self.bad[index] = str(reason)
-                yield torch.empty(0, 0, 0, dtype=torch.uint8)
+                images.append(source.read(index))
+            except BadImage as bad:
+                images.append(bad)
+        return images
+
+    threads = min(os.cpu_count() or 1, 16)
+    bar = tqdm(total=len(source), desc="reading images", unit=" images", leave=False, disable=None)
+    waiting: deque[Future[list[Tensor | BadImage]]] = deque()
+    with bar, ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(source), CHUNK):
+            waiting.append(pool.submit(read, start))
+            if len(waiting) > 2 * threads:  # no more decoded images ahead than these
+                yield from waiting.popleft().result()
+                bar.update(CHUNK)
+        while waiting:
+            yield from waiting.popleft().result()
 
 
 def in_memory(source: Source) -> Source:
@@ -80,7 +164,17 @@ def in_memory(source: Source) -> Source:
     sizes = []
     for index in range(0, len(source), max(len(source) // 16, 1)):
         with suppress(BadImage):
-            sizes.append(source.read(index).numel())
+            sizes.append(source.read(index).nbytes)
     if not sizes or max(sizes) * len(source) > MEMORY_LIMIT:
         return source
     return PackedImages(source)
+
+
+def stack_of(source: Source) -> Stack | None:
+    """Find the images of a source in one tensor, if they are held in one."""
+    if isinstance(source, PackedImages):
+        return source.stack
+    if isinstance(source, ArrayImages):
+        numbers = torch.arange(len(source))
+        return Stack(source.pixels, numbers, numbers)
+    return None

@@ -3,7 +3,8 @@
 A list of strings would be copied into every worker process, object by object.
 """
 
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,11 +28,17 @@ class PackedStrings:
 
     @classmethod
     def pack(cls, texts: Iterable[str]) -> "PackedStrings":
-        """Pack texts, none of them or many."""
-        encoded = [text.encode(errors="surrogateescape") for text in texts]
-        joined = bytearray(b"".join(encoded))
-        content = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
-        return cls(content, torch.tensor([len(each) for each in encoded], dtype=torch.long).cumsum(0))
+        """Pack texts, none of them or many, as they come."""
+        content, ends = bytearray(), array("q")
+        for text in texts:
+            content += text.encode(errors="surrogateescape")
+            ends.append(len(content))
+        return cls(
+            *(
+                torch.frombuffer(each, dtype=kind) if each else torch.empty(0, dtype=kind)
+                for each, kind in ((content, torch.uint8), (ends, torch.long))
+            )
+        )
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -46,6 +53,9 @@ class PackedStrings:
             raise IndexError(f"no text {index} among {len(self.ends)}")
         content, ends = self._views
         return content[ends[index - 1] if index else 0 : ends[index]].tobytes().decode(errors="surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
 
     @cached_property
     def _views(self) -> tuple[np.ndarray, np.ndarray]:

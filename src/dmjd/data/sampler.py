@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Generator, Tensor
 from torch.utils.data import Sampler
 
-from dmjd.data.random import mix
+from dmjd.random import mix
 
 
 @lru_cache(maxsize=2)
@@ -56,5 +56,11 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         for step in range(self.start, self.steps):
             for part in range(self.accumulation):
                 first = step * self.batch_size + (part * self.world_size + self.rank) * micro
-                places = [divmod(position, self.count) for position in range(first, first + micro)]
-                yield [(epoch, int(order(self.seed, epoch, self.count)[place])) for epoch, place in places]
+                yield [*self._positions(first, first + micro)]
+
+    def _positions(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Look up the (epoch, index) of positions `first` ... `last` - 1, epoch by epoch."""
+        for epoch in range(first // self.count, (last - 1) // self.count + 1):
+            begin, end = (min(max(place - epoch * self.count, 0), self.count) for place in (first, last))
+            for index in order(self.seed, epoch, self.count)[begin:end].tolist():
+                yield epoch, index

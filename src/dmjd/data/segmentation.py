@@ -1,6 +1,7 @@
 """Images with a class for every pixel: DATA/images/PART/NAME.jpg beside DATA/annotations/PART/NAME.png, as in ADE20K.
 
-An annotation is a picture with one number for every pixel (grey or with a palette, 8 or 16 bits) of its image's size.
+An annotation is a picture with one number for every pixel (grey or with a palette, 8 or 16 bits) of its image's size,
+as the file stores the image or as its EXIF data turn it.
 """
 
 import sys
@@ -11,25 +12,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Num
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from dmjd.data.decode import BadImage
+from dmjd.data.annotated import turn_of
+from dmjd.data.decode import BadImage, Wanted, turn
 from dmjd.data.folder import FolderFiles, image_names
 from dmjd.data.packed import PackedStrings
 from dmjd.errors import DataError
 
 PARTS = (("train", "training"), ("val", "validation", "test"))
+LONGEST = 4  # times the shorter side that an image is seen at: what its longer side has at most, as 2048 is to 512
 
 
 class Annotated(NamedTuple):
     """An image with the class of every pixel."""
 
-    image: UInt8[Tensor, "C H W"]
+    image: Num[Tensor, "C H W"]
     labels: Int[Tensor, "H W"]  # the class's number, or ignore_index
 
 
@@ -53,7 +56,9 @@ class SegmentationSet(FolderFiles):
         Raises:
             BadImage: If one does not decode, their sizes differ, or a number is no class's.
         """
-        image, labels = self.image(index), self.labels(index)
+        image, stored = self.image(index), self.labels(index)
+        turned = turn_of(self.root / self.names[index], stored.shape, image.shape[1:])
+        labels = torch.from_numpy(np.ascontiguousarray(turn(stored.numpy(), turned)))
         if image.shape[1:] != labels.shape:
             (height, width), (rows, columns) = image.shape[1:], labels.shape
             raise BadImage(f"image of {height}x{width} but annotation of {rows}x{columns} pixels")
@@ -66,7 +71,7 @@ class SegmentationSet(FolderFiles):
         return Annotated(image, labels)
 
     def labels(self, index: int) -> Int[Tensor, "H W"]:
-        """Decode an annotation; raises `BadImage`."""
+        """Decode an annotation as its file has it; raises `BadImage`."""
         try:
             with Image.open(self.annotations / Path(self.names[index]).with_suffix(".png")) as picture:
                 numbers = np.array(picture)
@@ -82,8 +87,8 @@ class SegmentationSet(FolderFiles):
 
 def open_segmentation(
     data: str,
+    wanted: Wanted,
     *,
-    in_chans: int,
     classes: Sequence[str] | None = None,
     ignore_index: int = 255,
     reduce_zero_label: bool = False,
@@ -92,7 +97,7 @@ def open_segmentation(
 
     Args:
         data: Folder of the set.
-        in_chans: Channels to decode, 3 or 1.
+        wanted: What is wanted of its images.
         classes: Names of the classes. Default: the numbers up to the highest label of the training part.
         ignore_index: Label of pixels without a class.
         reduce_zero_label: Label 0 has no class either, and label 1 is the first class.
@@ -103,7 +108,7 @@ def open_segmentation(
     """
     root = Path(data)
     train, held_out = (
-        _part(root, part, in_chans=in_chans, ignore_index=ignore_index, reduce_zero_label=reduce_zero_label)
+        _part(root, part, wanted=wanted, ignore_index=ignore_index, reduce_zero_label=reduce_zero_label)
         for part in PARTS
     )
     named = tuple(classes or _count(train))
@@ -121,7 +126,7 @@ def _part(root: Path, part_names: Sequence[str], **options: Any) -> Segmentation
         )
     images, annotations = root / "images" / part, root / "annotations" / part
     found = image_names(images)
-    pictures = image_names(annotations) if annotations.is_dir() else []
+    pictures: list[str] = [*image_names(annotations)] if annotations.is_dir() else []
     stems, annotated = (
         {Path(name).with_suffix("").as_posix() for name in names}
         for names in (found, [name for name in pictures if name.endswith(".png")])
@@ -157,11 +162,48 @@ def _count(train: SegmentationSet) -> tuple[str, ...]:
     return tuple(str(number) for number in range(max(seen) + 1))
 
 
+def seen_hw(image_hw: Sequence[int], side: int) -> list[int]:
+    """Compute the size that an image is seen at: its shorter side is `side`, its longer one at most four times that.
+
+    A longer image is made as small as that takes, but never less than a pixel high or wide: a strip of 20 x 8000 pixels
+    would otherwise become one of 512 x 204,800.
+    """
+    factor = min(side / min(image_hw), LONGEST * side / max(image_hw))
+    return [max(int(full * factor), 1) for full in image_hw]
+
+
+class RandomSeenSize(v2.Transform):
+    """Resize an image and its labels to what `seen_hw` makes of a random side.
+
+    Args:
+        sides: The least and the greatest side, in pixels.
+    """
+
+    def __init__(self, sides: tuple[int, int]):
+        super().__init__()
+        self.sides = range(sides[0], sides[1] + 1)
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Choose a size."""
+        side = self.sides[int(torch.randint(len(self.sides), ()))]
+        return {"size": seen_hw(v2.query_size(flat_inputs), side)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resize one input."""
+        return self._call_kernel(v2.functional.resize, inpt, size=params["size"])
+
+
 @dataclass(frozen=True)
 class SegmentationAugmentation:
-    """Random size, crop, mirror and colours of an image, and the same size, crop and mirror of its labels."""
+    """Random size, crop, mirror and colours of an image, and the same size, crop and mirror of its labels.
 
-    steps: v2.Compose
+    Attributes:
+        geometry: Size, crop and mirror, of both.
+        colours: Brightness, contrast, saturation and hue, of images of 1 or 3 channels; None changes none.
+    """
+
+    geometry: v2.Compose
+    colours: v2.ColorJitter | None
 
     @classmethod
     def of(
@@ -178,23 +220,23 @@ class SegmentationAugmentation:
 
         Args:
             crop: Height and width of the crop.
-            scale: Range of the image's shorter side before the crop, over the crop's.
+            scale: Range of the image's shorter side before the crop, over the crop's; see `seen_hw`.
             flip: Mirror every other image.
-            photometric: Change brightness, contrast, saturation and hue.
+            photometric: Change brightness, contrast, saturation and hue of images of 3 channels, the first two of grey
+                ones, and nothing of others.
             mean: Colour, 0 to 1, of what a crop has beyond its image.
             ignore_index: Label of that.
         """
-        sides = [max(round(min(crop) * factor), 1) for factor in scale]
+        least, greatest = (max(round(min(crop) * factor), 1) for factor in scale)
         fill = {tv_tensors.Image: [255 * value for value in mean], tv_tensors.Mask: ignore_index}
-        steps = [
-            v2.RandomShortestSize(list(range(sides[0], sides[1] + 1))),
-            v2.RandomCrop(crop, pad_if_needed=True, fill=fill),
-        ]
+        steps = [RandomSeenSize((least, greatest)), v2.RandomCrop(crop, pad_if_needed=True, fill=fill)]
         steps += [v2.RandomHorizontalFlip()] if flip else []
-        steps += [v2.ColorJitter(0.25, 0.5, 0.5, 0.05)] if photometric else []
-        return cls(v2.Compose(steps))
+        return cls(v2.Compose(steps), v2.ColorJitter(0.25, 0.5, 0.5, 0.05) if photometric else None)
 
     def __call__(self, image: Tensor, labels: Tensor) -> Annotated:
-        """Augment one image (C, H, W) and its labels (H, W)."""
-        image, labels = self.steps(tv_tensors.Image(image), tv_tensors.Mask(labels))
-        return Annotated(image.as_subclass(Tensor), labels.as_subclass(Tensor))
+        """Augment one image (C, H, W) of 0..255, uint8 or float32, and its labels (H, W)."""
+        image, labels = self.geometry(tv_tensors.Image(image), tv_tensors.Mask(labels))
+        image = image.as_subclass(Tensor)
+        if self.colours is not None and len(image) in (1, 3):  # torchvision takes floats for 0..1
+            image = self.colours(image / 255) * 255 if image.is_floating_point() else self.colours(image)
+        return Annotated(image, labels.as_subclass(Tensor))

@@ -6,18 +6,20 @@ any other set a twentieth, drawn by seed, is held out.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Num
 from torch import Tensor
 
-from dmjd.data.decode import BadImage
-from dmjd.data.random import mix
+from dmjd.data.decode import BadImage, Reduce, Wanted
+from dmjd.data.levels import Levels, levels_of
 from dmjd.errors import DataError
+from dmjd.random import mix
 from dmjd.registry import Registry
 
 HELD_OUT_PARTS = ("val", "validation", "test")  # the first that there is
@@ -65,8 +67,12 @@ class Source(Readable, Protocol):
         """Place of an image's class in `classes`; None if there are no labels."""
         ...
 
-    def read(self, index: int, /) -> UInt8[Tensor, "C H W"]:
-        """Decode an image.
+    def read(self, index: int, /, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
+        """Decode an image at its depth: uint8, uint16, int16 or float32.
+
+        Args:
+            index: Its number.
+            reduce: How much smaller it may be, where that is cheaper (see `decode`); a source need not.
 
         Raises:
             BadImage: If its file does not decode.
@@ -95,34 +101,32 @@ class Opener:
     Attributes:
         accepts: Tells whether `data` is of this kind. The kind that `data` names, as NAME or NAME:ANYTHING, is asked
             first, and that of folders last.
-        open: Of (data, *, in_chans, image_hw): finds the parts of the set by their names (`train`, `val`, ...); a set
-            without parts is one part of the name "". `in_chans` is 3 or 1, `image_hw` the size that images are wanted
-            in, for sets made to measure. Raises `DataError`.
+        open: Of (data, wanted): finds the parts of the set by their names (`train`, `val`, ...); a set without parts
+            is one part of the name "". Raises `DataError`.
         names_tell_part: Whether the names of the images differ between parts; if not, a part's name is put before them
             when all parts are listed together.
     """
 
     accepts: Callable[[str], bool]
-    open: Callable[..., dict[str, Source]]
+    open: Callable[[str, Wanted], dict[str, Source]]
     names_tell_part: bool = False
 
 
 register_source: Registry[Opener] = Registry("data source", "dmjd.data")
 
 
-def open_source(data: str, *, in_chans: int = 3, image_hw: tuple[int, int] = (64, 64), seed: int = 0) -> Parts:
+def open_source(data: str, wanted: Wanted = Wanted(), *, seed: int = 0) -> Parts:  # noqa: B008 (frozen)
     """Find a set by its path, or by its name, optionally with its folder (`cifar10:DIR`), and what to hold out of it.
 
     Args:
         data: What to find.
-        in_chans: Channels to decode, 3 or 1.
-        image_hw: Size of images that are made to measure.
+        wanted: What is wanted of its images.
         seed: Seed of the held-out images, where the set does not name them.
 
     Raises:
         DataError: If there is nothing of the name, or no image in it.
     """
-    parts = _opener(data).open(data, in_chans=in_chans, image_hw=image_hw)
+    parts = _opener(data).open(data, wanted)
     train = parts.get("train", parts.get(""))
     if train is None:
         raise DataError(f"no part to train on; {data}; the set needs a part called train, and has {', '.join(parts)}")
@@ -130,14 +134,14 @@ def open_source(data: str, *, in_chans: int = 3, image_hw: tuple[int, int] = (64
     return hold_out(train, seed) if held_out is None else same_classes(train, held_out)
 
 
-def open_all(data: str, *, in_chans: int = 3, image_hw: tuple[int, int] = (64, 64)) -> list[Source]:
+def open_all(data: str, wanted: Wanted = Wanted()) -> list[Source]:  # noqa: B008 (frozen)
     """Find every image of a set, part by part; the names of a folder's images are relative to the set's root.
 
     Raises:
         DataError: If there is nothing of the name, or no image in it.
     """
     opener = _opener(data)
-    parts = opener.open(data, in_chans=in_chans, image_hw=image_hw)
+    parts = opener.open(data, wanted)
     return [
         source if opener.names_tell_part or not name else _Prefixed(source, name, data)
         for name, source in parts.items()
@@ -209,9 +213,9 @@ class View:
         """Look up an image's label in the source."""
         return self.source.label(index)
 
-    def read(self, index: int) -> UInt8[Tensor, "C H W"]:
+    def read(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
         """Decode an image as the source does; raises `BadImage`."""
-        return self.source.read(index)
+        return self.source.read(index, reduce)
 
 
 class Subset(View):
@@ -237,9 +241,9 @@ class Subset(View):
         """Look up its label."""
         return self.source.label(int(self.indices[index]))
 
-    def read(self, index: int) -> UInt8[Tensor, "C H W"]:
+    def read(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
         """Decode it; raises `BadImage`."""
-        return self.source.read(int(self.indices[index]))
+        return self.source.read(int(self.indices[index]), reduce)
 
 
 class _Renumbered(View):
@@ -274,6 +278,18 @@ class _Prefixed(View):
         return f"{self.part}/{self.source.name(index)}"
 
 
+class Scaled(View):
+    """A source whose deep images are brought to 0..255."""
+
+    def __init__(self, source: Source, levels: Levels):
+        super().__init__(source)
+        self.levels = levels
+
+    def read(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
+        """Decode an image as the source does, uint8 or float32 of 0..255; raises `BadImage`."""
+        return self.levels.scale(self.source.read(index, reduce))
+
+
 # -- questions ---------------------------------------------------------------------------------------------------------
 
 
@@ -287,14 +303,41 @@ def labels_of(source: Source, indices: Iterable[int]) -> Int[Tensor, " n"]:
     return torch.tensor([source.label(index) for index in indices], dtype=torch.long)
 
 
+def sample(source: Readable, count: int = 256) -> Iterator[Any]:
+    """Read some members from all over a set, leaving out those that do not decode."""
+    for index in np.linspace(0, len(source) - 1, min(len(source), count), dtype=int).tolist():
+        with suppress(BadImage):
+            yield source.read(index)
+
+
+def measure_levels(source: Readable) -> Levels | None:
+    """Find the range of a set's values on a sample of its images, or of images with their annotations.
+
+    Returns:
+        None if the first of them have 8 bits: then there is nothing to scale.
+    """
+    if all(image.dtype == torch.uint8 for image in _images(sample(source, 8))):
+        return None
+    return levels_of(_images(sample(source)))
+
+
+def _images(members: Iterable[Any]) -> Iterator[Tensor]:
+    return (member if isinstance(member, Tensor) else member[0] for member in members)
+
+
 def fingerprint(source: Readable) -> str:
     """Compute a SHA-256 of the names of all images in their order, which tells one set from another."""
     names = "\n".join(source.name(index) for index in range(len(source)))
     return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()  # file names need not be Unicode
 
 
-def read_or_substitute(source: Readable, index: int) -> tuple[Any, int, dict[str, str]]:
+def read_or_substitute(source: Readable, index: int, reduce: Reduce | None = None) -> tuple[Any, int, dict[str, str]]:
     """Read an image, or the next one that decodes.
+
+    Args:
+        source: Where from.
+        index: Its number.
+        reduce: How much smaller it may be, if it is an image alone (see `Source.read`).
 
     Returns:
         What was read, its number, and the names of those that did not decode, with the reasons.
@@ -306,7 +349,7 @@ def read_or_substitute(source: Readable, index: int) -> tuple[Any, int, dict[str
     for offset in range(min(len(source), 100)):
         candidate = (index + offset) % len(source)
         try:
-            return source.read(candidate), candidate, skipped
+            return source.read(candidate, *([reduce] if reduce else [])), candidate, skipped
         except BadImage as bad:
             skipped[source.name(candidate)] = str(bad)
     path, reason = next(iter(skipped.items()))

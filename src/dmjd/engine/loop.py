@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from dmjd.data.random import mix
 from dmjd.engine.distributed import ParallelModel, whole
 from dmjd.engine.optim import Shape
+from dmjd.random import mix
 
 Objective = Callable[[ParallelModel, Any], dict[str, Tensor]]
 
@@ -61,7 +61,6 @@ class Step(NamedTuple):
     grad_norm: Tensor
     lr: float
     skipped: dict[str, str]  # files of this rank that did not decode
-    data_seconds: float  # this process has waited for images so far
 
 
 def train(
@@ -87,14 +86,12 @@ def train(
         lr: Learning rate by step.
         autocast: Context of the forward pass.
     """
-    began, data_seconds = time.perf_counter(), 0.0
+    began = time.perf_counter()
     for step in range(start, plan.steps):
         sums: dict[str, Tensor] = {}
         skipped: dict[str, str] = {}
         for part in range(plan.accumulation):
-            before = time.perf_counter()
             batch = next(batches)
-            data_seconds += time.perf_counter() - before
             # What the network draws itself (drop path) depends on the step and the micro-batch, not on who computes it.
             torch.manual_seed(mix(plan.seed, step, model.ranks.number(part)))
             with model.synchronized(last=part == plan.accumulation - 1):
@@ -112,4 +109,4 @@ def train(
             group["lr"] = lr(step) * group.get("lr_scale", 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        yield Step(step + 1, start, began, sums, whole(norm), lr(step), skipped, data_seconds)
+        yield Step(step + 1, start, began, sums, whole(norm), lr(step), skipped)

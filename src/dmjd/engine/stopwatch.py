@@ -1,7 +1,7 @@
-"""How long parts of a model compute."""
+"""How long parts of a model compute, and how long they wait."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,16 +9,17 @@ from torch import nn
 
 
 class Stopwatch:
-    """Sums the seconds that modules spend in their forward pass.
+    """Sums the seconds that a device spends in the forward pass of modules, or waits for what an iterator yields.
 
-    On a GPU the marks are events in its queue: nothing waits for it until `read`.
+    On a GPU the marks are events in its queue: nothing waits for it until `read`, and an item that arrives while there
+    still is work in the queue has taken no time.
 
     Args:
+        device: What computes, or waits.
         modules: What is timed; none within another.
-        device: Where they compute.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], device: torch.device):
+    def __init__(self, device: torch.device, modules: Iterable[nn.Module] = ()):
         self.on_gpu = device.type == "cuda"
         self.marks: list[torch.cuda.Event | float] = []  # start and end in turns
         for module in modules:
@@ -33,6 +34,17 @@ class Stopwatch:
             self.marks.append(event)
         else:
             self.marks.append(time.perf_counter())
+
+    def timed(self, items: Iterator[Any]) -> Iterator[Any]:
+        """Hand out items, and count the time until each is there."""
+        end = object()
+        while True:
+            self._mark()
+            item = next(items, end)
+            self._mark()
+            if item is end:
+                return
+            yield item
 
     def read(self) -> float:
         """Return the seconds since the last reading; a GPU's queue is waited for."""

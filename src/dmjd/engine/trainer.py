@@ -20,7 +20,11 @@ from dmjd.engine.loop import Objective, Plan, Step, train
 from dmjd.engine.optim import learning_rate
 from dmjd.engine.run import Run
 from dmjd.engine.signals import stop_signals
+from dmjd.engine.stopwatch import Stopwatch
 from dmjd.errors import NonFiniteError
+
+WAITING = 0.1  # share of the time that images may be waited for
+PATIENCE = 60.0  # seconds of training before something is said about it
 
 
 class Trainer:
@@ -51,6 +55,8 @@ class Trainer:
         self.ranks = model.ranks
         self.start = 0  # steps done before
         self.logged: tuple[int, float] | None = None  # step and time of the last line
+        self.waiting = Stopwatch(self.ranks.device)
+        self.waited = self.trained = 0.0  # seconds of this process: until images were there, and in all, logged so far
 
     def begin(self, config: str, *, resume: bool) -> None:
         """Start the run with these settings, or take it up at its newest checkpoint, if it has one.
@@ -70,7 +76,7 @@ class Trainer:
     def fit(
         self,
         samples: ReadableSamples,
-        collate: Callable[[list[Any]], Any],
+        collate: Callable[[list[Any]], Any] | None,
         objective: Objective,
         evaluate: Callable[[int], dict[str, float]],
         *,
@@ -83,7 +89,7 @@ class Trainer:
 
         Args:
             samples: What training sees, by (epoch, index).
-            collate: Makes a micro-batch of samples.
+            collate: Makes a micro-batch of samples; None where these come as one.
             objective: From the model and a micro-batch to scalars by name; `loss` is minimised.
             evaluate: Judges the network after a step; its first number tells the best one.
             keep: Writes the network under a name, best.safetensors or last.safetensors.
@@ -124,7 +130,7 @@ class Trainer:
             return measured
 
     def steps(
-        self, samples: ReadableSamples, collate: Callable[[list[Any]], Any], objective: Objective
+        self, samples: ReadableSamples, collate: Callable[[list[Any]], Any] | None, objective: Objective
     ) -> Iterator[Step]:
         """Load this rank's share of every batch and train on it, step by step, to the end of the plan."""
         plan, ranks = self.plan, self.ranks
@@ -146,7 +152,7 @@ class Trainer:
         return train(
             self.model,
             self.optimizer,
-            iter(batches),
+            self.waiting.timed(iter(batches)),
             objective,
             plan,
             start=self.start,
@@ -171,22 +177,35 @@ class Trainer:
         grad_norm = float(step.grad_norm)
         now, since = time.perf_counter(), self.logged or (step.start, step.began)
         rate = (step.number - since[0]) * self.plan.batch_size / (now - since[1])
+        waited = self.waiting.read() / (now - since[1])
         self.run.write(
             step.number,
             losses
-            | {"lr": step.lr, "grad_norm": grad_norm, "data_seconds": round(step.data_seconds, 3)}
+            | {"lr": step.lr, "grad_norm": grad_norm, "data_share": round(waited, 4)}
             | {"images_per_second": round(rate, 2)}
             | gauge(now - since[1]),
         )
         self.logged = (step.number, now)
+        self.warn_of_waiting(waited * (now - since[1]), now - since[1])
         if not torch.tensor([losses["loss"], grad_norm]).isfinite().all():
             raise NonFiniteError(
                 f"the loss is {losses['loss']} and the gradient's norm {grad_norm} at step {step.number}; "
                 f"{self.run.out}; checkpoints before are finite: start another run with a lower --optim.blr"
             )
         return {name.removeprefix("loss_"): f"{value:.4f}" for name, value in losses.items()} | {
-            "images/s": f"{rate:.0f}"
+            "images/s": f"{rate:.0f}",
+            "waiting": f"{waited:.0%}",
         }
+
+    def warn_of_waiting(self, waited: float, seconds: float) -> None:
+        """Say what would help, once, where a tenth of a minute's work and more has gone into waiting for images."""
+        before, (self.waited, self.trained) = self.trained, (self.waited + waited, self.trained + seconds)
+        if before < PATIENCE <= self.trained and self.waited > WAITING * self.trained and self.ranks.is_main:
+            print(
+                f"warning: {self.waited / self.trained:.0%} of the time goes into waiting for images; "
+                f"{self.run.address}; give more --workers where there are cores, or decode them once with dmjd prepare",
+                file=sys.stderr,
+            )
 
     def evaluate(
         self, step: int, evaluate: Callable[[int], dict[str, float]], keep: Callable[[str], None] | None = None

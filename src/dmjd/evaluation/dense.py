@@ -6,15 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtyping import UInt8
+from jaxtyping import Num
 from torch import Tensor
 from tqdm import tqdm
 
-from dmjd.data.decode import BadImage, decode
-from dmjd.data.folder import image_names
+from dmjd.data.decode import BadImage
+from dmjd.data.folder import FolderImages, image_names
+from dmjd.data.packed import PackedStrings
 from dmjd.data.source import Readable
 from dmjd.engine.distributed import Ranks
 from dmjd.errors import DataError
+from dmjd.evaluation.features import FeatureExtractor
 
 SHOWN = 8  # held-out images in the report
 
@@ -24,7 +26,7 @@ class Shown(NamedTuple):
 
     number: int  # its place in the set
     name: str
-    image: UInt8[Tensor, "C H W"]
+    image: Num[Tensor, "C H W"]  # of 0..255
     truth: Any
     prediction: Any
 
@@ -72,7 +74,7 @@ def decodable(images: Readable, ranks: Ranks) -> Iterator[tuple[int, Any]]:
         print(f"warning: {line}; {images.address}", file=sys.stderr)
 
 
-def images_to_predict(path: Path, in_chans: int) -> Iterator[tuple[str, UInt8[Tensor, "C H W"] | None]]:
+def images_to_predict(path: Path, backbone: FeatureExtractor) -> Iterator[tuple[str, Num[Tensor, "C H W"] | None]]:
     """Read an image, or those of a folder, by name; None for one that does not decode, which stderr names.
 
     Raises:
@@ -80,12 +82,16 @@ def images_to_predict(path: Path, in_chans: int) -> Iterator[tuple[str, UInt8[Te
     """
     if not path.exists():
         raise DataError(f"no such image or folder; {path}; check --predict")
-    root, names = (path, image_names(path)) if path.is_dir() else (path.parent, [path.name])
+    root, names = (path, image_names(path)) if path.is_dir() else (path.parent, PackedStrings.pack([path.name]))
     if len({Path(name).with_suffix("") for name in names}) < len(names):
         raise DataError(f"two images of the same name but for the ending; {path}; rename one")
-    for name in tqdm(names, desc="predicting", unit=" images", leave=False, disable=None):
+    (images,) = backbone.open(
+        lambda wanted: [FolderImages(root=root, names=names, wanted=wanted, classes=(), labels=None)]
+    )
+    for index in tqdm(range(len(images)), desc="predicting", unit=" images", leave=False, disable=None):
+        name = images.name(index)
         try:
-            yield name, decode(root / name, in_chans)
+            yield name, images.read(index)
         except BadImage as reason:
             print(f"warning: {reason}; {root / name}; left out", file=sys.stderr)
             yield name, None

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import UInt8
+from jaxtyping import Num
 from torch import Tensor, nn
 
 from dmjd.data.detection import DetectionSet, Objects
@@ -44,8 +44,12 @@ class Finder:
     network: nn.Module
     autocast: Callable[[], AbstractContextManager[None]]
 
-    def __call__(self, image: UInt8[Tensor, "C H W"]) -> Found:
-        """Find boxes, labels from 0, scores in falling order, and masks if the network has them; on the CPU."""
+    def __call__(self, image: Num[Tensor, "C H W"]) -> Found:
+        """Find boxes, labels from 0, scores in falling order, and masks if the network has them; on the CPU.
+
+        Args:
+            image: Of 0..255.
+        """
         device = next(self.network.parameters()).device
         with self.autocast():
             (found,) = self.network([image.to(device) / 255])

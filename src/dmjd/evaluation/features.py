@@ -1,8 +1,9 @@
 """Features of images by a frozen backbone, whatever the device, the precision and the number of ranks."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -12,12 +13,15 @@ from tqdm import tqdm
 from dmjd.backbones.files import open_backbone
 from dmjd.backbones.normalize import Normalize
 from dmjd.data.crops import center_crop
+from dmjd.data.decode import Wanted
+from dmjd.data.levels import BYTES, Levels
 from dmjd.data.loader import read_batches
-from dmjd.data.source import Parts, Source, labels_of, open_source
+from dmjd.data.source import Parts, Source, labels_of, measure_levels, open_source
 from dmjd.engine.device import choose_precision
 from dmjd.engine.distributed import Ranks
 from dmjd.errors import ConfigError, DataError
 
+_Found = TypeVar("_Found", bound=Sequence[Any])
 LabelledFeatures = tuple[Tensor, Tensor]  # (n, D) and (n)
 
 
@@ -87,10 +91,12 @@ class FeatureExtractor:
         workers: Processes that load images; None for as many as fit.
         pretrained: With its weights, or the same network untrained.
         drop_path_rate: Stochastic depth in training.
+        images: `pages` of TIFFs, as `Wanted` has them, and the `value_range` of images deeper than 8 bits: None is what
+            the backbone was trained with, if these were any, else what a sample of them uses.
 
     Raises:
         CheckpointError: If the backbone does not load.
-        ConfigError: If it takes images of other channels than 1 or 3.
+        ConfigError: If it takes no drop_path_rate.
     """
 
     def __init__(
@@ -102,6 +108,7 @@ class FeatureExtractor:
         workers: int | None = None,
         pretrained: bool = True,
         drop_path_rate: float = 0.0,
+        **images: Any,
     ):
         self.ranks, self.device, self.workers = ranks, ranks.device, workers
         self.autocast = choose_precision(precision, self.device)
@@ -109,15 +116,34 @@ class FeatureExtractor:
         self.model = model.to(self.device)
         wanted: Any = model.pretrained_cfg
         self.in_chans, *size = wanted["input_size"]
-        if self.in_chans not in (1, 3):
-            raise ConfigError(f"the backbone takes {self.in_chans} channels; {name}; images have 1 or 3")
         self.image_hw: tuple[int, int] = (size[0], size[1])
+        known = images.get("value_range") or wanted.get("value_range")
+        levels = Levels(*map(float, known)) if known and tuple(known) != (0.0, 255.0) else None
+        self.wanted = Wanted(self.in_chans, self.image_hw, levels, images.get("pages"))
         self.statistics: tuple[list[float], list[float]] = (list(wanted["mean"]), list(wanted["std"]))
         self.normalize = Normalize(*self.statistics).to(self.device)
 
+    def open(self, find: Callable[[Wanted], _Found]) -> _Found:
+        """Find a set in the channels of the model, and in the size of it where that is made to measure.
+
+        Args:
+            find: Finds the parts of a set, of which the first is looked at where the range of values is not known.
+        """
+        found = find(self.wanted)
+        if self.wanted.levels is None and (levels := measure_levels(found[0])):
+            self.wanted = replace(self.wanted, levels=levels)
+            return find(self.wanted)
+        return found
+
     def open_images(self, data: str, *, seed: int) -> Parts:
-        """Find a set by its path or name, in the channels and, where it is made to measure, the size of the model."""
-        return open_source(data, in_chans=self.in_chans, image_hw=self.image_hw, seed=seed)
+        """Find the training and the held-out images of a set by its path or name."""
+        return self.open(lambda wanted: open_source(data, wanted, seed=seed))
+
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """What deep images range over, as a file of the backbone is to say."""
+        levels = self.wanted.levels or BYTES
+        return levels.low, levels.high
 
     def features(
         self, source: Source, *, layers: tuple[int, ...] = (), batch_size: int = 256

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import resize
 
-from dmjd.data.segmentation import SegmentationSet
+from dmjd.data.segmentation import SegmentationSet, seen_hw
 from dmjd.engine.distributed import Ranks
 from dmjd.errors import ConfigError
 from dmjd.evaluation.dense import Judged, Shown, decodable, shown_indices
@@ -31,7 +31,8 @@ class PixelClassifier:
         network: From normalised images to a list whose first entry is logits.
         normalize: Brings pixels of 0..255 to what the network takes.
         autocast: Context of the forward pass.
-        window_hw: Height and width of a training crop: images are seen with their shorter side as its shorter one.
+        window_hw: Height and width of a training crop: images are seen at the size that `seen_hw` makes of its shorter
+            side.
         slide: Look at windows of the crop's size, whose logits are averaged, instead of the whole image.
         stride: Pixels from one window to the next; None for two thirds of a window.
     """
@@ -43,10 +44,10 @@ class PixelClassifier:
     slide: bool = False
     stride: int | None = None
 
-    def __call__(self, image: UInt8[Tensor, "C H W"]) -> Int[Tensor, "H W"]:
-        """Classify the pixels of an image, where the network is."""
+    def __call__(self, image: Num[Tensor, "C H W"]) -> Int[Tensor, "H W"]:
+        """Classify the pixels of an image of 0..255, where the network is."""
         device = next(self.network.parameters()).device
-        pixels = resize(image.to(device), [min(self.window_hw)])
+        pixels = resize(image.to(device), seen_hw(image.shape[-2:], min(self.window_hw)))
         with self.autocast():
             logits = self.logits(self.normalize(pixels[None]))
         return F.interpolate(logits, image.shape[-2:], mode="bilinear")[0].argmax(dim=0)

@@ -82,7 +82,15 @@ def fit_around(
         network, path = trainer.model.whole(), trainer.run.out / name
         model = network.get_submodule(inside)
         if trainer.ranks.is_main:
-            save_backbone(path, model, backbone.architecture, *backbone.statistics, around=network, task=task)
+            save_backbone(
+                path,
+                model,
+                backbone.architecture,
+                *backbone.statistics,
+                value_range=backbone.value_range,
+                around=network,
+                task=task,
+            )
 
     trainer.fit(samples, collate_annotated, objective, evaluate, keep=keep)
     assert judged is not None

@@ -6,9 +6,11 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
@@ -32,6 +34,18 @@ class PyramidFPN(nn.Module):
         return self.fpn(dict(zip("0123", self.pyramid(images), strict=True)))
 
 
+class FitIntoCrop(GeneralizedRCNNTransform):
+    """torchvision's resizing, which rounds the shorter side of a very long image down to no pixel, and so fails."""
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Stretch the shorter side until a pixel of it is left; boxes are brought back side by side."""
+        least = max(image.shape[-2:]) // self.max_size + 1
+        if min(image.shape[-2:]) < least:
+            image = F.interpolate(image[None], [max(side, least) for side in image.shape[-2:]], mode="bilinear")[0]
+        resized: tuple[Tensor, dict[str, Tensor] | None] = super().resize(image, target)
+        return resized
+
+
 def create_detector(
     pyramid: Pyramid,
     num_classes: int,
@@ -48,18 +62,12 @@ def create_detector(
         pyramid: Makes the maps.
         num_classes: Classes, without the background.
         masks: With a head for masks.
-        crop_hw: Height and width of training images; others are resized to their sides.
+        crop_hw: Height and width of training images; others are resized to fit into these sides, lying or upright.
         statistics: Mean and standard deviation of the channels.
         fpn_channels: Width of the feature pyramid network.
         head_channels: Width of the layers that judge a box.
     """
     options: dict[str, Any] = {
-        "min_size": min(crop_hw),
-        "max_size": max(crop_hw),
-        "image_mean": list(statistics[0]),
-        "image_std": list(statistics[1]),
-        "size_divisible": 64,  # the coarsest map's stride
-        "_skip_resize": True,  # in training: crops have their size
         "box_head": TwoMLPHead(fpn_channels * BOX_SIDE**2, head_channels),
         "box_predictor": FastRCNNPredictor(head_channels, num_classes + 1),  # and the background
     }
@@ -67,6 +75,13 @@ def create_detector(
         options["mask_head"] = MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, 1)
         options["mask_predictor"] = MaskRCNNPredictor(fpn_channels, fpn_channels, num_classes + 1)
     model: Any = (MaskRCNN if masks else FasterRCNN)(PyramidFPN(pyramid, fpn_channels), **options)
+    model.transform = FitIntoCrop(
+        min(crop_hw),
+        max(crop_hw),
+        *map(list, statistics),
+        size_divisible=64,  # the coarsest map's stride
+        _skip_resize=True,  # in training: crops have their size
+    )
     for part in (model.backbone, model.rpn.head, model.roi_heads.box_predictor):
         part.register_forward_hook(lambda module, given, found: float32(found))
     for pooler in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):

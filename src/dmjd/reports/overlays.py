@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Integer, UInt8
+from jaxtyping import Integer, Num, UInt8
 from matplotlib.colors import hsv_to_rgb
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
@@ -25,9 +25,13 @@ def legend_of(classes: Sequence[str]) -> list[tuple[str, str]]:
     return [(name, "#{:02x}{:02x}{:02x}".format(*colour)) for name, colour in zip(classes, colours, strict=True)]
 
 
-def rgb(image: UInt8[Tensor, "C H W"]) -> Picture:
-    """Lay an image out as pictures are: the first three channels, or the first one as grey where there are fewer."""
-    return image[: 3 if len(image) > 2 else 1].expand(3, -1, -1).permute(1, 2, 0).cpu().numpy().copy()
+def rgb(image: Num[Tensor, "C H W"]) -> Picture:
+    """Lay an image of 0..255 out as pictures are: the first three channels, or the first as grey where there are fewer.
+
+    Deep images, which are float32, are rounded.
+    """
+    shown = image[: 3 if len(image) > 2 else 1].expand(3, -1, -1).permute(1, 2, 0)
+    return shown.round().clamp(0, 255).byte().cpu().numpy().copy()
 
 
 def colour_pixels(numbers: Integer[Tensor, "H W"], count: int) -> Picture:
@@ -40,11 +44,11 @@ def overlay_pixels(image: Picture, numbers: Integer[Tensor, "H W"], count: int) 
     return (image * 0.5 + colour_pixels(numbers, count) * 0.5).astype(np.uint8)
 
 
-def overlay_objects(image: UInt8[Tensor, "C H W"], found: Mapping[str, Tensor], classes: Sequence[str]) -> Picture:
+def overlay_objects(image: Num[Tensor, "C H W"], found: Mapping[str, Tensor], classes: Sequence[str]) -> Picture:
     """Draw objects on an image, in the colours of their classes.
 
     Args:
-        image: The image.
+        image: The image, of 0..255.
         found: By name: `boxes` (n, 4) as left, top, right, bottom in pixels; `labels` (n) from 0; and, if there are
             any, `masks` (n, H, W), True inside.
         classes: Names of the classes.

@@ -62,7 +62,7 @@ class Pixels(nn.Module):
         """Draw values as pixels: undo what was done to the target.
 
         Patches that were standardised carry no brightness or contrast of their own; both are taken from the true
-        patches of `image`, as in MAE's pictures. Of more than three channels the first three are drawn, of two one.
+        patches of `image`, as in MAE's pictures.
         """
         values, normalize = values.cpu().double(), Normalize(*self.normalize.statistics)
         if self.standardize:
@@ -70,8 +70,7 @@ class Pixels(nn.Module):
             values = values * deviation + mean
         grid = image.shape[-2] // self.patch_size, image.shape[-1] // self.patch_size
         pixels = unpatchify(values, grid, self.patch_size) * normalize.std + normalize.mean
-        picture = (pixels.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
-        return picture[: 3 if len(picture) > 2 else 1]
+        return (pixels.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
 
     @staticmethod
     def _statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

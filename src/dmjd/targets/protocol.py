@@ -34,7 +34,7 @@ class Target(Protocol):
             truth: True values of all images that the report shows, (n, L, T): colours are chosen for all of them.
 
         Returns:
-            A picture on the CPU, uint8 (1 or 3, h, w), whose sides are multiples of those of the grid of tokens.
+            A picture on the CPU, uint8 (1, 3 or C, h, w), whose sides are multiples of those of the grid of tokens.
         """
         ...
 

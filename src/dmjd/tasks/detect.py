@@ -56,7 +56,7 @@ def detect(settings: DetectSettings) -> None:
         start = settings.start.keywords | {"drop_path_rate": settings.tuning.drop_path}
         backbone = FeatureExtractor(ranks=ranks, **start, **run.keywords)
         classes = class_names(run.data, settings.dense.classes)
-        train, held_out = open_detection(run.data, in_chans=backbone.in_chans, classes=classes)
+        train, held_out = backbone.open(lambda wanted: open_detection(run.data, wanted, classes=classes))
         masks = train.masks and held_out.masks
         train, held_out = (replace(part, masks=masks) for part in (train, held_out))
         judged = fit(settings, backbone, train, held_out)
@@ -168,7 +168,7 @@ def predict(settings: DetectSettings) -> None:
         network = create(settings, backbone, len(classes), masks=task["masks"]).eval()
         load_around(settings.start.backbone, network)
         find = Finder(network, backbone.autocast)
-        for name, image in images_to_predict(path, backbone.in_chans):
+        for name, image in images_to_predict(path, backbone):
             if image is None:
                 skipped += 1
                 continue

@@ -29,7 +29,7 @@ def embed(settings: EmbedSettings) -> None:
         backbone = FeatureExtractor(ranks=ranks, **settings.start.keywords, **run.keywords)
         matrices, rows = [], []
         skipped = 0
-        for images in open_all(run.data, in_chans=backbone.in_chans, image_hw=backbone.image_hw):
+        for images in backbone.open(lambda wanted: open_all(run.data, wanted)):
             found, seen = backbone.features(images, batch_size=run.batch_size)
             matrices.append(found.numpy())
             skipped += len(images) - len(seen)

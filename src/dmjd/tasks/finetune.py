@@ -1,6 +1,7 @@
 """`dmjd finetune`: train a backbone and a classifier on labelled images."""
 
 import json
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmjd.backbones.files import put_head, save_backbone
-from dmjd.config.downstream import FinetuneSettings
+from dmjd.config.downstream import AugmentSettings, FinetuneSettings
 from dmjd.config.rules import to_dict, to_yaml
 from dmjd.data.labelled import (
     LabelledBatch,
     LabelledSamples,
+    TrainingTransform,
     collate_labelled,
+    is_picture,
     labelled_parts,
     to_device,
     training_transform,
 )
 from dmjd.data.memory import in_memory
-from dmjd.data.source import Parts, labels_of
+from dmjd.data.source import Parts, labels_of, sample
 from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
 from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_optimizer
@@ -90,7 +93,7 @@ def fit(
     def keep(name: str) -> None:
         best = judged()
         if ranks.is_main:
-            save_backbone(run.out / name, best, architecture, *backbone.statistics)
+            save_backbone(run.out / name, best, architecture, *backbone.statistics, value_range=backbone.value_range)
 
     def after_step(step: int) -> None:
         if ema:
@@ -106,8 +109,19 @@ def fit(
         checkpointed=nn.ModuleDict({"model": network, "ema": ema.module}) if ema else None,
     )
     trainer.begin(to_yaml(settings), resume=run.resume)
-    augment, (mean, std) = settings.augment, backbone.statistics
-    transform = training_transform(
+    if ranks.is_main and settings.augment.auto_augment != "none" and not all(map(is_picture, sample(train, 16))):
+        why = "more than 8 bits, or other channels than 1 or 3"
+        print(f"warning: no RandAugment for images of {why}; {run.data}; see --augment.auto_augment", file=sys.stderr)
+    samples = LabelledSamples(in_memory(train), augmentation(settings.augment, backbone), run.seed)
+    trainer.fit(samples, collate_labelled, objective, evaluate, keep=keep, after_step=after_step)
+    assert result is not None
+    return trainer, result
+
+
+def augmentation(augment: AugmentSettings, backbone: FeatureExtractor) -> TrainingTransform:
+    """Make what training does to images, as settings say, for what a backbone takes."""
+    mean, std = backbone.statistics
+    return training_transform(
         (backbone.in_chans, *backbone.image_hw),
         mean=mean,
         std=std,
@@ -116,10 +130,6 @@ def fit(
         auto_augment=augment.auto_augment,
         random_erasing=augment.random_erasing,
     )
-    samples = LabelledSamples(in_memory(train), transform, run.seed)
-    trainer.fit(samples, collate_labelled, objective, evaluate, keep=keep, after_step=after_step)
-    assert result is not None
-    return trainer, result
 
 
 class Loss:

@@ -4,23 +4,25 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from jaxtyping import UInt8
+from torch import Tensor, nn
 
 from dmjd.backbones.files import save_backbone
-from dmjd.config.pretrain import PretrainSettings
+from dmjd.backbones.normalize import STATISTICS
+from dmjd.config.pretrain import PretrainRun, PretrainSettings
 from dmjd.config.rules import to_dict, to_yaml
-from dmjd.data.crops import center_crop, random_crop
-from dmjd.data.decode import BadImage
-from dmjd.data.masked import MaskedBatch, MaskedSamples, collate_masked
-from dmjd.data.memory import PackedImages, in_memory
-from dmjd.data.random import mix
-from dmjd.data.source import Parts, Source, has_labels, open_source
+from dmjd.data.crops import RandomCrop, center_crop
+from dmjd.data.decode import BadImage, Wanted
+from dmjd.data.levels import BYTES, Levels
+from dmjd.data.masked import MaskedBatch, MaskedSamples
+from dmjd.data.memory import PackedImages, in_memory, stack_of
+from dmjd.data.source import Parts, Scaled, Source, has_labels, measure_levels, open_source, sample
+from dmjd.data.statistics import Statistics, statistics_of
 from dmjd.engine.checkpoint import write_atomically
 from dmjd.engine.device import choose_precision, memory_errors
 from dmjd.engine.distributed import ParallelModel, join_ranks
@@ -33,7 +35,7 @@ from dmjd.engine.trainer import Trainer
 from dmjd.errors import ConfigError
 from dmjd.evaluation.monitor import Monitor, evenly
 from dmjd.factory import from_settings
-from dmjd.masking import block_masks, token_ids
+from dmjd.masking import seeded_masks, token_ids
 from dmjd.method import DMJD
 from dmjd.reports.pretraining import write_report
 from dmjd.reports.token_pictures import write_samples
@@ -56,43 +58,80 @@ def pretrain(settings: PretrainSettings) -> None:
     with join_ranks(run.device) as ranks:
         ranks.micro_batch(run.batch_size, settings.optim.accumulation)
         refuse_second_run(out, resume=run.resume, ranks=ranks)
+        found, statistics = find_images(settings)
         torch.manual_seed(run.seed)
-        network = create(settings).to(ranks.device)
-        parts = find_images(settings)
+        network = create(settings, statistics).to(ranks.device)
+        parts = Parts(*map(in_memory, found))
         if settings.teacher.cache:
             cache(settings, network, num_crops=len(parts.train) * (settings.crop.variants or 1))
         model = ParallelModel(network, ranks, parallel=run.parallel, compile=run.compile)
-        monitor = Monitor(parts, settings.model.image_hw, settings.monitor.max_images, run.workers)
-        trainer = make_trainer(settings, model, monitor)
+        scaled = Parts(*(Scaled(part, statistics.levels) for part in parts))
+        monitor = Monitor(scaled, settings.model.image_hw, settings.monitor.max_images, run.workers)
+        trainer = make_trainer(settings, model, parts.train, monitor)
         trainer.begin(to_yaml(settings), resume=run.resume)
         if trainer.start == trainer.plan.steps and (out / "summary.json").exists():
             print(f"this run is done; look at {out / 'report.html'}")
             return
-        if isinstance(parts.train, PackedImages):
-            trainer.run.skip({parts.train.name(index): reason for index, reason in parts.train.bad.items()})
-        samples = training_samples(settings, parts.train)
-        trained = fit(trainer, samples, monitor)
-        finish(settings, trainer, samples, parts, trained)
+        name_broken(trainer.run, parts)
+        samples = training_samples(settings, parts.train, statistics.levels, ranks.device)
+        trained = fit(settings, trainer, samples, monitor)
+        finish(settings, trainer, samples, scaled, trained)
 
 
-def create(settings: PretrainSettings) -> DMJD:
-    """Create the untrained model.
+def create(settings: PretrainSettings, statistics: Statistics) -> DMJD:
+    """Create the untrained model for images of these statistics.
 
     Raises:
         ConfigError: If settings do not go together.
     """
     try:
-        return from_settings(settings)
+        return from_settings(settings, (statistics.mean, statistics.std))
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
-def find_images(settings: PretrainSettings) -> Parts:
-    """Find the images and hold small sets in memory; a set of one image is its own held-out part."""
+def find_images(settings: PretrainSettings) -> tuple[Parts, Statistics]:
+    """Find the images, and look at some of them for their statistics; a set of one image is its own held-out part."""
     model, run = settings.model, settings.run
-    found = open_source(run.data, in_chans=model.in_chans, image_hw=model.image_hw, seed=run.seed)
-    parts = Parts(*map(in_memory, found))
-    return parts if len(parts.held_out) else Parts(parts.train, parts.train)
+    wanted = Wanted(model.in_chans, model.image_hw, pages=run.data_pages)
+    train, held_out = open_source(run.data, wanted, seed=run.seed)
+    return Parts(train, held_out if len(held_out) else train), find_statistics(run, train, model.in_chans)
+
+
+def find_statistics(run: PretrainRun, images: Source, in_chans: int) -> Statistics:
+    """Look up or measure what images are normalised by; says on stderr what deep images are taken to range over.
+
+    Raises:
+        ConfigError: If the statistics are those of another number of channels.
+    """
+    asked = run.data_statistics
+    given = None if asked in ("auto", "imagenet") else Statistics.read(Path(asked))
+    levels = Levels(*run.data_range) if run.data_range else given.levels if given else measure_levels(images) or BYTES
+    if levels != BYTES:
+        print(f"values of {levels.low:g} to {levels.high:g} become 0 to 1; {images.address}", file=sys.stderr)
+    if given:
+        known = replace(given, levels=levels)
+    elif asked == "imagenet" or in_chans == 3:
+        known = Statistics(*STATISTICS[3], levels)
+    else:
+        known = statistics_of(sample(images), levels)
+    if len(known.mean) != in_chans:
+        raise ConfigError(f"statistics of {len(known.mean)} channels, not {in_chans}; --data_statistics {asked}")
+    return known
+
+
+def name_broken(run: Run, parts: Parts) -> None:
+    """Write down what did not decode when the images were read into memory, and say so before training begins."""
+    train, held_out = ({} if not isinstance(part, PackedImages) else part.broken for part in parts)
+    if parts.train is not parts.held_out:
+        train |= {f"{parts.held_out.address}/{name}": reason for name, reason in held_out.items()}
+    if train and run.ranks.is_main:
+        name, reason = next(iter(train.items()))
+        print(
+            f"warning: {len(train)} images left out, such as {name}: {reason}; see {run.out / 'skipped.tsv'}",
+            file=sys.stderr,
+        )
+    run.skip(train)
 
 
 def cache(settings: PretrainSettings, network: DMJD, *, num_crops: int) -> None:
@@ -110,9 +149,9 @@ def cache(settings: PretrainSettings, network: DMJD, *, num_crops: int) -> None:
         print(each.reserve(num_crops), file=sys.stderr)
 
 
-def make_trainer(settings: PretrainSettings, model: ParallelModel, monitor: Monitor) -> Trainer:
+def make_trainer(settings: PretrainSettings, model: ParallelModel, images: Source, monitor: Monitor) -> Trainer:
     """Make the trainer that settings describe; evaluations look at no more than a share of what training reads."""
-    run, optim, images = settings.run, settings.optim, monitor.parts.train
+    run, optim = settings.run, settings.optim
     steps = run.num_steps(len(images))
     plan = Plan(steps=steps, lr=settings.lr, **run.plan, **settings.monitor.plan, **optim.plan)
     affordable = int(settings.monitor.max_share * steps * run.batch_size / monitor.num_images)
@@ -125,36 +164,45 @@ def make_trainer(settings: PretrainSettings, model: ParallelModel, monitor: Moni
     )
 
 
-def training_samples(settings: PretrainSettings, images: Source) -> MaskedSamples:
-    """Make the training samples that settings describe."""
-    crop, masking = settings.crop, settings.masking
-    return MaskedSamples(
-        images,
-        partial(random_crop, size=settings.model.image_hw, scale=crop.scale, ratio=crop.ratio, flip=crop.flip),
-        partial(
-            block_masks,
-            1,
-            settings.model.grid,
-            block=masking.block,
-            num_views=masking.num_views,
-            mask_ratio=masking.mask_ratio,
-            predict_ratio=masking.predict_ratio,
-        ),
-        settings.run.seed,
-        crop.variants,
+def training_samples(settings: PretrainSettings, images: Source, levels: Levels, device: torch.device) -> MaskedSamples:
+    """Make the training samples that settings describe, from a tensor on the device if they are few and small.
+
+    Raises:
+        ConfigError: If they are to be on the device and are no tensor.
+    """
+    crop, asked = settings.crop, settings.run.data_on_device
+    stack = stack_of(images) if asked != "no" else None
+    if asked == "yes" and stack is None:
+        raise ConfigError(f"images of several sizes, or too many to hold; {images.address}; --data_on_device auto")
+    stack = stack.to(device) if stack and (asked == "yes" or stack.fits(device)) else None
+    cropping = RandomCrop(settings.model.image_hw, crop.scale, crop.ratio, crop.flip)
+    return MaskedSamples(images, cropping, settings.run.seed, crop.variants, levels, stack)
+
+
+def masks_of(settings: PretrainSettings, seeds: Tensor) -> Tensor:
+    """Draw the masks (B, V, L) of samples as settings say."""
+    masking = settings.masking
+    return seeded_masks(
+        seeds,
+        settings.model.grid,
+        block=masking.block,
+        num_views=masking.num_views,
+        mask_ratio=masking.mask_ratio,
+        predict_ratio=masking.predict_ratio,
     )
 
 
-def fit(trainer: Trainer, samples: MaskedSamples, monitor: Monitor) -> dict[str, float]:
+def fit(settings: PretrainSettings, trainer: Trainer, samples: MaskedSamples, monitor: Monitor) -> dict[str, float]:
     """Train to the end; return what the features are worth then."""
     model, plan, device = trainer.model, trainer.plan, trainer.ranks.device
     network: Any = model.module
     targets: list[Any] = [network.target, network.visible_target]
-    stopwatch = Stopwatch((target for target in targets if isinstance(target, nn.Module)), device)
+    stopwatch = Stopwatch(device, (target for target in targets if isinstance(target, nn.Module)))
+    num_hidden = int(masks_of(settings, torch.zeros(1, dtype=torch.long))[0, 0].sum())
 
     def objective(model: ParallelModel, batch: MaskedBatch) -> dict[str, Tensor]:
-        images = batch.images.to(device, non_blocking=True)  # masks stay here, see `masking.token_ids`
-        losses = model(images, batch.masked)
+        masked = masks_of(settings, batch.seeds.to(device, non_blocking=True))
+        losses = model(samples.pixels(batch, device), masked, num_hidden)
         return {"loss": losses.total, "loss_masked": losses.masked, "loss_visible": losses.visible}
 
     def evaluate(step: int) -> dict[str, float]:
@@ -162,7 +210,7 @@ def fit(trainer: Trainer, samples: MaskedSamples, monitor: Monitor) -> dict[str,
 
     return trainer.fit(
         samples,
-        collate_masked,
+        None,
         objective,
         evaluate,
         after_step=lambda step: network.update_targets(step / plan.steps),
@@ -181,7 +229,14 @@ def finish(
         return
     encoder = network.encoder
     path = out / "backbone.safetensors"
-    save_backbone(path, encoder.backbone, encoder.architecture, *network.normalize.statistics)
+    levels = samples.levels
+    save_backbone(
+        path,
+        encoder.backbone,
+        encoder.architecture,
+        *network.normalize.statistics,
+        value_range=(levels.low, levels.high),
+    )
     with memory_errors("choose cpu for --device"):
         draw(settings, network, samples, parts.held_out, steps=steps, device=trainer.ranks.device)
     summary = run.summary | {
@@ -217,16 +272,17 @@ def draw(
 
     Also how often tokens were hidden in the last epoch of training, by masks drawn again.
     """
-    crops, masks = [], []
+    crops, drawn = [], []
     for index in evenly(len(held_out), NUM_PICTURES):
         try:
-            crops.append(center_crop(held_out.read(index), settings.model.image_hw))
+            crops.append(center_crop(held_out.read(index), settings.model.image_hw).float())
         except BadImage:
             continue
-        masks.append(samples.draw(generator=Generator().manual_seed(mix(settings.run.seed, 0, index))))
+        drawn.append(index)
     if not crops:
         return
-    images, masked = torch.stack(crops), torch.cat(masks)
+    images = torch.stack(crops)
+    masked = masks_of(settings, samples.mask_seeds(torch.zeros(len(drawn), dtype=torch.long), torch.tensor(drawn)))
     predicted = network.eval().predict(images.to(device), masked).masked.float().cpu()
     hidden = token_ids(masked).hidden[..., None].expand(-1, -1, predicted.shape[-1])
     full = torch.zeros(len(predicted), math.prod(settings.model.grid), predicted.shape[-1]).scatter(
@@ -234,19 +290,22 @@ def draw(
     )
     full = full.unflatten(0, (len(images), -1))
     truth = network.target(images.to(device)).float().cpu()
-    picture: Callable[..., Tensor] = network.target.picture
+    images = images.round().to(torch.uint8)
     last_epoch = (steps * settings.run.batch_size - 1) // len(samples.images)
-    counted = [samples.masks(last_epoch, index).sum(dim=0) for index in evenly(len(samples.images), NUM_COUNTED)]
+    counted = torch.tensor(evenly(len(samples.images), NUM_COUNTED))
+    times_hidden = masks_of(settings, samples.mask_seeds(torch.full_like(counted, last_epoch), counted)).sum(dim=1)
+
+    def picture(values: Tensor, place: int) -> Tensor:
+        return in_colour(network.target.picture(values, images[place], truth), settings)
+
     shown = range(len(images))
     write_samples(
         settings.run.out / "samples.safetensors",
-        images=images,
+        images=torch.stack([in_colour(image, settings) for image in images]),
         masked=masked.byte(),
-        target=torch.stack([picture(truth[place], images[place], truth) for place in shown]),
-        predicted=torch.stack(
-            [torch.stack([picture(view, images[place], truth) for view in full[place]]) for place in shown]
-        ),
-        times_hidden=torch.stack(counted),
+        target=torch.stack([picture(truth[place], place) for place in shown]),
+        predicted=torch.stack([torch.stack([picture(view, place) for view in full[place]]) for place in shown]),
+        times_hidden=times_hidden,
         metadata={
             "grid": "{} {}".format(*settings.model.grid),
             "target": settings.masked.target,
@@ -254,3 +313,11 @@ def draw(
             "backdrop": network.target.backdrop,
         },
     )
+
+
+def in_colour(picture: UInt8[Tensor, "C h w"], settings: PretrainSettings) -> UInt8[Tensor, "c h w"]:
+    """Choose the channels of a picture that the report shows: those asked for, or the first three, of two the first."""
+    channels = len(picture)
+    if channels != settings.model.in_chans or (channels in (1, 3) and not settings.monitor.channels):
+        return picture
+    return picture[list(settings.monitor.channels or (range(3) if channels > 2 else range(1)))]

@@ -55,12 +55,14 @@ def segment(settings: SegmentSettings) -> None:
         torch.manual_seed(run.seed)
         start = settings.start.keywords | {"drop_path_rate": settings.tuning.drop_path}
         backbone = FeatureExtractor(ranks=ranks, **start, **run.keywords)
-        train, held_out = open_segmentation(
-            run.data,
-            in_chans=backbone.in_chans,
-            classes=class_names(run.data, settings.dense.classes),
-            ignore_index=settings.ignore_index,
-            reduce_zero_label=settings.reduce_zero_label,
+        train, held_out = backbone.open(
+            lambda wanted: open_segmentation(
+                run.data,
+                wanted,
+                classes=class_names(run.data, settings.dense.classes),
+                ignore_index=settings.ignore_index,
+                reduce_zero_label=settings.reduce_zero_label,
+            )
         )
         judged = fit(settings, backbone, train, held_out)
         if not ranks.is_main:
@@ -173,7 +175,7 @@ def predict(settings: SegmentSettings) -> None:
         load_around(settings.start.backbone, network)
         classify = pixel_classifier(settings, backbone, network)
         counts = [0, 0]
-        for name, image in images_to_predict(path, backbone.in_chans):
+        for name, image in images_to_predict(path, backbone):
             counts[image is None] += 1
             if image is None:
                 continue

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmjd.data.random import mix, seeded
+from dmjd.random import mix, seeded
 
 
 def drawn() -> tuple[float, float, float]:

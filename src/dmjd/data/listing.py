@@ -1,0 +1,108 @@
+"""Which files a folder holds: scanned once, in sorted order, and remembered for the next time.
+
+Memory is that of the names and 8 bytes each. A listing of many files is kept in the user's cache, and holds as long as
+no folder below has changed since: a folder's time changes whenever a file in it comes, goes or is renamed.
+"""
+
+import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dmjd.data.packed import PackedStrings
+
+MANY = 10_000  # files whose listing is kept
+SETTLED = 2.0  # seconds after which a folder's time tells of every change, on the coarsest of file systems
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files below a folder.
+
+    Attributes:
+        names: Their paths below it, sorted; of those with the endings asked for.
+        passed_over: How many others there are, by ending.
+    """
+
+    names: PackedStrings
+    passed_over: dict[str, int]
+
+
+def list_files(root: Path, endings: frozenset[str], cache: Path | None = None) -> Listing:
+    """List the files below a folder by their endings, without following links to folders or looking at hidden ones.
+
+    Args:
+        root: The folder.
+        endings: Lower-case endings of the files to list, with the dot.
+        cache: Folder of kept listings; none are kept without.
+
+    Raises:
+        OSError: If a folder cannot be read.
+    """
+    key = hashlib.sha256("\n".join([str(root.resolve()), *sorted(endings)]).encode(errors="surrogateescape"))
+    kept = cache / f"{key.hexdigest()[:32]}.safetensors" if cache else None
+    if kept and (listing := _kept_listing(kept, root)):
+        return listing
+    began = time.time()
+    folders: dict[str, int] = {}
+    passed_over: Counter[str] = Counter()
+    names = PackedStrings.pack(_scan(root, "", endings, folders, passed_over))
+    listing = Listing(names, dict(sorted(passed_over.items())))
+    if kept and len(names) >= MANY and max(folders.values()) / 1e9 < began - SETTLED:
+        _keep(kept, listing, folders)
+    return listing
+
+
+def _scan(
+    root: Path, below: str, endings: frozenset[str], folders: dict[str, int], passed_over: Counter[str]
+) -> Iterator[str]:
+    """Walk a folder in the order that sorting all paths would give: a folder sorts as its name with a slash."""
+    folders[below] = os.stat(root / below).st_mtime_ns
+    with os.scandir(root / below) as entries:
+        found = sorted(
+            entry.name + "/" * entry.is_dir(follow_symlinks=False)
+            for entry in entries
+            if entry.name[0] != "." and not (entry.is_symlink() and entry.is_dir())
+        )
+    for name in found:
+        if name[-1] == "/":
+            yield from _scan(root, below + name, endings, folders, passed_over)
+        elif (ending := os.path.splitext(name)[1].lower()) in endings:
+            yield below + name
+        else:
+            passed_over[ending] += 1
+
+
+def _keep(kept: Path, listing: Listing, folders: dict[str, int]) -> None:
+    """Write a listing down, if the cache can be written to."""
+    names, below = listing.names, PackedStrings.pack(folders)
+    tensors = {"names": names.content, "ends": names.ends, "folders": below.content, "folder_ends": below.ends}
+    times = torch.tensor(list(folders.values()))
+    partial = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
+    with suppress(OSError, SafetensorError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors | {"times": times}, partial, {key: str(value) for key, value in listing.passed_over.items()})
+        partial.replace(kept)
+
+
+def _kept_listing(kept: Path, root: Path) -> Listing | None:
+    """Read a listing, if there is one and every folder is as old as it was."""
+    try:
+        with safe_open(kept, framework="pt") as file:
+            folders = PackedStrings(file.get_tensor("folders"), file.get_tensor("folder_ends"))
+            for place, then in enumerate(file.get_tensor("times").tolist()):
+                if os.stat(root / folders[place]).st_mtime_ns != then:
+                    return None
+            names = PackedStrings(file.get_tensor("names"), file.get_tensor("ends"))
+            passed_over = {key: int(value) for key, value in (file.metadata() or {}).items()}
+    except (OSError, SafetensorError):
+        return None
+    return Listing(names, passed_over)

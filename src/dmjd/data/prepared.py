@@ -1,0 +1,250 @@
+"""Sets that `dmjd prepare` wrote: images decoded once, made smaller, and mapped into memory when they are looked at.
+
+A set is a folder:
+
+* `set.json`: how the set was made, its parts with their classes and numbers of images, and of every other file that is
+  read its size and SHA-256. It is written last.
+* `PART-00000.bin`, `PART-00001.bin`, ...: pixels, one image after the other, each H W C at its own depth and from a
+  multiple of 4 bytes on. Channels come last because torch resizes bytes that lie so more than half as fast again.
+* `PART.index.safetensors`: `names` and `ends` (see `PackedStrings`), `places` (n, 5), which are file, offset in bytes,
+  height, width and depth (its place in `DTYPES`), and `labels` (n) where there are classes.
+* `skipped.tsv`: the images that did not decode, with the reasons.
+
+PART is `all` in a set without parts. All numbers are little-endian, as nearly all machines have them.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int, Num, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from dmjd.data.crops import resize
+from dmjd.data.decode import Reduce, Wanted, _fit_channels
+from dmjd.data.packed import PackedStrings
+from dmjd.data.source import Opener, Source, has_labels, labels_of, register_source
+from dmjd.errors import DataError
+
+FORMAT = 1
+KIND = "images prepared by dmjd"
+SET, JOURNAL = "set.json", "unfinished.jsonl"
+DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.float32)  # in the order of the format
+ALIGNED = 4  # bytes, of which every image begins at a multiple
+AGAIN = "copy it again, or prepare the set anew in another --out"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedImages:
+    """The images of one part of a set.
+
+    Attributes:
+        root: Folder of the set.
+        stem: How the part's files are called.
+        wanted: What is wanted of the images.
+        in_chans: Channels that they have.
+        classes: Names of the classes, if there are any.
+        names: What the images were called where they came from.
+        places: File, offset, height, width and depth of each.
+        labels: Number of the class of each, if there are classes.
+    """
+
+    root: Path
+    stem: str
+    wanted: Wanted
+    in_chans: int
+    classes: tuple[str, ...]
+    names: PackedStrings
+    places: Int[Tensor, "n 5"]
+    labels: Int[Tensor, " n"] | None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def address(self) -> str:
+        """Folder of the set."""
+        return str(self.root)
+
+    @property
+    def in_memory(self) -> bool:
+        """False: pixels come from the disk when they are first looked at."""
+        return False
+
+    def name(self, index: int) -> str:
+        """Look up what the image was called where it came from."""
+        return self.names[index]
+
+    def label(self, index: int) -> int | None:
+        """Look up the number of an image's class; None if there are no classes."""
+        return None if self.labels is None else int(self.labels[index])
+
+    def read(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
+        """Look at an image where it lies; channels or a range other than its own make a copy."""
+        file, offset, height, width, depth = self.places[index].tolist()
+        kind = DTYPES[depth]
+        size = height * width * self.in_chans * kind.itemsize
+        pixels = self._mapped(file)[offset : offset + size].view(kind).view(height, width, self.in_chans)
+        if self.in_chans != self.wanted.in_chans:
+            pixels = torch.from_numpy(_fit_channels(pixels.numpy(), self.wanted.in_chans))
+        image = pixels.permute(2, 0, 1)
+        return image if self.wanted.levels is None else self.wanted.levels.scale(image)
+
+    def _mapped(self, file: int) -> UInt8[Tensor, " bytes"]:
+        """Map a file into memory, once in every process; writing to it by mistake would change a private copy."""
+        if file not in self._maps:
+            path = self.root / pixel_file(self.stem, file)
+            self._maps[file] = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        return self._maps[file]
+
+    @cached_property
+    def _maps(self) -> dict[int, Tensor]:
+        """Files by number, as far as they were looked at."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Let go of the files on the way to a worker, which maps them itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "_maps"}
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def shrink(image: Num[Tensor, "C H W"], size: int) -> Num[Tensor, "C h w"]:
+    """Resize an image until its short side has `size` pixels (bicubic, antialiased); smaller ones stay as they are."""
+    height, width = image.shape[1:]
+    short = min(height, width)
+    return image if short <= size else resize(image, (round(height * size / short), round(width * size / short)))
+
+
+def pack(images: Iterable[Num[Tensor, "C _ _"]]) -> tuple[UInt8[Tensor, " bytes"], list[list[int]]]:
+    """Lay images of one number of channels one after the other.
+
+    Returns:
+        Their pixels, and offset, height, width and depth of each.
+    """
+    content, places = bytearray(), []
+    for image in images:
+        places.append([len(content), *image.shape[1:], DTYPES.index(image.dtype)])
+        content += image.permute(1, 2, 0).contiguous().numpy().data.cast("B")
+        content += bytes(-len(content) % ALIGNED)
+    return torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8), places
+
+
+def write_index(path: Path, source: Source, kept: Int[Tensor, " n"], places: Int[Tensor, "n 5"]) -> None:
+    """Write the index of a part.
+
+    Args:
+        path: Where to.
+        source: Where the images come from.
+        kept: Their numbers there.
+        places: Where they lie now.
+    """
+    names = PackedStrings.pack(source.name(index) for index in kept.tolist())
+    labels = {"labels": labels_of(source, kept.tolist())} if has_labels(source) else {}
+    path.write_bytes(save({"names": names.content, "ends": names.ends, "places": places, **labels}))
+
+
+def pixel_file(stem: str, number: int) -> str:
+    """Name a file of pixels."""
+    return f"{stem}-{number:05d}.bin"
+
+
+def index_file(stem: str) -> str:
+    """Name the index of a part."""
+    return f"{stem}.index.safetensors"
+
+
+def stem_of(part: str) -> str:
+    """Tell how the names of a part's files begin."""
+    return part or "all"
+
+
+# -- opening -----------------------------------------------------------------------------------------------------------
+
+
+def open_prepared(data: str, wanted: Wanted) -> dict[str, Source]:
+    """Open a set and find its parts, without looking at a pixel.
+
+    Raises:
+        DataError: If it is not finished, a file of it is missing or cut, or its images have other channels than the
+            wanted ones.
+    """
+    root = Path(data)
+    content = read_set(root)
+    channels = content["in_chans"]
+    if channels != wanted.in_chans and {channels, wanted.in_chans} != {1, 3}:
+        raise DataError(f"{channels} channels, not {wanted.in_chans}; {root}; say --model.in_chans {channels}")
+    found: dict[str, Source] = {}
+    for part, described in content["parts"].items():
+        path = root / index_file(stem_of(part))
+        try:
+            index = load_file(path)
+            found[part] = PreparedImages(
+                root=root,
+                stem=stem_of(part),
+                wanted=wanted,
+                in_chans=channels,
+                classes=tuple(described["classes"]),
+                names=PackedStrings(index["names"], index["ends"]),
+                places=index["places"],
+                labels=index.get("labels"),
+            )
+        except (SafetensorError, KeyError) as error:
+            raise DataError(f"not an index ({error}); {path}; {AGAIN}") from None
+    return found
+
+
+def read_set(root: Path) -> dict[str, Any]:
+    """Read what a set says of itself, and see that its files are there and as long as they were.
+
+    Raises:
+        DataError: If they are not, the set is not finished, or another version wrote it.
+    """
+    path = root / SET
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format"] != FORMAT:
+            raise DataError(f"format {content['format']}, this version reads {FORMAT}; {path}; {AGAIN}")
+        sizes = {root / name: described["bytes"] for name, described in content["files"].items()}
+    except FileNotFoundError:
+        raise DataError(f"not a finished set; {root}; run the same dmjd prepare again, which goes on with it") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"not the description of a set ({error}); {path}; {AGAIN}") from None
+    for file, size in sizes.items():
+        if not file.is_file():
+            raise DataError(f"a file of the set is missing; {file}; {AGAIN}")
+        if file.stat().st_size != size:
+            raise DataError(f"a file of the set has {file.stat().st_size} bytes, not {size}; {file}; {AGAIN}")
+    return content
+
+
+def verify(root: Path) -> None:
+    """Read every file of a set and see that not a bit has changed since it was written.
+
+    Raises:
+        DataError: If one has, or as `read_set` does.
+    """
+    for name, described in read_set(root)["files"].items():
+        with (root / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != described["sha256"]:
+                raise DataError(f"a file of the set has changed; {root / name}; {AGAIN}")
+
+
+def _accepts(data: str) -> bool:
+    """Tell a set, finished or not, from other folders; these may well have some set.json too."""
+    root = Path(data)
+    try:
+        return (root / JOURNAL).is_file() or json.loads((root / SET).read_bytes())["kind"] == KIND
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+register_source("prepared")(Opener(_accepts, open_prepared))

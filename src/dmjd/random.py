@@ -1,0 +1,80 @@
+"""Randomness as a function of numbers: the seed of whatever belongs to exactly these, one or a whole batch of them.
+
+What is drawn for a sample depends on (seed, epoch, index) and on nothing else: not on the device, the rank, the worker
+or what was drawn before. The hash is counted up and stirred (SplitMix64; Steele, Lea and Flood 2014).
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_STEP = 0x9E3779B97F4A7C15
+_STIRS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
+
+def mix(*numbers: int) -> int:
+    """Mix non-negative integers into a seed of 63 bits (SplitMix64's finaliser over each).
+
+    Python's own `hash` will not do: it is salted per process for strings and nearly linear for integers.
+    """
+    state = 0
+    for number in numbers:
+        state = (state + number + _STEP) & _MASK
+        for shift, factor in _STIRS:
+            state = ((state ^ (state >> shift)) * factor) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def mix_all(*numbers: int | Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """Do what `mix` does for many seeds at once, at least one of the numbers being a tensor; the same on any device."""
+    state: Tensor | int = 0
+    for number in numbers:
+        state = state + (number + _signed(_STEP))  # integers of 64 bits wrap around, as they should
+        if isinstance(state, int):
+            state = torch.tensor(_signed(state & _MASK))
+        for shift, factor in _STIRS:
+            state = (state ^ _shifted(state, shift)) * _signed(factor)
+        state = state ^ _shifted(state, 31)
+    assert isinstance(state, Tensor)
+    return _shifted(state, 1)
+
+
+def uniforms(seeds: Int[Tensor, " B"], count: int) -> Float64[Tensor, "B count"]:
+    """Draw `count` numbers of [0, 1) from every seed: the n-th is a hash of the seed and n, not of what came before."""
+    draws = mix_all(seeds[:, None], torch.arange(count, device=seeds.device))
+    return _shifted(draws, 10).double() * 2.0**-53
+
+
+def _signed(number: int) -> int:
+    """Write 64 bits as a signed number, as torch has them."""
+    return number - (1 << 64) if number >> 63 else number
+
+
+def _shifted(numbers: Tensor, bits: int) -> Tensor:
+    """Shift to the right and fill up with zeros; torch fills up with the sign."""
+    return (numbers >> bits) & ((1 << (64 - bits)) - 1)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Set the global generators of Python, NumPy and torch (on the CPU) to a seed, and back to where they were.
+
+    The augmentations of timm and torchvision draw from these, and take no generator of ours.
+    """
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (timm draws there)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            torch.random.default_generator.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
