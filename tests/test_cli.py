@@ -24,6 +24,7 @@ NAMES = [*(verb.name for verb in VERBS), "report"]
 NEEDED = {verb.name: ["--backbone", "b.safetensors"] for verb in VERBS if verb.name != "pretrain"}
 NEEDED["embed"] += ["--out", "f.npy"]
 NEEDED["prepare"] = ["--data", "d", "--out", "s"]
+NEEDED["doctor"] = ["--data", "d"]
 for dense in ("segment", "detect"):
     NEEDED[dense] += ["--data", "d"]
 
@@ -173,6 +174,9 @@ BAD = {  # command line: what its error line has to say
     "prepare --data d --out s --size 0": "size 0",
     "prepare --data d --out s --in_chans 0": "in_chans 0",
     "prepare --data d --out s --workers -1": "workers -1",
+    "doctor": "--data",
+    "doctor d --max_images 0": "max_images 0",
+    "doctor d --workers 0": "workers 0",
     "report": "RUN",
     "--nonsense": "nonsense",
 }
@@ -426,6 +430,7 @@ def test_help__settings_stand_in_groups(capsys: pytest.CaptureFixture[str]) -> N
         "detect": "Run Backbone Images Task Fine-tuning Optimizer Log",
         "embed": "Run Backbone",
         "prepare": "Run Images",
+        "doctor": "Run Images",
     }
     assert set(groups) == {verb.name for verb in VERBS}
     for verb, names in groups.items():

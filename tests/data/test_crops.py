@@ -8,10 +8,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from dmjd.data.crops import Boxes, RandomCrop, center_crop, resampling
+from dmjd.data.crops import RandomCrop, center_crop, resampling
 from dmjd.random import mix_all
 
 WHOLE = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": False}
+
+
+def draw_of(crop: RandomCrop, image: Tensor, seed: int) -> Tensor:
+    return crop.of_one(image, crop.draws(mix_all(torch.tensor([seed])))[0])
 
 
 def cropped(
@@ -23,7 +27,7 @@ def cropped(
     flip: bool,
     seed: int = 0,
 ) -> Tensor:
-    return RandomCrop(size, scale, ratio, flip).of_one(image, mix_all(torch.tensor([seed])))
+    return draw_of(RandomCrop(size, scale, ratio, flip), image, seed)
 
 
 def noise(*shape: int) -> Tensor:
@@ -149,9 +153,9 @@ def test_random_crop__of_a_batch_is_that_of_each_image_but_for_rounding(
 ) -> None:
     crop = RandomCrop(size, (0.1, 1.0), (0.75, 4 / 3), flip)
     images = torch.stack([noise(3, height, width), lines(height, width), torch.full((3, height, width), 9).byte()])
-    seeds = mix_all(seed, torch.arange(len(images)))
-    together = crop.of_many(images, seeds)
-    alone = torch.stack([crop.of_one(image, each) for image, each in zip(images, seeds.split(1), strict=True)])
+    draws = crop.draws(mix_all(seed, torch.arange(len(images))))
+    together = crop.of_many(images, draws)
+    alone = torch.stack([crop.of_one(image, each) for image, each in zip(images, draws, strict=True)])
     assert together.shape == alone.shape
     assert (together.round() - alone.float()).abs().max() <= 1
 
@@ -159,7 +163,7 @@ def test_random_crop__of_a_batch_is_that_of_each_image_but_for_rounding(
 def test_resampling__is_torchs_antialiased_bicubic_of_the_box_alone() -> None:
     signal = noise(1, 1, 60).float()
     for start, length, size in ((0, 60, 60), (0, 60, 25), (7, 31, 64), (13, 40, 7), (59, 1, 5)):
-        places = (torch.tensor([start]), torch.tensor([length]), torch.tensor([False]))
+        places = (torch.tensor([start]), torch.tensor([length]), torch.tensor([0]))
         matrix = resampling(*places, side=60, size=size)[0]
         box = signal[..., start : start + length]
         expected = resize(box, [1, size], interpolation=InterpolationMode.BICUBIC, antialias=True)
@@ -173,9 +177,9 @@ def test_random_crop__an_image_is_read_smaller_only_where_its_box_stays_larger_t
     crop = RandomCrop((32, 32), (0.005, 1.0), (0.75, 4 / 3), flip=False)
     seen = set()
     for number in range(200):
-        seeds = mix_all(torch.tensor([number]))
-        box: Boxes = crop.boxes(seeds, torch.tensor([400]), torch.tensor([300]))
-        factor = crop.factor(seeds, 400, 300)
+        draws = crop.draws(mix_all(torch.tensor([number])))[0]
+        box = crop.box(draws, 400, 300)
+        factor = crop.factor(draws, 400, 300)
         seen.add(factor)
         assert factor in (1, 2, 4, 8)
         assert factor == 1 or min(int(box.height), int(box.width)) >= 32 * factor

@@ -28,6 +28,7 @@ EXTENSIONS = frozenset(
     )
 )
 JPEG = b"\xff\xd8\xff"  # how its files begin
+APPLICATION = frozenset([*range(0xE0, 0xF0), 0xFE])  # markers of what comes before it: of programs, and comments
 PNG = b"\x89PNG"
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # a broken file has one reason, which we give
 PLAIN = (2, 5, 6)  # RGB, CMYK and YCbCr among the photometric interpretations of a TIFF
@@ -93,7 +94,7 @@ def decode(
                 warnings.simplefilter("ignore")  # what a decoder tolerates is not worth a line per file and epoch
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 array = _decode(content, wanted, frame)
-        array = _fit_channels(_at_known_depth(array), wanted.in_chans)
+        array = fit_channels(at_known_depth(array), wanted.in_chans)
     except _Refused as refused:
         reason, advice = refused.args
         where = name or ("an image" if isinstance(file, bytes) else file)
@@ -195,8 +196,11 @@ def _decode(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
 
 def _orientation(content: bytes) -> int:
     """Read the EXIF orientation of a JPEG, 1 to 8; most have none, and opening them to learn that takes a while."""
-    if b"Exif\0\0" not in content[:65536]:
-        return 1
+    place = 2
+    while content[place + 4 : place + 8] != b"Exif":
+        if content[place] != 0xFF or content[place + 1] not in APPLICATION:  # the image itself begins
+            return 1
+        place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
     with Image.open(BytesIO(content)) as image:
         turned = image.getexif().get(0x0112, 1)
     return turned if turned in range(1, 9) else 1
@@ -288,8 +292,10 @@ def _channels_last(array: np.ndarray, wanted: Wanted) -> np.ndarray:
     return np.moveaxis(array, 0, -1) if first else array
 
 
-def _at_known_depth(array: np.ndarray) -> np.ndarray:
+def at_known_depth(array: np.ndarray) -> np.ndarray:
     """Bring values to the smallest known type that holds all of their own type, or to float32."""
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
     depth = next((each for each in DEPTHS if np.can_cast(array.dtype, each)), DEPTHS[-1])
@@ -299,7 +305,7 @@ def _at_known_depth(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _fit_channels(array: np.ndarray, in_chans: int) -> np.ndarray:
+def fit_channels(array: np.ndarray, in_chans: int) -> np.ndarray:
     """Give an array H W or H W C the wanted channels: grey is repeated, and colour weighted as Pillow does (BT.601)."""
     array = array if array.ndim == 3 else array[..., None]
     if not array.size:

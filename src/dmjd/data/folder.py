@@ -3,6 +3,7 @@
 A part has labels if every image lies in a folder of its class: PART/CLASS/IMAGE.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class FolderFiles:
         if self.wanted.pages == "frames" and name.rpartition("#")[2].isdecimal():
             name, _, number = name.rpartition("#")
             frame = int(number)
-        return decode(self.root / name, self.wanted, frame=frame, reduce=reduce)
+        return decode(os.path.join(self.root, name), self.wanted, frame=frame, reduce=reduce)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

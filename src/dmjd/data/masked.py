@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Int, Num
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from dmjd.data.crops import RandomCrop
 from dmjd.data.levels import BYTES, Levels
@@ -55,12 +56,12 @@ class MaskedSamples(Dataset[MaskedBatch]):
         """
         epochs, indices = torch.tensor(keys).unbind(dim=1)
         shown = epochs % self.variants if self.variants else epochs
-        of_crops, of_masks = mix_all(self.seed, shown, indices, CROP), self.mask_seeds(epochs, indices)
+        draws, of_masks = self.crop.draws(mix_all(self.seed, shown, indices, CROP)), self.mask_seeds(epochs, indices)
         if self.stack is not None:
             pixels = self.stack.pixels[self.stack.rows[indices].to(self.stack.pixels.device, non_blocking=True)]
-            images = self.crop.of_many(self.levels.scale(pixels), of_crops)
+            images = self.crop.of_many(self.levels.scale(pixels), draws)
             return MaskedBatch(images, of_masks, self.stack.numbers[indices], {})
-        crops, read, skipped = zip(*map(self._crop, indices.tolist(), of_crops.split(1)), strict=True)
+        crops, read, skipped = zip(*map(self._crop, indices.tolist(), draws), strict=True)
         return MaskedBatch(_stacked(crops, self.levels), of_masks, torch.tensor(read), join_skipped(skipped))
 
     def pixels(self, batch: MaskedBatch, device: torch.device) -> Num[Tensor, "B C H W"]:
@@ -71,16 +72,16 @@ class MaskedSamples(Dataset[MaskedBatch]):
         """Compute the seeds of the masks of samples."""
         return mix_all(self.seed, epochs, indices, MASKS)
 
-    def _crop(self, index: int, seed: Tensor) -> tuple[Tensor, int, dict[str, str]]:
+    def _crop(self, index: int, draws: np.ndarray) -> tuple[Tensor, int, dict[str, str]]:
         """Read an image, or the next one that decodes, no larger than its crop needs."""
         image, read, skipped = read_or_substitute(
-            self.images, index, lambda height, width: self.crop.factor(seed, height, width)
+            self.images, index, lambda height, width: self.crop.factor(draws, height, width)
         )
-        return self.crop.of_one(image, seed), read, skipped
+        return self.crop.of_one(image, draws), read, skipped
 
 
 def _stacked(crops: Sequence[Tensor], levels: Levels) -> Num[Tensor, "B C h w"]:
     """Stack crops at their depth; where some have 8 bits and some more, all in the range of the deep ones."""
     if len({crop.dtype for crop in crops}) > 1:
         crops = [levels.widen(crop) for crop in crops]
-    return torch.stack([*crops])
+    return default_collate([crop.permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2)  # as they lie in memory

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dmjd.data.crops import resize
-from dmjd.data.decode import Reduce, Wanted, _fit_channels
+from dmjd.data.decode import Reduce, Wanted, fit_channels
 from dmjd.data.packed import PackedStrings
 from dmjd.data.source import Opener, Source, has_labels, labels_of, register_source
 from dmjd.errors import DataError
@@ -93,7 +93,7 @@ class PreparedImages:
         size = height * width * self.in_chans * kind.itemsize
         pixels = self._mapped(file)[offset : offset + size].view(kind).view(height, width, self.in_chans)
         if self.in_chans != self.wanted.in_chans:
-            pixels = torch.from_numpy(_fit_channels(pixels.numpy(), self.wanted.in_chans))
+            pixels = torch.from_numpy(fit_channels(pixels.numpy(), self.wanted.in_chans))
         image = pixels.permute(2, 0, 1)
         return image if self.wanted.levels is None else self.wanted.levels.scale(image)
 

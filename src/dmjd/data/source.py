@@ -126,12 +126,21 @@ def open_source(data: str, wanted: Wanted = Wanted(), *, seed: int = 0) -> Parts
     Raises:
         DataError: If there is nothing of the name, or no image in it.
     """
-    parts = _opener(data).open(data, wanted)
+    parts = open_parts(data, wanted)
     train = parts.get("train", parts.get(""))
     if train is None:
         raise DataError(f"no part to train on; {data}; the set needs a part called train, and has {', '.join(parts)}")
     held_out = next((parts[name] for name in HELD_OUT_PARTS if name in parts), None)
     return hold_out(train, seed) if held_out is None else same_classes(train, held_out)
+
+
+def open_parts(data: str, wanted: Wanted) -> dict[str, Source]:
+    """Find the parts of a set by their names; a set without parts is one part of the name "".
+
+    Raises:
+        DataError: If there is nothing of the name, or no image in it.
+    """
+    return opener_of(data).open(data, wanted)
 
 
 def open_all(data: str, wanted: Wanted = Wanted()) -> list[Source]:  # noqa: B008 (frozen)
@@ -140,7 +149,7 @@ def open_all(data: str, wanted: Wanted = Wanted()) -> list[Source]:  # noqa: B00
     Raises:
         DataError: If there is nothing of the name, or no image in it.
     """
-    opener = _opener(data)
+    opener = opener_of(data)
     parts = opener.open(data, wanted)
     return [
         source if opener.names_tell_part or not name else _Prefixed(source, name, data)
@@ -163,15 +172,22 @@ def same_classes(train: Source, held_out: Source) -> Parts:
     return Parts(train, _Renumbered(held_out, train.classes + own))
 
 
-def _opener(data: str) -> Opener:
+def opener_of(data: str) -> Opener:
+    """Find the kind of source that accepts a value of `--data`.
+
+    Raises:
+        DataError: If none does.
+    """
     names = register_source.names()
     named = data.partition(":")[0]
     for name in sorted(names, key=lambda name: (name != named, name == "folder", name)):
         opener = register_source.get(name)
         if opener.accepts(data):
             return opener
-    others = ", ".join(name for name in names if name != "folder")
-    raise DataError(f"no such data; {data}; give a folder of images or one of {others}")
+    raise DataError(
+        f"no such data; {data}; give a folder, a list (.csv, .tsv, .parquet, .txt), an archive (.zip, .tar), "
+        "tar shards, an array (.npy), hf:NAME, or one of cifar10, fashion-mnist, shapes"
+    )
 
 
 # -- a source through another ------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from dmjd.data.prepared import (
     stem_of,
     write_index,
 )
-from dmjd.data.source import Source, _opener, fingerprint, sample
+from dmjd.data.source import Source, fingerprint, open_parts, sample
 from dmjd.engine.checkpoint import flush, sha256, write_atomically
 from dmjd.engine.run import one_cell
 from dmjd.errors import ConfigError, DataError, StorageError
@@ -61,7 +61,7 @@ def prepare(settings: PrepareSettings) -> None:
     """
     out, size = settings.out, settings.size
     wanted = Wanted(in_chans=settings.in_chans, image_hw=(size, size), pages=settings.data_pages)
-    parts = _opener(settings.data).open(settings.data, wanted)
+    parts = open_parts(settings.data, wanted)
     plan = plan_of(settings, parts)
     done = (out / SET).is_file()
     if done:

@@ -1,0 +1,371 @@
+"""Images in archives, read where they lie: a zip or tar file, and the shards of a WebDataset.
+
+A zip or tar file is like the folder that it was made of. Shards hold samples: members whose names differ only after the
+first dot belong together, such as `0001.jpg` and `0001.cls`. The headers of a tar file are read once, and what they say
+is remembered for the next time, as long as the file has the same size and time.
+"""
+
+import glob
+import hashlib
+import os
+import re
+import struct
+import sys
+import tarfile
+import time
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import product
+from pathlib import Path
+
+import torch
+from jaxtyping import Int, Num
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from dmjd.data.builtin import download_folder
+from dmjd.data.decode import EXTENSIONS, BadImage, Reduce, Wanted, decode
+from dmjd.data.listing import SETTLED
+from dmjd.data.packed import PackedStrings
+from dmjd.data.source import Opener, Source, register_source
+from dmjd.data.stored import PARTS, StoredImages, classes_of, classes_of_folders, refuse_frames
+from dmjd.errors import DataError
+
+OPEN_FILES = 64  # that a process keeps open
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+IN_TAR, STORED, DEFLATED = 0, zipfile.ZIP_STORED + 1, zipfile.ZIP_DEFLATED + 1  # how a member lies in its file
+
+Place = tuple[int, int, int, int]  # number of a file, where in it a member begins, bytes, and how it lies there
+
+
+@dataclass(frozen=True)
+class ArchiveReader:
+    """Reads members of archives.
+
+    Attributes:
+        files: Paths of the archives.
+        places: Where each member lies, a `Place` a row.
+        names: Name of each member, for messages.
+        wanted: What is wanted of the images.
+    """
+
+    files: PackedStrings
+    places: Int[Tensor, "n 4"]
+    names: PackedStrings
+    wanted: Wanted
+
+    def __call__(self, index: int, reduce: Reduce | None) -> Num[Tensor, "C H W"]:
+        """Decode an image; raises `BadImage`."""
+        file, start, size, kind = self.places[index].tolist()
+        path = self.files[file]
+        try:
+            archive = self._open(path)
+            if kind != IN_TAR:  # in a zip file, a header comes first, with a name and extra fields
+                start += 30 + sum(struct.unpack("<HH", archive.read(start + 26, 4)))
+            content = archive.read(start, size)
+            if kind == DEFLATED:
+                content = zlib.decompress(content, -zlib.MAX_WBITS)
+        except (OSError, struct.error, zlib.error) as error:
+            raise BadImage(f"{type(error).__name__}: {error}") from None
+        return decode(content, self.wanted, name=f"{path}/{self.names[index]}", reduce=reduce)
+
+    @cached_property
+    def _open(self) -> Callable[[str], "OpenFile"]:
+        return lru_cache(OPEN_FILES)(OpenFile)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Let go of the open files: a worker opens its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_open"}
+
+
+class OpenFile:
+    """A file to read from at any place, by several threads at once; closed when the last of them lets go of it.
+
+    Args:
+        path: Its path.
+    """
+
+    def __init__(self, path: str):
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, start: int, size: int) -> bytes:
+        """Read so many bytes."""
+        return os.pread(self.descriptor, size, start)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):  # it has none if opening failed
+            os.close(self.descriptor)
+
+
+# -- one archive -------------------------------------------------------------------------------------------------------
+
+
+def open_archive(data: str, wanted: Wanted) -> dict[str, Source]:
+    """Open a zip or tar file as if it were unpacked: parts and classes are folders in it.
+
+    One folder around everything is looked through.
+
+    Raises:
+        DataError: If it is missing, broken, compressed as a whole, or has no image.
+    """
+    path = Path(data)
+    refuse_frames(data, wanted)
+    if data.lower().endswith(COMPRESSED):
+        raise DataError(f"a compressed tar file; {path}; unpack it, or pack it without compression")
+    members = _images(path, _zip_members(path) if data.lower().endswith(".zip") else _tar_members(path))
+    tops = {name.partition("/")[0] for name in members}
+    if len(tops) == 1 and not tops & {*PARTS, *members}:
+        members = {name.partition("/")[2]: place for name, place in members.items()}
+    if not any(name.startswith("train/") for name in members):
+        return {"": _source(data, path, members, wanted)}
+    by_part = {
+        part: {name.removeprefix(f"{part}/"): place for name, place in members.items() if name.startswith(f"{part}/")}
+        for part in PARTS
+    }
+    return {part: _source(data, path, inside, wanted) for part, inside in by_part.items() if inside}
+
+
+def _source(data: str, path: Path, members: dict[str, Place], wanted: Wanted) -> StoredImages:
+    """Make a source of members by their names."""
+    names = sorted(members)
+    classes, labels = classes_of_folders(names)
+    packed = PackedStrings.pack(names)
+    reader = ArchiveReader(
+        PackedStrings.pack([str(path)]), torch.tensor([members[name] for name in names]), packed, wanted
+    )
+    return StoredImages(address=data, names=packed, classes=classes, labels=labels, reader=reader)
+
+
+def _images(path: Path, members: Iterable[tuple[str, Place]]) -> dict[str, Place]:
+    """Pick the images that are not hidden, by their endings; of two of one name, unpacking would leave the last."""
+    images: dict[str, Place] = {}
+    passed_over: Counter[str] = Counter()
+    for name, place in members:
+        name = os.path.normpath(name).lstrip("/")
+        ending = os.path.splitext(name)[1].lower()
+        if "/." in f"/{name}":
+            continue
+        if ending in EXTENSIONS:
+            images[name] = place
+        else:
+            passed_over[ending] += 1
+    if not images:
+        raise DataError(f"no images; {path}; images end in {', '.join(sorted(EXTENSIONS))}")
+    if passed_over:
+        others = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in sorted(passed_over.items()))
+        print(f"passed over: {others}; {path}; no images by their endings", file=sys.stderr)
+    return images
+
+
+def _zip_members(path: Path) -> list[tuple[str, Place]]:
+    """List the files in a zip file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = [each for each in archive.infolist() if not each.is_dir()]
+    except FileNotFoundError:
+        raise DataError(f"no such archive; {path}; check --data") from None
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DataError(f"no whole zip file ({error}); {path}; copy it again, or pack it anew") from None
+    for each in found:
+        if each.flag_bits & 1 or each.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            how = "encrypted" if each.flag_bits & 1 else f"compressed by method {each.compress_type}"
+            raise DataError(f"{each.filename} is {how}; {path}; unpack it, or pack it by plain zip")
+    return [(each.filename, (0, each.header_offset, each.compress_size, each.compress_type + 1)) for each in found]
+
+
+def _tar_members(path: Path) -> Iterable[tuple[str, Place]]:
+    """List the files in a tar file."""
+    index = index_tar(path)
+    for name, (start, size) in zip(index.names, index.spans.tolist(), strict=True):
+        yield name, (0, start, size, IN_TAR)
+
+
+# -- shards ------------------------------------------------------------------------------------------------------------
+
+
+def open_shards(data: str, wanted: Wanted) -> dict[str, Source]:
+    """Open the shards that a pattern names, in its order; samples have labels if each of them has a `.cls`.
+
+    Raises:
+        DataError: If a shard is missing or broken, a sample has two images, or there is no image at all.
+    """
+    refuse_frames(data, wanted)
+    paths = expand(data)
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    names: list[str] = []
+    labels: list[str | None] = []
+    places: list[Place] = []
+    for number, path in enumerate(tqdm(paths, desc="indexing shards", leave=False, disable=None)):
+        for name, label, (start, size) in _samples(Path(path)):
+            names.append(f"{os.path.relpath(path, root)}/{name}")
+            labels.append(label)
+            places.append((number, start, size, IN_TAR))
+    if not names:
+        raise DataError(f"no images in {len(paths)} shards; {data}; images end in {', '.join(sorted(EXTENSIONS))}")
+    known = [label for label in labels if label is not None]
+    classes, numbers = classes_of(known) if len(known) == len(labels) else ((), None)
+    packed = PackedStrings.pack(names)
+    reader = ArchiveReader(PackedStrings.pack(paths), torch.tensor(places), packed, wanted)
+    return {"": StoredImages(address=data, names=packed, classes=classes, labels=numbers, reader=reader)}
+
+
+def expand(pattern: str) -> list[str]:
+    """List the files that a pattern names: `{00..12}` and `{a,b}` are all of them, `*`, `?` and `[]` what there is.
+
+    Raises:
+        DataError: If one is missing, or there is none.
+    """
+    found: list[str] = []
+    pieces = re.split(r"\{([^{}]*)\}", pattern)
+    for choice in product(*(_choices(piece) if odd % 2 else [piece] for odd, piece in enumerate(pieces))):
+        path = "".join(choice)
+        there = [path] if os.path.isfile(path) else sorted(glob.glob(path))
+        if not there:
+            raise DataError(f"no such shard; {path}; check the pattern {pattern}, and that all shards were copied")
+        found += there
+    if not found:
+        raise DataError(f"no shards; {pattern}; write the lower number of a range first")
+    return list(dict.fromkeys(found))
+
+
+def _choices(inside: str) -> Sequence[str]:
+    """List what braces stand for: numbers of one width, or what commas part."""
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
+        first, last = numbers.groups()
+        return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    return inside.split(",")
+
+
+def _samples(path: Path) -> list[tuple[str, str | None, tuple[int, int]]]:
+    """List the samples of a shard: name and place of the image, and the label."""
+    index = index_tar(path)
+    images: dict[str, tuple[str, tuple[int, int]]] = {}
+    plain: dict[str, bool] = {}
+    labels: dict[str, str] = {}
+    for name, text, (start, size) in zip(index.names, index.texts, index.spans.tolist(), strict=True):
+        folder, _, file = name.rpartition("/")
+        stem, _, ending = file.lower().partition(".")
+        key = f"{folder}/{file[: len(stem)]}"
+        if ending == "cls":
+            labels[key] = text
+        elif stem and os.path.splitext(file)[1].lower() in EXTENSIONS:
+            if plain.get(key) == ("." not in ending):
+                raise DataError(f"two images in a sample, {images[key][0]} and {name}; {path}; leave one of them out")
+            if key not in images or "." not in ending:  # 0001.jpg rather than 0001.mask.png
+                images[key], plain[key] = (name, (start, size)), "." not in ending
+    return [(name, labels.get(key), place) for key, (name, place) in images.items()]
+
+
+# -- where the members of a tar file lie ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """The files in a tar file, in their order.
+
+    Attributes:
+        names: Their paths.
+        spans: Where each begins, and its bytes.
+        texts: What the `.cls` files hold; empty for all others.
+    """
+
+    names: PackedStrings
+    spans: Int[Tensor, "n 2"]
+    texts: PackedStrings
+
+
+def index_tar(path: Path) -> TarIndex:
+    """Find the files in a tar file.
+
+    Raises:
+        DataError: If it is missing, broken or cut short.
+    """
+    try:
+        status = os.stat(path)
+        stamp = {"size": str(status.st_size), "time": str(status.st_mtime_ns)}
+        key = hashlib.sha256(str(path.resolve()).encode(errors="surrogateescape")).hexdigest()[:32]
+        kept = download_folder() / "indices" / f"{key}.safetensors"
+        if index := _kept_index(kept, stamp):
+            return index
+        index = _scan(path)
+    except FileNotFoundError:
+        raise DataError(f"no such tar file; {path}; check --data") from None
+    except tarfile.ReadError as error:
+        raise DataError(f"no whole tar file ({error}); {path}; copy it again, or pack it anew uncompressed") from None
+    except OSError as error:
+        raise DataError(f"{error.strerror or error}; {path}; check its permissions") from None
+    if status.st_mtime_ns / 1e9 < time.time() - SETTLED:
+        _keep(kept, index, stamp)
+    return index
+
+
+def _scan(path: Path) -> TarIndex:
+    """Read all headers; a cut file raises `tarfile.ReadError`."""
+    names, spans, texts = [], [], []
+    with tarfile.open(path, "r:") as archive:
+        while member := archive.next():
+            archive.members.clear()  # type: ignore[attr-defined]  # the headers of a million files would take a gigabyte
+            if not member.isreg() or member.issparse():
+                continue
+            content = archive.extractfile(member) if member.name.lower().endswith(".cls") else None
+            names.append(member.name)
+            spans.append((member.offset_data, member.size))
+            texts.append(content.read().decode(errors="replace").strip() if content else "")
+    with path.open("rb") as file:  # tarfile takes a broken header for the end, which is a block of zeros
+        file.seek(archive.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"it breaks off at byte {archive.offset}")
+    return TarIndex(
+        PackedStrings.pack(names), torch.tensor(spans, dtype=torch.long).view(-1, 2), PackedStrings.pack(texts)
+    )
+
+
+def _keep(kept: Path, index: TarIndex, stamp: dict[str, str]) -> None:
+    """Write an index down, if the cache can be written to."""
+    names, texts = index.names, index.texts
+    tensors = {"names": names.content, "ends": names.ends, "spans": index.spans}
+    tensors |= {"texts": texts.content, "text_ends": texts.ends}
+    partial = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
+    with suppress(OSError, SafetensorError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, stamp)
+        partial.replace(kept)
+
+
+def _kept_index(kept: Path, stamp: dict[str, str]) -> TarIndex | None:
+    """Read an index, if there is one and its tar file is as it was."""
+    try:
+        with safe_open(kept, framework="pt") as file:
+            if file.metadata() != stamp:
+                return None
+            return TarIndex(
+                PackedStrings(file.get_tensor("names"), file.get_tensor("ends")),
+                file.get_tensor("spans"),
+                PackedStrings(file.get_tensor("texts"), file.get_tensor("text_ends")),
+            )
+    except (OSError, SafetensorError):
+        return None
+
+
+# -- registration ------------------------------------------------------------------------------------------------------
+
+
+def _is_pattern(data: str) -> bool:
+    """Tell a pattern of shards from the name of a file."""
+    return data.lower().endswith(".tar") and any(each in data for each in "{*?[") and not os.path.exists(data)
+
+
+def _is_archive(data: str) -> bool:
+    """Tell whether a name is that of a zip or tar file."""
+    return data.lower().endswith((".zip", ".tar", *COMPRESSED)) and not _is_pattern(data) and not os.path.isdir(data)
+
+
+register_source("archive")(Opener(_is_archive, open_archive))
+register_source("shards")(Opener(_is_pattern, open_shards, names_tell_part=True))

@@ -1,0 +1,118 @@
+"""One array of images in a file, N H W, N H W C or N C H W, mapped into memory and read image by image.
+
+A list of the same name beside it (`images.csv` for `images.npy`) may bring a label and a part for each, row by row.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Num
+from torch import Tensor
+
+from dmjd.data.decode import Reduce, Wanted, at_known_depth, fit_channels
+from dmjd.data.packed import PackedStrings
+from dmjd.data.source import Opener, Source, register_source
+from dmjd.data.stored import StoredImages, classes_of, parts_by_column
+from dmjd.data.table import read_columns
+from dmjd.errors import DataError
+
+
+@dataclass(frozen=True)
+class ArrayReader:
+    """Reads images out of an array on disk.
+
+    Attributes:
+        path: Its file.
+        channels_first: Whether an image is C H W there, and not H W or H W C.
+        wanted: What is wanted of its images.
+    """
+
+    path: Path
+    channels_first: bool
+    wanted: Wanted
+
+    def __call__(self, index: int, reduce: Reduce | None) -> Num[Tensor, "C H W"]:
+        """Copy an image; raises `BadImage` if it has values that are no numbers."""
+        array = np.array(self._images[index])
+        if self.channels_first:
+            array = np.moveaxis(array, 0, -1)
+        image = torch.from_numpy(fit_channels(at_known_depth(array), self.wanted.in_chans)).permute(2, 0, 1)
+        return image if self.wanted.levels is None else self.wanted.levels.scale(image)
+
+    @cached_property
+    def _images(self) -> np.ndarray:
+        return np.load(self.path, mmap_mode="r")
+
+    def __getstate__(self) -> dict[str, object]:
+        """Let go of the mapped array: on its way to a worker it would be copied."""
+        return {name: value for name, value in self.__dict__.items() if name != "_images"}
+
+
+def open_array(data: str, wanted: Wanted) -> dict[str, Source]:
+    """Open the array of a file, with classes and parts if there is a list beside it.
+
+    Raises:
+        DataError: If it is no array of images or has other channels than the wanted ones, or the list does not fit.
+    """
+    path = Path(data)
+    reader = ArrayReader(path, _channels_first(path, wanted.in_chans), wanted)
+    count = len(reader._images)
+    beside = path.with_suffix(".csv")
+    columns = read_columns(beside, needed=("label", "split")) if beside.is_file() else {}
+    for cells in columns.values():
+        if len(cells) != count:
+            raise DataError(f"{len(cells)} rows for {count} images; {beside}; write one row an image")
+    classes, labels = classes_of(columns["label"]) if "label" in columns else ((), None)
+    images = StoredImages(
+        address=data,
+        names=PackedStrings.pack(f"{path.stem}/{number:07d}" for number in range(count)),
+        classes=classes,
+        labels=labels,
+        reader=reader,
+    )
+    return parts_by_column(images, columns["split"], beside) if "split" in columns else {"": images}
+
+
+def _channels_first(path: Path, in_chans: int) -> bool:
+    """Look at the shape of an array, and tell N C H W from the others: channels are last unless only the first do.
+
+    Raises:
+        DataError: If it is no array of images of as many channels, or of 3 or 1 where 1 or 3 are wanted.
+    """
+    try:
+        array = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise DataError(f"no such array; {path}; check --data") from None
+    except (OSError, ValueError, EOFError) as error:  # broken, or pickled objects, which are not safe to load
+        raise DataError(f"no array that can be mapped ({error}); {path}; write numbers by numpy.save") from None
+    if (
+        not isinstance(array, np.ndarray)
+        or array.dtype.kind not in "buif"
+        or array.ndim not in (3, 4)
+        or not array.size
+    ):
+        shape = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
+        raise DataError(f"no array of images but {shape}; {path}; write numbers of shape N H W or N H W C")
+    if array.ndim == 3:
+        channels, first = 1, False
+    else:
+        first = _fit(array.shape[1], in_chans) > _fit(array.shape[3], in_chans)
+        channels = array.shape[1 if first else 3]
+    if not any(_fit(channels, in_chans)):
+        raise DataError(
+            f"{channels} channels, not {in_chans}; {path}; say --model.in_chans {channels}, or leave it out"
+        )
+    return first
+
+
+def _fit(channels: int, in_chans: int) -> tuple[bool, bool]:
+    """Rank a number of channels: as wanted, or at least grey for colour or colour for grey."""
+    return channels == in_chans, {channels, in_chans} <= {1, 3}
+
+
+register_source("array")(
+    Opener(lambda data: data.lower().endswith(".npy") and not Path(data).is_dir(), open_array, names_tell_part=True)
+)

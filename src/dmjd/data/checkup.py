@@ -1,0 +1,238 @@
+"""What is found out about a set of images: every image is decoded once, and what matters of it is kept.
+
+Nothing stops here: a file that does not decode, or has other channels than the rest, is counted and named.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+from tqdm import tqdm
+
+from dmjd.data.crops import RandomCrop
+from dmjd.data.decode import BadImage
+from dmjd.data.duplicates import Outline, exact_copies, near_copies, outline
+from dmjd.data.levels import BYTES, levels_of
+from dmjd.data.peek import Peek, peek
+from dmjd.data.source import Source
+from dmjd.data.statistics import Statistics, statistics_of
+from dmjd.errors import DataError
+
+CHUNK = 64  # images that a thread looks at in one go
+BINS = 64  # of a histogram of values
+MEASURED = 256  # images whose values are measured, as training does
+TIMED = 64  # images that are timed
+MOST_PAIRS = 10_000  # of near copies that are looked for: a set of nothing but copies has millions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """One image of a set.
+
+    Attributes:
+        part: Its part of the set, and `index` its number there.
+        name: What its source calls it.
+        fault: Why it does not decode, or does not fit the others; an image that does has shape, dtype and digest.
+        broken: Whether the file itself is at fault.
+        header: What its header says, if it is a file.
+        file_bytes: Size of that file.
+        shape: Channels, height and width.
+        dtype: Type of its values.
+        digest: SHA-256 of its values.
+        outline: To find copies by; None for an even surface.
+    """
+
+    part: str
+    index: int
+    name: str
+    fault: str = ""
+    broken: bool = False
+    header: Peek | None = None
+    file_bytes: int | None = None
+    shape: tuple[int, int, int] = (0, 0, 0)
+    dtype: str = ""
+    digest: bytes = b""
+    outline: Outline | None = None
+
+
+def file_of(source: Source, index: int) -> Path | None:
+    """Find the file of an image, by itself in a folder or named by a list; None if it is in another file, or drawn."""
+    root, name = Path(source.address), source.name(index)
+    page = name.rpartition("#")
+    for each in (name, page[0]) if page[2].isdecimal() else (name,):
+        file = (root if root.is_dir() else root.parent) / each
+        if file.is_file():
+            return file
+    return None
+
+
+def headers(parts: Mapping[str, Source], count: int = 64) -> list[Peek]:
+    """Look at the headers of some files from all over a set."""
+    found = []
+    for source in parts.values():
+        for index in np.linspace(0, len(source) - 1, min(len(source), count), dtype=int).tolist():
+            if file := file_of(source, index):
+                with suppress(BadImage):
+                    found.append(peek(file))
+    return found
+
+
+def chosen(parts: Mapping[str, Source], count: int, seed: int) -> list[tuple[str, int]]:
+    """Choose the images to look at, by part and number: all of them, or a sample drawn by seed, in order."""
+    starts = np.cumsum([0, *map(len, parts.values())])
+    numbers = torch.randperm(int(starts[-1]), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    names, places = list(parts), np.searchsorted(starts, numbers.numpy(), side="right") - 1
+    return [(names[part], int(number - starts[part])) for part, number in zip(places, numbers.tolist(), strict=True)]
+
+
+def look_at(parts: Mapping[str, Source], images: list[tuple[str, int]], workers: int | None) -> list[Look]:
+    """Decode images and keep what matters of each, in threads: decoders let others run."""
+    threads = workers or min(os.cpu_count() or 1, 16)
+    chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
+    looks: list[Look] = []
+    with (
+        tqdm(total=len(images), desc="looking at images", unit=" images", leave=False, disable=None) as bar,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        for found in pool.map(lambda chunk: [look(parts[part], part, index) for part, index in chunk], chunks):
+            looks += found
+            bar.update(len(found))
+    return looks
+
+
+def look(source: Source, part: str, index: int) -> Look:
+    """Decode one image and keep what matters of it."""
+    one = partial(Look, part=part, index=index, name=source.name(index))
+    if file := file_of(source, index):
+        one = partial(one, file_bytes=file.stat().st_size)
+        with suppress(BadImage):  # decoding says why
+            one = partial(one, header=peek(file))
+    try:
+        image = source.read(index)
+    except BadImage as bad:
+        return one(fault=str(bad), broken=True)
+    except DataError as error:
+        what, *_, advice = str(error).split("; ")
+        return one(fault=f"{what}; {advice}")
+    kind = str(image.dtype).removeprefix("torch.")
+    digest = hashlib.sha256(f"{tuple(image.shape)} {kind}".encode())
+    digest.update(image.contiguous().numpy().tobytes())
+    shape = (image.shape[0], image.shape[1], image.shape[2])
+    return one(shape=shape, dtype=kind, digest=digest.digest(), outline=outline(image))
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+class Values(NamedTuple):
+    """What the pixels of a sample are.
+
+    Attributes:
+        statistics: What images are normalised by.
+        histograms: By channel, the share of values in each of 64 equal steps of the range; every image counts the same.
+    """
+
+    statistics: Statistics
+    histograms: Float64[np.ndarray, "C bins"]
+
+
+def measure_values(parts: Mapping[str, Source], looks: Sequence[Look]) -> Values:
+    """Measure a sample of the images that decode.
+
+    Args:
+        parts: Where they come from.
+        looks: Those that decode, at least one.
+
+    Raises:
+        DataError: If all values are the same.
+    """
+    few = evenly(looks, MEASURED)
+    deep = any(each.dtype != "uint8" for each in few)
+    levels = levels_of(_images(parts, few)) if deep else BYTES
+    shares = np.zeros((few[0].shape[0], BINS))
+
+    def counted() -> Iterator[Tensor]:
+        for image in _images(parts, few):
+            steps = (levels.scale(image).float().flatten(1) * (BINS / 256)).long().numpy()
+            shares[:] += [np.bincount(channel, minlength=BINS) / channel.size for channel in steps]
+            yield image
+
+    statistics = statistics_of(counted(), levels)
+    return Values(statistics, shares / len(few))
+
+
+class Speed(NamedTuple):
+    """Seconds of one core that a training sample takes."""
+
+    decode: float
+    crop: float
+
+
+def measure_speed(parts: Mapping[str, Source], looks: Sequence[Look], size: int) -> Speed:
+    """Time how training reads: an image no larger than its random crop needs, and the crop of `size` pixels."""
+    crop = RandomCrop((size, size), (0.2, 1.0), (3 / 4, 4 / 3), True)
+    few, times = evenly(looks, TIMED), []
+    for each, draws in zip(few, crop.draws(torch.arange(len(few))), strict=True):
+        began = time.process_time()
+        image = parts[each.part].read(each.index, partial(crop.factor, draws))
+        read = time.process_time()
+        crop.of_one(image, draws)
+        times.append((read - began, time.process_time() - read))
+    decode, crops = np.mean(times, axis=0).tolist()
+    return Speed(decode, crops)
+
+
+def evenly(looks: Sequence[Look], count: int) -> list[Look]:
+    """Choose some from all over."""
+    return [looks[place] for place in np.linspace(0, len(looks) - 1, min(len(looks), count), dtype=int)]
+
+
+def _images(parts: Mapping[str, Source], looks: Sequence[Look]) -> Iterator[Tensor]:
+    return (parts[each.part].read(each.index) for each in looks)
+
+
+# -- copies ------------------------------------------------------------------------------------------------------------
+
+
+class Copies(NamedTuple):
+    """Images that are there more than once, by their places in a list.
+
+    Attributes:
+        exact: Groups of equal images.
+        near: Pairs of images that are almost equal; of equal images only the first is paired.
+        leaked: Pairs of an image outside the part `train` and a copy of it in there, exact ones first.
+    """
+
+    exact: list[list[int]]
+    near: list[tuple[int, int]]
+    leaked: list[tuple[int, int]]
+
+
+def find_copies(looks: Sequence[Look]) -> Copies:
+    """Find equal and almost equal images among those that decode."""
+    exact = exact_copies([each.digest for each in looks])
+    later = {number for group in exact for number in group[1:]}
+    firsts = [(place, each.outline) for place, each in enumerate(looks) if each.outline and place not in later]
+    near: list[tuple[int, int]] = []
+    if firsts:
+        bits = np.array([found.bits for _, found in firsts], dtype=np.uint64)
+        thumbnails = np.stack([found.thumbnail for _, found in firsts])
+        pairs = islice(near_copies(bits, thumbnails), MOST_PAIRS)
+        near = sorted((firsts[one][0], firsts[other][0]) for one, other in pairs)
+    leaked = []
+    for group in (*exact, *map(list, near)):
+        inside = [place for place in group if looks[place].part == "train"]
+        leaked += [(place, inside[0]) for place in group if inside and looks[place].part != "train"]
+    return Copies(exact, near, leaked)

@@ -1,0 +1,166 @@
+"""Sets of Hugging Face: `hf:NAME` of the hub, `hf:FOLDER`, and Parquet files that hold their images.
+
+After the name come options as in a URL: `hf:NAME?config=...&image=...&label=...&revision=...`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import numpy as np
+from jaxtyping import Num
+from torch import Tensor
+
+from dmjd.data.decode import BadImage, Reduce, Wanted, decode
+from dmjd.data.packed import PackedStrings
+from dmjd.data.source import Opener, Source, register_source
+from dmjd.data.stored import Classes, StoredImages, classes_of, refuse_frames
+from dmjd.errors import DataError
+
+OPTIONS = ("config", "image", "label", "revision")
+LABELS = ("label", "labels", "fine_label")  # what a column of classes is usually called, the most usual first
+
+
+@dataclass(frozen=True)
+class HubReader:
+    """Reads images out of a column.
+
+    Attributes:
+        rows: A data set of the library that has this column alone, and does not decode it.
+        column: Its name.
+        address: What the set is called, for messages.
+        wanted: What is wanted of its images.
+    """
+
+    rows: Any
+    column: str
+    address: str
+    wanted: Wanted
+
+    def __call__(self, index: int, reduce: Reduce | None) -> Num[Tensor, "C H W"]:
+        """Decode an image; raises `BadImage`."""
+        cell = self.rows[index][self.column]
+        file = cell and (cell["bytes"] or cell["path"])
+        if not file:
+            raise BadImage("an empty cell")
+        return decode(file, self.wanted, name=f"row {index} of {self.address}", reduce=reduce)
+
+
+def open_hub(data: str, wanted: Wanted) -> dict[str, Source]:
+    """Open a set by its name on the hub, which downloads it once, or by a folder of Parquet files or a saved set.
+
+    Raises:
+        DataError: If there is none, it has no images, or an option or a column is unknown.
+    """
+    name, _, query = data.removeprefix("hf:").partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    if unknown := sorted(options.keys() - set(OPTIONS)):
+        raise DataError(f"no option {', '.join(unknown)}; {data}; the options are {', '.join(OPTIONS)}")
+    refuse_frames(data, wanted)
+    loaded = _load(data, name, **{key: options[key] for key in ("config", "revision") if key in options})
+    found: dict[str, Source] = {}
+    for part, rows in loaded.items():
+        column = _image_column(data, rows.features, options.get("image"))
+        classes, labels = _classes(data, rows, options.get("label"))
+        found[part] = StoredImages(
+            address=data,
+            names=PackedStrings.pack(f"{number:07d}" for number in range(len(rows))),
+            classes=classes,
+            labels=labels,
+            reader=HubReader(_undecoded(data, rows, column), column, data, wanted),
+        )
+    return found
+
+
+def has_embedded_images(path: Path) -> bool:
+    """Tell whether a Parquet file holds images, as structures of bytes, and not the paths of some."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import read_schema
+
+        schema = read_schema(path)
+    except (ImportError, OSError, ValueError):  # reading it as a list says why
+        return False
+    return "path" not in schema.names and any(
+        pyarrow.types.is_struct(each.type) and each.type.get_field_index("bytes") >= 0 for each in schema
+    )
+
+
+def _load(data: str, name: str, config: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """Let the library find a set; its parts by name, and one of no name if there are none."""
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"such sets need the library datasets; {data}; pip install 'dmjd[tables]'") from None
+    try:
+        if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
+            loaded = datasets.load_from_disk(name)
+        elif name.lower().endswith(".parquet"):
+            loaded = datasets.load_dataset("parquet", data_files=name, split="train")
+        else:
+            loaded = datasets.load_dataset(name, config, revision=revision)
+    except Exception as error:  # the network, the hub, its own files: everything fails in another way
+        reason = f"{type(error).__name__}: {_line(error)}"
+        raise DataError(f"no set could be opened ({reason}); {data}; check its name and its options") from None
+    return loaded if isinstance(loaded, dict) else {"": loaded}
+
+
+def _undecoded(data: str, rows: Any, column: str) -> Any:
+    """Make the library give the files of one column as they are."""
+    import datasets
+
+    try:
+        return rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    except Exception as error:  # of pyarrow, by what the column is instead
+        raise DataError(f"column {column} has no images ({_line(error)}); {data}; say ?image=COLUMN") from None
+
+
+def _line(error: Exception) -> str:
+    """Bring a message to one line."""
+    return " ".join(str(error).split())[:200]
+
+
+def _image_column(data: str, features: Any, given: str | None) -> str:
+    """Find the column of images: the one that is given, else the only one that there is."""
+    import datasets
+
+    if given is not None:
+        return _known(data, features, given)
+    columns = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    columns = columns or [name for name, kind in features.items() if isinstance(kind, dict) and "bytes" in kind]
+    if len(columns) == 1:
+        return columns[0]
+    reason = f"several columns of images: {', '.join(columns)}" if columns else "no column of images"
+    raise DataError(f"{reason}; {data}; say ?image=COLUMN, one of {', '.join(features)}")
+
+
+def _classes(data: str, rows: Any, given: str | None) -> Classes:
+    """Find the classes: of the column that is given, else of a column of classes with a usual name, or the only one."""
+    import datasets
+
+    if given is not None:
+        column = _known(data, rows.features, given)
+    else:
+        columns = [name for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)]
+        usual = [name for name in LABELS if name in columns]
+        if not usual and len(columns) != 1:
+            return (), None
+        column = (usual or columns)[0]
+    values, kind = list(rows.select_columns([column])[:][column]), rows.features[column]
+    of_classes = isinstance(kind, datasets.ClassLabel)
+    if None in values or (of_classes and -1 in values):  # a part whose labels are kept secret
+        return (), None
+    if of_classes:
+        return tuple(kind.names), np.array(values, dtype=np.int64)
+    return classes_of([str(value) for value in values])
+
+
+def _known(data: str, features: Any, column: str) -> str:
+    """Return the name of a column that there is."""
+    if column in features:
+        return column
+    raise DataError(f"no column {column}; {data}; its columns are {', '.join(features)}")
+
+
+register_source("hf")(Opener(lambda data: data.startswith("hf:"), open_hub))

@@ -1,0 +1,90 @@
+"""What the header of an image file says, before anything is decoded, turned or converted."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+from PIL import Image, UnidentifiedImageError
+
+from dmjd.data.decode import BadImage, orientation
+
+DEPTHS_OF_MODES = {"I": "int32", "F": "float32", "1": "bool"}  # of Pillow; those of 16 bits start with I;16
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how its files begin
+
+
+@dataclass(frozen=True)
+class Peek:
+    """What a header says.
+
+    Attributes:
+        channels: Of a page, transparency and the fourth ink of print left out, as decoding leaves them out.
+        dtype: NumPy's name of the type that values are stored in.
+        pages: Pages of a TIFF or frames of a medical image; 1 for any other file, animated ones included.
+        turned: EXIF orientation, 1 (not at all) to 8.
+    """
+
+    channels: int
+    dtype: str
+    pages: int = 1
+    turned: int = 1
+
+
+def peek(file: Path) -> Peek:
+    """Read the header of an image file.
+
+    Raises:
+        BadImage: If there is none that can be read.
+    """
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(132)
+        if head.startswith(TIFF):
+            return _tiff(file)
+        if head.startswith(b"\x93NUMPY"):
+            return _array(file)
+        if head[128:] == b"DICM":
+            return _dicom(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _picture(file, head)
+    except UnidentifiedImageError:
+        raise BadImage("not an image of a known format") from None
+    except Exception as error:  # decoders fail in every way there is
+        raise BadImage(f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]) from None
+
+
+def _picture(file: Path, head: bytes) -> Peek:
+    with Image.open(file) as image:
+        mode = image.mode
+    deep = mode.startswith("I;16") or (head.startswith(b"\x89PNG") and head[24] == 16)  # Pillow hides deep colour
+    dtype = "uint16" if deep else DEPTHS_OF_MODES.get(mode, "uint8")
+    grey = mode in ("1", "L", "LA", "La", "I", "F") or mode.startswith("I;16")
+    return Peek(1 if grey else 3, dtype, turned=orientation(file))
+
+
+def _tiff(file: Path) -> Peek:
+    with tifffile.TiffFile(file) as tiff:
+        every: Any = tiff.pages
+        pages = [page for page in every if not page.is_reduced]
+        page = pages[0]
+        colour = page.photometric in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.SEPARATED)
+        alpha = page.photometric == tifffile.PHOTOMETRIC.RGB and page.samplesperpixel == 4 and page.dtype == np.uint8
+        return Peek(3 if colour or alpha else page.samplesperpixel, str(page.dtype), len(pages), orientation(file))
+
+
+def _array(file: Path) -> Peek:
+    array = np.load(file, mmap_mode="r", allow_pickle=False)
+    # An image has fewer channels than rows or columns: they are first or last, whichever is smaller.
+    channels = 1 if array.ndim == 2 else min(array.shape[0], array.shape[-1])
+    return Peek(channels, str(array.dtype))
+
+
+def _dicom(file: Path) -> Peek:
+    import pydicom
+
+    data = pydicom.dcmread(file, stop_before_pixels=True)
+    dtype = f"{'int' if data.get('PixelRepresentation') else 'uint'}{data.BitsAllocated}"
+    return Peek(int(data.get("SamplesPerPixel", 1)), dtype, int(data.get("NumberOfFrames", 1) or 1))

@@ -1,0 +1,111 @@
+"""What sets share that are no folders: images by number, and their classes and parts from what a column or a path says.
+
+Lists, archives, arrays and tables differ in where an image lies. Each brings a reader, a small picklable function from
+the number of an image to its pixels; all the rest is here.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int, Num
+from torch import Tensor
+
+from dmjd.data.decode import Reduce, Wanted
+from dmjd.data.packed import PackedStrings
+from dmjd.data.source import HELD_OUT_PARTS, Source, Subset
+from dmjd.errors import DataError
+
+PARTS = ("train", *HELD_OUT_PARTS)
+Classes = tuple[tuple[str, ...], Int[np.ndarray, " n"] | None]  # names of the classes, and the number of each image's
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredImages:
+    """Images that something other than a folder stores.
+
+    Attributes:
+        address: What the set is called.
+        names: Name of each image.
+        classes: Names of the classes, if there are any.
+        labels: Number of the class of each, if there are classes.
+        reader: Decodes an image of a number at its depth; raises `BadImage`.
+    """
+
+    address: str
+    names: PackedStrings
+    classes: tuple[str, ...]
+    labels: Int[np.ndarray, " n"] | None
+    reader: Callable[[int, Reduce | None], Num[Tensor, "C H W"]]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def in_memory(self) -> bool:
+        """False: images are decoded, or copied from disk, whenever they are read."""
+        return False
+
+    def name(self, index: int) -> str:
+        """Look up the name of an image."""
+        return self.names[index]
+
+    def label(self, index: int) -> int | None:
+        """Look up the number of an image's class; None if there are no classes."""
+        return None if self.labels is None else int(self.labels[index])
+
+    def read(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
+        """Decode an image; raises `BadImage`."""
+        return self.reader(index, reduce)
+
+
+def classes_of(labels: Sequence[str]) -> Classes:
+    """Number the classes that a column of labels names, in alphabetical order, or by size if all are numbers.
+
+    As with folders, a single class makes no labels.
+    """
+    try:
+        keys = {label: float(label) for label in set(labels)}
+        numbers = all(map(math.isfinite, keys.values()))
+    except ValueError:
+        numbers = False
+    classes = sorted(set(labels), key=lambda label: (keys[label], label) if numbers else label)
+    if len(classes) < 2:
+        return (), None
+    places = {name: place for place, name in enumerate(classes)}
+    return tuple(classes), np.array([places[label] for label in labels], dtype=np.int64)
+
+
+def classes_of_folders(names: Sequence[str]) -> Classes:
+    """Number the classes of paths if each is CLASS/IMAGE, of two classes or more."""
+    if not all(name.count("/") == 1 for name in names):
+        return (), None
+    return classes_of([name.partition("/")[0] for name in names])
+
+
+def parts_by_column(source: Source, splits: Sequence[str], where: object) -> dict[str, Source]:
+    """Part a set by a column that has the name of the part of each image.
+
+    Args:
+        source: The whole set.
+        splits: The column, one text an image.
+        where: File of the column, for messages.
+
+    Raises:
+        DataError: If it has any other word than the names of parts.
+    """
+    found = np.array(splits)
+    if others := sorted(set(splits) - set(PARTS)):
+        raise DataError(f"unknown split {', '.join(others[:5])}; {where}; write {', '.join(PARTS[:-1])} or {PARTS[-1]}")
+    return {part: Subset(source, np.flatnonzero(found == part).tolist()) for part in PARTS if part in splits}
+
+
+def refuse_frames(data: str, wanted: Wanted) -> None:
+    """Refuse sets whose files would have to be opened one by one to count their pages.
+
+    Raises:
+        DataError: If pages are wanted as frames.
+    """
+    if wanted.pages == "frames":
+        raise DataError(f"pages as frames are for folders and lists; {data}; unpack it, or say --data_pages bands")

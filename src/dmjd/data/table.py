@@ -1,0 +1,232 @@
+"""A list of images: a file of comma- or tab-separated values, a Parquet file, or a text of one path a line.
+
+The column `path` says where the images are: relative to the list's folder, absolute, or a URL. The columns `label` and
+`split`, if there are any, bring classes and parts.
+"""
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import Num
+from torch import Tensor
+
+from dmjd.data.decode import BadImage, Reduce, Wanted, count_pages, decode
+from dmjd.data.folder import FolderImages
+from dmjd.data.hub import has_embedded_images, open_hub
+from dmjd.data.packed import PackedStrings
+from dmjd.data.source import Opener, Source, register_source
+from dmjd.data.stored import classes_of, parts_by_column
+from dmjd.errors import DataError
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+ENDINGS = (*DELIMITERS, ".parquet", ".txt")
+
+Columns = dict[str, list[str]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ListedImages(FolderImages):
+    """Images that a list names; `root` is its folder, and absolute names and URLs lead elsewhere.
+
+    Attributes:
+        listed_in: The list.
+    """
+
+    listed_in: str
+
+    @property
+    def address(self) -> str:
+        """The list."""
+        return self.listed_in
+
+    def read(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
+        """Decode an image; raises `BadImage`."""
+        name = self.names[index]
+        if "://" not in name:
+            return self.image(index, reduce)
+        return decode(_fetch(name), self.wanted, name=name, reduce=reduce)
+
+
+def open_list(data: str, wanted: Wanted) -> dict[str, Source]:
+    """Open a list by its ending; a Parquet file that holds the images itself is opened by the library of such files.
+
+    Raises:
+        DataError: If there is no such list, it is broken or empty, or names an image twice or one that is not there.
+    """
+    path = Path(data)
+    if path.suffix.lower() == ".parquet" and has_embedded_images(path):
+        return open_hub(data, wanted)
+    columns = read_columns(path, needed=("path",), optional=("label", "split"))
+    _check_paths(path, columns["path"])
+    if wanted.pages == "frames":
+        columns = _frames(path.parent, columns)
+    classes, labels = classes_of(columns["label"]) if "label" in columns else ((), None)
+    images = ListedImages(
+        listed_in=data,
+        root=path.parent,
+        names=PackedStrings.pack(columns["path"]),
+        wanted=wanted,
+        classes=classes,
+        labels=labels,
+    )
+    return parts_by_column(images, columns["split"], path) if "split" in columns else {"": images}
+
+
+# -- columns -----------------------------------------------------------------------------------------------------------
+
+
+def read_columns(path: Path, *, needed: Sequence[str], optional: Sequence[str] = ()) -> Columns:
+    """Read some columns of a list as text.
+
+    Args:
+        path: The list.
+        needed: Columns of which there must be one at least.
+        optional: Others that are read as well.
+
+    Returns:
+        Those that there are.
+
+    Raises:
+        DataError: If the list cannot be read, has no row or none of the columns, or leaves a cell of one empty.
+    """
+    read = _parquet if path.suffix.lower() == ".parquet" else _text
+    try:
+        header, columns = read(path, (*needed, *optional))
+    except FileNotFoundError:
+        raise DataError(f"no such list; {path}; check --data") from None
+    except OSError as error:
+        raise DataError(f"{error.strerror or error}; {path}; check its permissions") from None
+    except UnicodeDecodeError:
+        raise DataError(f"not UTF-8; {path}; save it in that encoding") from None
+    if not columns.keys() & set(needed):
+        there = ", ".join(header) or "none"
+        raise DataError(f"no column {' or '.join(needed)}; {path}; name one so, its columns are: {there}")
+    for name, cells in columns.items():
+        if not cells:
+            raise DataError(f"an empty list; {path}; write one image a row")
+        if "" in cells:
+            raise DataError(
+                f"row {cells.index('') + 1} has no {name}; {path}; give every row one, or leave the row out"
+            )
+    return columns
+
+
+def _text(path: Path, names: Sequence[str]) -> tuple[list[str], Columns]:
+    """Read the header of a text file, and the columns of these names."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        if path.suffix.lower() == ".txt":
+            return ["path"], {"path": [line.rstrip("\r\n") for line in file if line.strip()]}
+        rows = csv.reader(file, delimiter=DELIMITERS[path.suffix.lower()])
+        try:
+            header = [name.strip() for name in next(rows, [])]
+            places = {name: header.index(name) for name in names if name in header}
+            cells = list(_cells(rows, len(header), list(places.values()), path))
+        except csv.Error as error:
+            raise DataError(f"{error} in line {rows.line_num}; {path}; write it anew") from None
+    return header, {name: [row[place] for row in cells] for place, name in enumerate(places)}
+
+
+def _cells(rows: Iterable[list[str]], width: int, places: list[int], path: Path) -> Iterator[list[str]]:
+    """Pick cells out of rows, all of which must be of one width; empty lines do not count."""
+    for number, row in enumerate(filter(None, rows), start=1):
+        if len(row) != width:
+            raise DataError(
+                f"row {number} has {len(row)} columns, not {width}; {path}; complete it, or quote what has a delimiter"
+            )
+        yield [row[place] for place in places]
+
+
+def _parquet(path: Path, names: Sequence[str]) -> tuple[list[str], Columns]:
+    """Read the names of all columns of a Parquet file, and the columns of these names."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(f"Parquet files need pyarrow; {path}; pip install 'dmjd[tables]'") from None
+    try:
+        header = parquet.read_schema(path).names
+        table = parquet.read_table(path, columns=[name for name in names if name in header])
+    except FileNotFoundError:
+        raise
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"no whole Parquet file ({reason}); {path}; write it anew") from None
+    columns = table.to_pydict().items()
+    return header, {name: ["" if cell is None else str(cell) for cell in cells] for name, cells in columns}
+
+
+# -- paths -------------------------------------------------------------------------------------------------------------
+
+
+def _check_paths(path: Path, names: list[str]) -> None:
+    """Refuse a list that names an image twice, or a file that is not there; what URLs lead to is not looked at."""
+    most, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise DataError(f"{most} is listed {times} times; {path}; list it once")
+    if remote := {name.partition("://")[0] for name in names if "://" in name}:
+        _check_protocols(remote, path)
+    listings: dict[str, frozenset[str]] = {}
+    missing = []
+    for name in names:
+        if "://" in name:
+            continue
+        folder, slash, file = name.rpartition("/")
+        if folder + slash not in listings:
+            listings[folder + slash] = _files(path.parent / (folder + slash))
+        if file not in listings[folder + slash]:
+            missing.append(name)
+    missing = [name for name in missing if not (path.parent / name).exists()]  # the file system may fold case
+    if missing:
+        raise DataError(
+            f"no file {missing[0]}, and {len(missing)} of {len(names)} missing in all; {path}; "
+            f"relative paths begin at {path.parent}"
+        )
+
+
+def _files(folder: Path) -> frozenset[str]:
+    """List a folder, once for all its files: a question for each of a million would take minutes on a network."""
+    try:
+        return frozenset(os.listdir(folder))
+    except OSError:
+        return frozenset()
+
+
+def _check_protocols(protocols: Iterable[str], path: Path) -> None:
+    """See that what reads URLs of these kinds is installed."""
+    try:
+        import fsspec
+    except ImportError:
+        raise DataError(f"URLs need fsspec; {path}; pip install 'dmjd[remote]'") from None
+    for protocol in sorted(protocols):
+        try:
+            fsspec.get_filesystem_class(protocol)
+        except (ImportError, ValueError) as error:
+            raise DataError(f"{protocol}:// cannot be read ({error}); {path}; install what fsspec asks for") from None
+
+
+def _fetch(url: str) -> bytes:
+    """Read what a URL leads to; raises `BadImage` if nothing comes."""
+    import fsspec
+
+    try:
+        with fsspec.open(url) as file:
+            return file.read()
+    except Exception as error:  # every file system has errors of its own
+        raise BadImage(f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]) from None
+
+
+def _frames(root: Path, columns: Columns) -> Columns:
+    """Give every page of a file a row of its own, as FILE#PAGE where there are several."""
+    counts = [1 if "://" in name else count_pages(root / name) for name in columns["path"]]
+    rows = [(row, f"#{page}" if count > 1 else "") for row, count in enumerate(counts) for page in range(count)]
+    expanded = {name: [cells[row] for row, _ in rows] for name, cells in columns.items()}
+    return expanded | {"path": [columns["path"][row] + page for row, page in rows]}
+
+
+register_source("list")(
+    Opener(lambda data: data.lower().endswith(ENDINGS) and not Path(data).is_dir(), open_list, names_tell_part=True)
+)

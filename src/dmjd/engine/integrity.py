@@ -1,0 +1,135 @@
+"""What is in a run, a checkpoint or a backbone's file, and whether all of it is whole."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from dmjd.backbones.files import load_backbone
+from dmjd.engine.checkpoint import MANIFEST, read_state, sha256
+from dmjd.errors import CheckpointError
+
+PARTS_OF_CHECKPOINT = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Tell whether a folder is a checkpoint, whole or not."""
+    return any((path / name).is_file() for name in (MANIFEST, *PARTS_OF_CHECKPOINT))
+
+
+def is_run(path: Path) -> bool:
+    """Tell whether a folder is a run's."""
+    return (path / "config.yaml").is_file()
+
+
+def examine_backbone(path: Path) -> dict[str, Any]:
+    """Load a backbone's file and say what is in it.
+
+    Raises:
+        CheckpointError: If it is broken, or has weights that are no finite numbers.
+    """
+    model: Any = load_backbone(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    default = model.pretrained_cfg
+    return {
+        "kind": "backbone",
+        "architecture": metadata["architecture"],
+        **({"task": json.loads(metadata["task"]).get("name")} if "task" in metadata else {}),
+        **examine_tensors(path),
+        "input_size": list(default["input_size"]),
+        "mean": list(default["mean"]),
+        "std": list(default["std"]),
+    }
+
+
+def examine_checkpoint(path: Path) -> dict[str, Any]:
+    """Compare every file of a checkpoint with its manifest and say what is in it.
+
+    Raises:
+        CheckpointError: If one is missing or has changed, or a weight is no finite number.
+    """
+    digests = _read_json(path / MANIFEST)
+    for name in sorted({*digests, *PARTS_OF_CHECKPOINT}):
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"a file of the checkpoint is missing; {file}; go on from an older one")
+        if sha256(file) != digests.get(name):
+            raise CheckpointError(f"not what the checkpoint's manifest says; {file}; go on from an older one")
+    return {"kind": "checkpoint", "step": read_state(path)["step"], **examine_tensors(path / "model.safetensors")}
+
+
+def examine_run(path: Path) -> dict[str, Any]:
+    """Look at the files of a run and its checkpoints and say how far it has come.
+
+    Raises:
+        CheckpointError: If one of them is broken.
+    """
+    try:
+        settings = yaml.safe_load((path / "config.yaml").read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        raise CheckpointError(f"no settings; {path / 'config.yaml'}; restore the file") from None
+    lines, cut = _count_lines(path / "metrics.jsonl")
+    summary = path / "summary.json" if (path / "summary.json").is_file() else path / "result.json"
+    finished = summary.is_file()
+    if finished:
+        _read_json(summary)
+    found = [examine_checkpoint(each) for each in sorted((path / "checkpoints").glob("step-*"))]
+    files = [path / name for name in ("backbone.safetensors", "last.safetensors") if (path / name).is_file()]
+    return {
+        "kind": "run",
+        "finished": finished,
+        "data": settings.get("data") if isinstance(settings, dict) else None,
+        "metrics": lines,
+        **({"metrics_cut": cut} if cut else {}),
+        "steps": max((each["step"] for each in found), default=0),
+        "checkpoints": [each["step"] for each in found],
+        **{file.stem: examine_backbone(file) for file in files},
+    }
+
+
+def examine_tensors(path: Path) -> dict[str, int]:
+    """Count the tensors of a file and their values, and see that all are finite.
+
+    Raises:
+        CheckpointError: If one is not, or the file is broken.
+    """
+    count = values = 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                tensor = file.get_tensor(name)
+                count, values = count + 1, values + tensor.numel()
+                if not torch.isfinite(tensor).all():
+                    raise CheckpointError(f"{name} is not finite; {path}; go on from an older checkpoint")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"no tensors ({error}); {path}; go on from an older checkpoint") from None
+    return {"tensors": count, "parameters": values}
+
+
+def _count_lines(path: Path) -> tuple[int, int]:
+    """Count the lines of metrics, and those that are cut off: a killed run may leave one at the end.
+
+    Raises:
+        CheckpointError: If one before the last is broken.
+    """
+    lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                return number - 1, 1
+            raise CheckpointError(f"line {number} is no JSON; {path}; remove the line") from None
+    return len(lines), 0
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no JSON ({type(error).__name__}); {path}; go on from an older checkpoint") from None
+    return content

@@ -1,0 +1,220 @@
+"""The page of a set of images: what is wrong with it and what to do, then what is in it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from dmjd.data.checkup import Copies, Look, Values
+from dmjd.data.levels import BYTES, Levels
+from dmjd.data.source import Source
+from dmjd.reports.curves import HUES, MUTED, add_legend, plain_axes, svg
+from dmjd.reports.overlays import rgb
+from dmjd.reports.page import jpeg, write_page
+
+SHOWN_FAULTS = 20
+SHOWN_PAIRS = 8
+UNEVEN = 10  # times as many images in the largest class as in the smallest, from which that is worth a line
+
+Problem = tuple[str, str]  # what is wrong, and what to do
+
+
+def write_checkup(
+    out: Path,
+    found: Mapping[str, Any],
+    parts: Mapping[str, Source],
+    looks: Sequence[Look],
+    copies: Copies,
+    values: Values | None,
+) -> Path:
+    """Write report.html.
+
+    Args:
+        out: Folder of the page.
+        found: The numbers, as in summary.json.
+        parts: The set, from which pictures of copies are read.
+        looks: The images that were looked at.
+        copies: Those of them that are there more than once.
+        values: What their pixels are; None if all are the same.
+
+    Returns:
+        Where it is.
+    """
+    good = [each for each in looks if not each.fault]
+    levels = values.statistics.levels if values else BYTES
+    several = [*copies.leaked, *((group[0], group[1]) for group in copies.exact), *copies.near]
+    pairs = list(dict.fromkeys((min(pair), max(pair)) for pair in several))  # leaks are copies, too
+    page = {
+        "found": found,
+        "problems": problems(found),
+        "notes": notes(found),
+        "faults": [each for each in looks if each.fault][:SHOWN_FAULTS],
+        "figures": figures(good, values),
+        "pairs": [picture_pair(parts, good[one], good[two], levels) for one, two in pairs[:SHOWN_PAIRS]],
+        "num_pairs": len(pairs),
+    }
+    path = out / "report.html"
+    write_page(path, "doctor.html", page)
+    return path
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def problems(found: Mapping[str, Any]) -> list[Problem]:
+    """Say what has to be put right, the worst first."""
+    checks: tuple[Callable[[Mapping[str, Any]], Problem | None], ...] = (leakage, broken, refused, classes, depths)
+    return [problem for check in checks if (problem := check(found))]
+
+
+def leakage(found: Mapping[str, Any]) -> Problem | None:
+    """Held-out images that training sees too."""
+    count = found["leaked"]
+    if not count:
+        return None
+    what = (
+        f"Leakage: {count:,} of {found['held_out']:,} held-out images {are(count)} in the training part too, exactly "
+        "or almost. Every number measured on them is too good."
+    )
+    return what, "Remove them from one of the two parts; duplicates.tsv names them."
+
+
+def broken(found: Mapping[str, Any]) -> Problem | None:
+    """Files that do not decode."""
+    count, share = found["broken"], found["broken"] / found["looked_at"]
+    if not count:
+        return None
+    stops = "Pre-training stops above 1%." if share > 0.01 else "Training leaves them out, and names them."
+    what = f"{count:,} of {found['looked_at']:,} files {do(count)} not decode ({share:.2%}). {stops}"
+    return what, "Fetch them again or remove them; broken.tsv names them with the reasons."
+
+
+def refused(found: Mapping[str, Any]) -> Problem | None:
+    """Files that decode, but not as most do."""
+    count, chans = found["refused"], found["in_chans"]
+    if not count:
+        return None
+    what = (
+        f"{count:,} of {found['looked_at']:,} files {do(count)} not fit the others, which are read as images of "
+        f"{chans} channel{'s' if chans > 1 else ''}. Training stops at the first of them."
+    )
+    return what, "Move them out of the folder, or convert them; broken.tsv names them with the reasons."
+
+
+def classes(found: Mapping[str, Any]) -> Problem | None:
+    """Held-out classes without images to learn from."""
+    labels = found["labels"]
+    missing = sorted({name for part in labels.values() for name in part} - set(labels.get("train", ())))
+    if "train" not in labels or not missing:
+        return None
+    verb, names = "es have" if len(missing) > 1 else " has", ", ".join(missing[:5])
+    what = f"{len(missing)} held-out class{verb} no training images: {names}{' ...' if len(missing) > 5 else ''}."
+    return what, "Check how the folders are called: a class has the same name in every part."
+
+
+def depths(found: Mapping[str, Any]) -> Problem | None:
+    """Values of several types in one set."""
+    types = found["types"]
+    if len(types) < 2:
+        return None
+    what = (
+        f"Values are of different types: {listed(types)}. Those of 8 bits are taken to range over 0 to 255, all deeper "
+        "ones over one common range."
+    )
+    return what, "If they come from different instruments, bring them to one type first."
+
+
+def notes(found: Mapping[str, Any]) -> list[Problem]:
+    """Say what is worth knowing, but needs nothing done at once."""
+    low, high = found.get("value_range", (0, 0))
+    smallest, largest = ([pick(part.values()) for part in found["labels"].values()] or [1] for pick in (min, max))
+    pages = listed({f"of {pages} pages": count for pages, count in found["pages"].items()})
+    said: list[tuple[bool, str, str]] = [
+        (found["equal"] > 0, f"Images that are exact copies of others: {found['equal']:,}.",
+         "Training sees them more often than the rest; duplicates.tsv names them."),
+        (found["near_pairs"] > 0, f"Pairs of images that are almost equal: {found['near_pairs']:,}.",
+         "Look at a few below: they may be copies at another size or quality, or frames of one film."),
+        (bool(found["pages"]), f"Files have several pages ({pages}); they were looked at as "
+         f"{found['data_pages'] or 'one'}.",
+         "Say --data_pages bands if the pages are channels of one image, --data_pages frames if each is an image."),
+        ("mean" not in found, "All values are the same.", "Nothing can be learned from them; check the files."),
+        (found["flat"] > 0, f"Images of an even surface: {found['flat']:,}.", "Look whether they are empty."),
+        (found["long"] > 0, f"Images more than five times as long as wide: {found['long']:,}.",
+         "A square crop shows little of them: cut them into pieces."),
+        (max(largest) > UNEVEN * min(smallest), f"The largest class has {max(largest):,} images, the smallest "
+         f"{min(smallest):,}.", "This is no matter for pre-training; judge classifiers by their mean over classes."),
+        (bool(found["passed_over"]), f"Other files were passed over: {listed(found['passed_over'])}.",
+         "If some are images, give them one of the usual endings."),
+        (found["turned"] > 0, f"Photographs stored turned (EXIF): {found['turned']:,}.", "They are turned back."),
+        ((low, high) not in ((0, 0), (0, 255)), f"Values range over {low:g} to {high:g}; this becomes 0 to 1.",
+         "Say --data_range if you know better."),
+    ]  # fmt: skip
+    return [(what, advice) for holds, what, advice in said if holds]
+
+
+def listed(counts: Mapping[str, int], most: int = 8) -> str:
+    """List names and how many there are of each."""
+    text = ", ".join(f"{count:,} {name or 'without an ending'}" for name, count in list(counts.items())[:most])
+    return f"{text} and {len(counts) - most} more kinds" if len(counts) > most else text
+
+
+def are(count: int) -> str:
+    """Choose the verb's number."""
+    return "is" if count == 1 else "are"
+
+
+def do(count: int) -> str:
+    """Choose the verb's number."""
+    return "does" if count == 1 else "do"
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def picture_pair(parts: Mapping[str, Source], one: Look, two: Look, levels: Levels) -> dict[str, Any]:
+    """Show two images that are copies of each other."""
+    shots = []
+    for each in (one, two):
+        image = levels.scale(parts[each.part].read(each.index)).byte()
+        place = f"{each.part}/{each.name}" if each.part else each.name
+        shots.append({"src": jpeg(rgb(image), 240), "name": place})
+    parts_named = {one.part, two.part}
+    leaked = len(parts_named) > 1 and "train" in parts_named
+    return {"kind": "equal" if one.digest == two.digest else "almost equal", "leaked": leaked, "shots": shots}
+
+
+def figures(good: Sequence[Look], values: Values | None) -> list[dict[str, Any]]:
+    """Draw how large images are and what values they have."""
+    sides = {"heights": [each.shape[1] for each in good], "widths": [each.shape[2] for each in good]}
+    figure = Figure(figsize=(4.6, 2.5), layout="constrained")
+    axes = plain_axes(figure)
+    steps = np.histogram_bin_edges([*sides["heights"], *sides["widths"]], bins=40)
+    for (name, numbers), colour in zip(sides.items(), HUES, strict=False):
+        axes.stairs(np.histogram(numbers, steps)[0], steps, color=colour, linewidth=1.4, label=name)
+    axes.set_xlabel("pixels", color=MUTED, fontsize=8)
+    add_legend(axes)
+    spoken = "; ".join(f"{name} from {min(numbers)} to {max(numbers)}" for name, numbers in sides.items())
+    drawn = [{"title": "Images by height and width", "svg": svg(figure, "sides", f"Images by size: {spoken}")}]
+    if values:
+        drawn.append({"title": "Values by channel, percent", "svg": draw_values(values.histograms, values)})
+    return drawn
+
+
+def draw_values(shares: Float64[np.ndarray, "C bins"], values: Values) -> Markup:
+    """Draw a line for the values of every channel; of more than three, all in one colour."""
+    figure = Figure(figsize=(4.6, 2.5), layout="constrained")
+    axes = plain_axes(figure)
+    levels, few = values.statistics.levels, len(shares) <= len(HUES)
+    steps = np.linspace(levels.low, levels.high, shares.shape[1] + 1)
+    for number, share in enumerate(shares):
+        colour, name = (HUES[number], f"channel {number}") if few else (HUES[0], None)
+        axes.stairs(100 * share, steps, color=colour, linewidth=1.4 if few else 0.7, label=name)
+    axes.set_xlabel("value", color=MUTED, fontsize=8)
+    if len(shares) > 1 and few:
+        add_legend(axes)
+    means = ", ".join(f"{mean:.2f}" for mean in values.statistics.mean)
+    return svg(figure, "values", f"Share of values by channel; means of the range: {means}")

@@ -1,0 +1,238 @@
+"""`dmjd doctor`: what is in a set of images and what to do about it; or whether a run or a backbone is whole."""
+
+import json
+import os
+import shlex
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmjd.config.doctor import DoctorSettings
+from dmjd.data.builtin import download_folder
+from dmjd.data.checkup import Copies, Look, chosen, find_copies, headers, look_at, measure_speed, measure_values
+from dmjd.data.decode import EXTENSIONS, Wanted
+from dmjd.data.listing import list_files
+from dmjd.data.memory import MEMORY_LIMIT
+from dmjd.data.prepared import SET, read_set, verify
+from dmjd.data.source import Source, has_labels, open_parts
+from dmjd.engine.checkpoint import write_atomically
+from dmjd.engine.integrity import examine_backbone, examine_checkpoint, examine_run, is_checkpoint, is_run
+from dmjd.engine.run import one_cell
+from dmjd.errors import DataError
+from dmjd.reports.doctor import write_checkup
+
+LONG = 5  # longer side over the shorter, from which most of an image is outside of every crop
+SLOW = 0.5  # share of a sample's time that decoding takes, from which a prepared set is worth while
+ON_ONE_LINE = ("images", "looked_at", "broken", "refused", "equal", "near_pairs", "leaked", "command", "seconds")
+
+
+def doctor(settings: DoctorSettings) -> None:
+    """Look at `settings.data` and print one line of JSON; for a set of images, also write the folder `settings.out`.
+
+    Raises:
+        CheckpointError: If a run, a checkpoint or a backbone is broken.
+        DataError: If there are no images, none decodes, or a file of a prepared set has changed.
+    """
+    path = Path(settings.data)
+    if path.suffix == ".safetensors":
+        found = examine_backbone(path)
+    elif is_checkpoint(path):
+        found = examine_checkpoint(path)
+    elif is_run(path):
+        found = examine_run(path)
+    else:
+        found = examine_set(settings)
+    print(json.dumps(found))
+
+
+def examine_set(settings: DoctorSettings) -> dict[str, Any]:
+    """Look at a set of images, write what is found out to `settings.out` and return the most important of it."""
+    began, data, out = time.perf_counter(), settings.data, settings.out
+    if (Path(data) / SET).is_file():
+        verify(Path(data))
+    parts, wanted = open_to_look(settings)
+    looks = look_at(parts, chosen(parts, settings.max_images, settings.seed), settings.workers)
+    good = [each for each in looks if not each.fault]
+    if not good:
+        raise DataError(f"none of {len(looks)} images can be used ({looks[0].fault}); {data}; give other files")
+    copies = find_copies(good)
+    found = {
+        "data": data,
+        **describe_files(data, parts, looks),
+        **describe_images(good),
+        **describe_copies(good, copies),
+    }
+    try:
+        values = measure_values(parts, good)
+        found |= {"mean": values.statistics.mean, "std": values.statistics.std}
+        found |= {"value_range": [values.statistics.levels.low, values.statistics.levels.high]}
+    except DataError:  # all values are the same
+        values = None
+    found |= advise(found, wanted, parts, good, out)
+    found["seconds"] = round(time.perf_counter() - began, 1)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "summary.json", json.dumps(found, indent=1))
+    if values:
+        values.statistics.write(out / "statistics.json")
+    write_tables(out, looks, good, copies)
+    page = write_checkup(out, found, parts, looks, copies, values)
+    return {name: found[name] for name in ON_ONE_LINE} | {"out": str(page)}
+
+
+def open_to_look(settings: DoctorSettings) -> tuple[dict[str, Source], Wanted]:
+    """Open a set as most of its files want to be opened: with their channels, and pages as frames if they have some."""
+    root = Path(settings.data)
+    stored = read_set(root)["in_chans"] if (root / SET).is_file() else 3
+    wanted = Wanted(in_chans=settings.in_chans or stored, pages=settings.data_pages)
+    parts = open_parts(settings.data, wanted)
+    seen = headers(parts)
+    channels, pages = (Counter(getattr(each, name) for each in seen) for name in ("channels", "pages"))
+    usual = channels.most_common(1)[0][0] if channels else stored
+    several = bool(pages) and pages[1] < pages.total() / 2
+    fitting = Wanted(in_chans=settings.in_chans or usual, pages=settings.data_pages or ("frames" if several else None))
+    return (parts if fitting == wanted else open_parts(settings.data, fitting)), fitting
+
+
+# -- what there is -----------------------------------------------------------------------------------------------------
+
+
+def describe_files(data: str, parts: Mapping[str, Source], looks: Sequence[Look]) -> dict[str, Any]:
+    """Count the images of a set and what their files are; everything but parts, labels and endings is of the sample."""
+    endings = Counter(
+        Path(source.name(index)).suffix.partition("#")[0].lower() or "none"
+        for source in parts.values()
+        for index in range(len(source))
+    )
+    sizes = [each.file_bytes for each in looks if each.file_bytes is not None]
+    seen = [each.header for each in looks if each.header]
+    faulty = [each for each in looks if each.fault]
+    return {
+        "images": sum(map(len, parts.values())),
+        "looked_at": len(looks),
+        "parts": {name or "all": len(source) for name, source in parts.items()},
+        "labels": {name or "all": labels_of_part(source) for name, source in parts.items() if has_labels(source)},
+        "formats": dict(endings.most_common()),
+        "passed_over": passed_over(data),
+        "file_bytes": spread(sizes),
+        "channels": dict(Counter(each.channels for each in seen).most_common()),
+        "depths": dict(Counter(each.dtype for each in seen).most_common()),
+        "turned": sum(each.turned > 1 for each in seen),
+        "pages": dict(Counter(each.pages for each in seen if each.pages > 1).most_common()),
+        "broken": sum(each.broken for each in faulty),
+        "refused": sum(not each.broken for each in faulty),
+        "reasons": dict(Counter(each.fault for each in faulty).most_common(20)),
+    }
+
+
+def labels_of_part(source: Source) -> dict[str, int]:
+    """Count the images of every class, in the order of the classes."""
+    counts = Counter(source.label(index) for index in range(len(source)))
+    return {name: counts[number] for number, name in enumerate(source.classes)}
+
+
+def passed_over(data: str) -> dict[str, int]:
+    """Count the files of a folder that are no images by their endings."""
+    if not Path(data).is_dir() or (Path(data) / SET).is_file():
+        return {}
+    return list_files(Path(data), EXTENSIONS, download_folder() / "listings").passed_over
+
+
+def describe_images(good: Sequence[Look]) -> dict[str, Any]:
+    """Measure the images that decode."""
+    heights, widths = ([each.shape[place] for each in good] for place in (1, 2))
+    long = sum(max(each.shape[1:]) > LONG * min(each.shape[1:]) for each in good)
+    return {
+        "heights": spread(heights),
+        "widths": spread(widths),
+        "long": long,
+        "flat": sum(each.outline is None for each in good),
+        "types": dict(Counter(each.dtype for each in good).most_common()),
+    }
+
+
+def describe_copies(good: Sequence[Look], copies: Copies) -> dict[str, Any]:
+    """Count what is there more than once."""
+    return {
+        "equal": sum(len(group) - 1 for group in copies.exact),
+        "near_pairs": len(copies.near),
+        "leaked": len({held_out for held_out, _ in copies.leaked}),
+        "held_out": sum(each.part not in ("", "train") for each in good),
+    }
+
+
+def spread(numbers: Sequence[int]) -> dict[str, int]:
+    """Find the least, the middle and the largest of some numbers; nothing of none."""
+    if not numbers:
+        return {}
+    return {"min": min(numbers), "median": int(np.median(numbers)), "max": max(numbers)}
+
+
+# -- what to do --------------------------------------------------------------------------------------------------------
+
+
+def advise(
+    found: Mapping[str, Any], wanted: Wanted, parts: Mapping[str, Source], good: Sequence[Look], out: Path
+) -> dict[str, Any]:
+    """Choose settings that fit, and the command that has them; measures how fast images can be read for that."""
+    short = int(np.median([min(each.shape[1:]) for each in good]))
+    size, patch = fitting_size(short)
+    speed = measure_speed(parts, good, size)
+    share = speed.decode / max(speed.decode + speed.crop, 1e-9)
+    largest = max(int(np.prod(each.shape)) * np.dtype(each.dtype).itemsize for each in good)
+    ready = all(source.in_memory for source in parts.values()) or largest * found["images"] <= MEMORY_LIMIT
+    pages = ["--data_pages", wanted.pages] if wanted.pages else []
+    flags = ["--model.in_chans", wanted.in_chans, "--model.image_size", size, "--model.patch_size", patch, *pages]
+    if "mean" in found and (wanted.in_chans != 3 or found["types"].keys() != {"uint8"}):
+        flags += ["--data_statistics", out / "statistics.json"]
+    prepare = ["--out", "SET", "--size", size * 8 // 7, "--in_chans", wanted.in_chans, *pages]
+    slow = not ready and share > SLOW and short > size
+    return {
+        "in_chans": wanted.in_chans,
+        "image_size": size,
+        "patch_size": patch,
+        "data_pages": wanted.pages,
+        "decode_images_per_second": round(1 / max(speed.decode, 1e-9), 1),
+        "samples_per_second": round(1 / max(speed.decode + speed.crop, 1e-9), 1),
+        "decode_share": round(share, 3),
+        "decoded_bytes": largest * found["images"],
+        "fits_in_memory": ready,
+        "workers": 0 if ready else max((os.cpu_count() or 1) - 1, 1),
+        "command": command_line("pretrain", found["data"], flags),
+        "prepare": command_line("prepare", found["data"], prepare) if slow else None,
+    }
+
+
+def command_line(verb: str, data: str, flags: Sequence[Any]) -> str:
+    """Write a command as a shell reads it."""
+    return shlex.join(["dmjd", verb, "--data", data, *map(str, flags)])
+
+
+def fitting_size(short: int) -> tuple[int, int]:
+    """Choose the side of a crop, 224 pixels at most, and of a patch for images whose short side is mostly `short`.
+
+    There are eight patches or more along a side: with fewer there is little to hide.
+    """
+    patch = next((patch for patch in (16, 8) if short >= 8 * patch), 4)
+    return min(max(round(short / patch) * patch, 32), 224), patch
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def write_tables(out: Path, looks: Sequence[Look], good: Sequence[Look], copies: Copies) -> None:
+    """Write broken.tsv, of every file that cannot be used, and duplicates.tsv, of every pair of copies."""
+    write_table(out / "broken.tsv", ((each.part, each.name, each.fault) for each in looks if each.fault))
+    equal = ((group[0], other) for group in copies.exact for other in group[1:])
+    rows = [("equal", *pair) for pair in equal] + [("near", *pair) for pair in copies.near]
+    named = ((kind, good[one].part, good[one].name, good[two].part, good[two].name) for kind, one, two in rows)
+    write_table(out / "duplicates.tsv", named)
+
+
+def write_table(path: Path, rows: Iterable[Sequence[str]]) -> None:
+    """Write rows of cells between tabs."""
+    lines = ("\t".join(map(one_cell, row)) for row in rows)
+    write_atomically(path, "".join(f"{line}\n" for line in lines))
