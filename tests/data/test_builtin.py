@@ -76,3 +76,8 @@ def test_fashion_mnist__broken_files_are_a_data_error(mnist: Path, harm: str) ->
         path.write_bytes(gzip.compress(b""))
     with pytest.raises(DataError, match=r"fetch .* anew"):
         open_source(f"fashion-mnist:{mnist}")
+
+
+def test_builtin__sets_have_colour_or_are_grey() -> None:
+    with pytest.raises(DataError, match=r"3 channels, not 4; shapes/train; say --model.in_chans 3 or 1"):
+        open_source("shapes", Wanted(4))

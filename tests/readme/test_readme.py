@@ -126,8 +126,10 @@ def test_recipes__every_preset_is_in_the_table():
 def test_recipes__every_target_and_every_source_is_in_a_table():
     targets = {name.partition(":")[0] for name in rows(RECIPES, "Targets")} - {"hog+ema", "FILE.safetensors"}
     assert targets | {"file"} == set(register_target.names())
-    sources = {name.partition(":")[0] for name in rows(RECIPES, "Data")}
-    assert sources | {"folder"} == set(register_source.names())
+    kinds = {"FILE.csv": "list", "FILE.txt": "list", "FILE.zip": "archive", "FILE.npy": "array", "FILE.parquet": "hf"}
+    named = (name.partition(":")[0] for name in rows(RECIPES, "Data"))
+    sources = {"shards" if "*" in name or "{" in name else kinds.get(name, name) for name in named}
+    assert sources | {"folder", "prepared"} == set(register_source.names())
 
 
 def test_documents__every_link_leads_somewhere():

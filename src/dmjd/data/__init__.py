@@ -1,10 +1,13 @@
 """From a path or a name to batches: what a sample is depends on nothing but (seed, epoch, index).
 
-Sources of images: `source` (what a source is, and opening one), and a file for each kind: `folder`, and `builtin` with
-the scenes of `shapes`; `memory` holds the decoded images of a small one. A new kind is one new file that registers
-itself, here or in another distribution.
-Images: `decode` (any file to uint8), `crops`, `random` (seeds out of numbers).
+Sources of images: `source` (what a source is, and opening one), and a file for each kind: `folder`, `table` (lists),
+`archive` (zip, tar and shards), `arrays`, `hub` (Hugging Face), `prepared`, and `builtin` with the scenes of `shapes`.
+A new kind is one new file that registers itself, here or in another distribution. `stored` is what the kinds that are
+no folders share, `listing` finds files, `packed` keeps millions of texts in one buffer that worker processes share, and
+`memory` holds the decoded images of a small set.
+Images: `decode` (any file to a tensor at its depth), `peek` (what its header says), `levels` and `statistics` (what its
+values range over), `crops`.
 Training: `sampler` (which samples, when), `loader` (worker processes), and for each kind of sample its batch and how it
 is collated: `masked` for pretraining, `labelled` for classification, `annotated` for `segmentation` and `detection`.
-`packed` keeps millions of short texts in one buffer that worker processes share.
+Looking a set over: `checkup`, `duplicates`.
 """

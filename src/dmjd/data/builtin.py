@@ -126,6 +126,8 @@ def _array_images(
     """Make a set of an array N H W (grey) or N H W 3."""
     pixels = torch.from_numpy(array).unsqueeze(-1) if array.ndim == 3 else torch.from_numpy(array)
     pixels = pixels.permute(0, 3, 1, 2)
+    if in_chans not in (1, 3):
+        raise DataError(f"{pixels.shape[1]} channels, not {in_chans}; {address}; say --model.in_chans 3 or 1")
     if in_chans == 1 and pixels.shape[1] == 3:
         pixels = pixels.float().mean(dim=1, keepdim=True).round().byte()
     return ArrayImages(

@@ -285,11 +285,12 @@ def _without_alpha(array: np.ndarray, wanted: Wanted) -> np.ndarray:
 
 
 def _channels_last(array: np.ndarray, wanted: Wanted) -> np.ndarray:
-    """Tell C H W from H W C: the channels are where there are as many as wanted, else last."""
+    """Tell C H W from H W C: the channels are where there are as many as wanted, last if in doubt, else the fewer."""
     if array.ndim not in (2, 3):
         raise BadImage(f"an array of {array.ndim} dimensions; an image has 2 or 3")
-    first = array.ndim == 3 and array.shape[0] == wanted.in_chans and array.shape[-1] != wanted.in_chans
-    return np.moveaxis(array, 0, -1) if first else array
+    ends = array.shape[0], array.shape[-1]
+    first = wanted.in_chans != ends[1] and (ends[0] == wanted.in_chans or ends[0] < ends[1])
+    return np.moveaxis(array, 0, -1) if array.ndim == 3 and first else array
 
 
 def at_known_depth(array: np.ndarray) -> np.ndarray:

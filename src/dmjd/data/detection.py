@@ -157,6 +157,10 @@ def open_detection(
     Raises:
         DataError: If files are missing or broken, objects are of an unknown class, or a part has no object.
     """
+    if wanted.pages == "frames":
+        raise DataError(
+            f"annotations are of files, not of their pages; {data}; say --data_pages bands, or leave it out"
+        )
     root = Path(data)
     if (root / "ImageSets" / "Main").is_dir():
         folder = root / "JPEGImages"

@@ -106,6 +106,10 @@ def open_segmentation(
         DataError: If a part is missing, an image has no annotation, an annotation no image, a class is ignored, or
             there is one class only.
     """
+    if wanted.pages == "frames":
+        raise DataError(
+            f"annotations are of files, not of their pages; {data}; say --data_pages bands, or leave it out"
+        )
     root = Path(data)
     train, held_out = (
         _part(root, part, wanted=wanted, ignore_index=ignore_index, reduce_zero_label=reduce_zero_label)
