@@ -3,13 +3,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all check docs format clean
+.PHONY: demo test test-processes test-rest test-all check docs format clean
 
 demo: .venv/installed
 	$(BIN)/dmjd pretrain --preset quick --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
+# Two processes side by side: what starts processes of its own, and everything else.
+PROCESSES := tests/engine tests/equality tests/faults tests/readme tests/test_extending.py
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(MAKE) --jobs 2 --output-sync=target test-processes test-rest
+
+test-processes:
+	$(BIN)/python -m pytest -m "not slow" $(PROCESSES)
+
+test-rest:
+	$(BIN)/python -m pytest -m "not slow" $(addprefix --ignore=,$(PROCESSES))
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest

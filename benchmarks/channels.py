@@ -88,7 +88,8 @@ def run_twelve(root: Path) -> Iterator[dict[str, object]]:
     top1 = json.loads(run([["knn", *seen]], caches).splitlines()[-1])["top1"]
     yield row("knn", [top1], f"top-1 {top1:.1%}")
     tuned = root / "tuned"
-    run([["finetune", *seen, *"--steps 5 --batch_size 64 --log.log_every 1 --out".split(), str(tuned)]], caches)
+    steps = ["--steps", "5", "--batch_size", "64", "--log.log_every", "1"]
+    run([["finetune", *seen, *steps, "--out", str(tuned)]], caches)
     losses, top1 = losses_of(tuned), json.loads((tuned / "result.json").read_text())["top1"]
     yield row("finetune", [*losses, top1], f"loss {losses[0]:.3f} to {losses[-1]:.3f}, top-1 {top1:.1%}")
 
