@@ -79,7 +79,7 @@ def test_open__without_images_it_is_a_data_error(tmp_path):
 
 
 def test_open__what_is_nothing_is_told_what_there_is():
-    with pytest.raises(DataError, match=r"no such data; cifar; give a folder .* one of .*cifar10, fash.*shapes"):
+    with pytest.raises(DataError, match=r"no such data; cifar; give a folder, .* or one of cifar10, fash.*shapes"):
         open_source("cifar")
     with pytest.raises(DataError, match="no such data; shapes:x"):
         open_source("shapes:x")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from dmjd.data.decode import Wanted
 from dmjd.data.detection import open_detection
 from dmjd.engine.distributed import Ranks
 from dmjd.evaluation.detection import Finder, judge_detection
@@ -83,7 +84,7 @@ def judged(write_coco, tmp_path):
     """Judge a network that gives these answers to these images."""
 
     def judge(boxes, answers):
-        held_out = open_detection(str(write_coco(tmp_path / "data", boxes)), in_chans=3)[1]
+        held_out = open_detection(str(write_coco(tmp_path / "data", boxes)), Wanted(3))[1]
         return judge_detection(Finder(Oracle(answers), nullcontext), held_out, Ranks(torch.device("cpu")))
 
     return judge

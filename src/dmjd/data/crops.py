@@ -83,15 +83,17 @@ class RandomCrop:
         crop = resize(image[:, box.top : box.top + box.height, box.left : box.left + box.width], self.size)
         return crop.flip(-1) if box.mirrored else crop
 
-    def of_many(self, images: Num[Tensor, "B C H W"], draws: Float64[np.ndarray, "B 5"]) -> Float[Tensor, "B C h w"]:
-        """Crop a batch of images of 0..255 where it is; rounding is left out, and else this is what `of_one` does.
+    def of_many(self, images: Num[Tensor, "B C H W"], draws: Float64[np.ndarray, "B 5"]) -> Num[Tensor, "B C h w"]:
+        """Crop a batch of images of 0..255, uint8 or float32, where it is; within a level of what `of_one` does.
 
-        Resampling is linear along rows and along columns: a product with one matrix per image for each.
+        Resampling is linear along rows and along columns: a product with one matrix per image for each. Bytes stay
+        bytes: unrounded, flat parts of them would have faint edges, which a whitened target such as HOG makes loud.
         """
         boxes = torch.from_numpy(np.stack(self.box(draws, *images.shape[2:]))).to(images.device, non_blocking=True)
         at_once = len(images) if images.is_cuda else IN_CACHE
         parts = zip(images.split(at_once), boxes.split(at_once, dim=1), strict=True)
-        return torch.cat([self._resample(part, Box(*box)) for part, box in parts])
+        crops = torch.cat([self._resample(part, Box(*box)) for part, box in parts])
+        return crops.round_().to(torch.uint8) if images.dtype == torch.uint8 else crops
 
     def _resample(self, images: Tensor, box: Box) -> Tensor:
         (channels, height, width), (rows, columns) = images.shape[1:], self.size

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from dmjd.errors import StorageError
@@ -66,7 +66,7 @@ class TargetCache:
         )
 
     @torch.no_grad()
-    def __call__(self, images: UInt8[Tensor, "B C H W"], compute: Callable[[Tensor], Tensor]) -> Float[Tensor, "B L T"]:
+    def __call__(self, images: Num[Tensor, "B C H W"], compute: Callable[[Tensor], Tensor]) -> Float[Tensor, "B L T"]:
         """Read the targets of images of 0..255; `compute` makes those that are not there yet, and they are kept.
 
         Raises:

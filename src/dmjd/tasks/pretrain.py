@@ -58,9 +58,13 @@ def pretrain(settings: PretrainSettings) -> None:
     with join_ranks(run.device) as ranks:
         ranks.micro_batch(run.batch_size, settings.optim.accumulation)
         refuse_second_run(out, resume=run.resume, ranks=ranks)
-        found, statistics = find_images(settings)
         torch.manual_seed(run.seed)
-        network = create(settings, statistics).to(ranks.device)
+        network = create(settings)  # settings that do not go together are refused before images are looked for
+        found, statistics = find_images(settings)
+        if (statistics.mean, statistics.std) != tuple(map(tuple, network.normalize.statistics)):
+            torch.manual_seed(run.seed)
+            network = create(settings, statistics)
+        network = network.to(ranks.device)
         parts = Parts(*map(in_memory, found))
         if settings.teacher.cache:
             cache(settings, network, num_crops=len(parts.train) * (settings.crop.variants or 1))
@@ -78,14 +82,14 @@ def pretrain(settings: PretrainSettings) -> None:
         finish(settings, trainer, samples, scaled, trained)
 
 
-def create(settings: PretrainSettings, statistics: Statistics) -> DMJD:
-    """Create the untrained model for images of these statistics.
+def create(settings: PretrainSettings, statistics: Statistics | None = None) -> DMJD:
+    """Create the untrained model, for images of the usual statistics or of these.
 
     Raises:
         ConfigError: If settings do not go together.
     """
     try:
-        return from_settings(settings, (statistics.mean, statistics.std))
+        return from_settings(settings, (statistics.mean, statistics.std) if statistics else None)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -125,13 +129,13 @@ def name_broken(run: Run, parts: Parts) -> None:
     train, held_out = ({} if not isinstance(part, PackedImages) else part.broken for part in parts)
     if parts.train is not parts.held_out:
         train |= {f"{parts.held_out.address}/{name}": reason for name, reason in held_out.items()}
+    run.skip(train)
     if train and run.ranks.is_main:
         name, reason = next(iter(train.items()))
         print(
             f"warning: {len(train)} images left out, such as {name}: {reason}; see {run.out / 'skipped.tsv'}",
             file=sys.stderr,
         )
-    run.skip(train)
 
 
 def cache(settings: PretrainSettings, network: DMJD, *, num_crops: int) -> None:
