@@ -6,8 +6,9 @@ FOLDER has images of one size as CLASS/IMAGE. So many of them, from all over FOL
 
 * as uint16 of 257 times the value, so that they range over 0..65535 as bytes do over 0..255; of three channels, and of
   four, the last of which is the mean of the others. The losses of 24 steps are compared with those of 8-bit images:
-  "held" in one tensor, as a set of few and small ones is, and "packed", cropped one by one (--data_on_device no). In
-  the latter case a crop is rounded at its own depth, and one of 8 bits more roughly.
+  "held" in one tensor, as a set of few and small ones is; "packed", cropped one by one (--data_on_device no); and held
+  but "uncropped". A resized crop of bytes is rounded to bytes, that of a deep image is not, or at its own depth: only
+  uncropped images have to be the same to the last digit.
 * as uint16 of twelve channels, random mixtures of red, green and blue in 12 bits. They train every kind of target, the
   last of them a frozen teacher, which is what the first run has made; then the other verbs look at that.
 """
@@ -30,6 +31,11 @@ from dmjd.data.folder import folder_images
 from dmjd.data.source import Source
 
 TARGETS = ("hog", "pixels", "normalized_pixels", "ema")
+WAYS = {
+    "held": [],
+    "packed": ["--data_on_device", "no"],
+    "uncropped": ["--crop.scale", "1", "1", "--crop.ratio", "1", "1"],
+}
 DEPTHS = {  # where each kind of images lies, and the 8-bit ones that they are compared with
     "array of 3 x 16 bits": ("three.npy", "folder"),
     "array of 4 x 8 bits": ("four.npy", "four"),
@@ -50,15 +56,15 @@ def write_depths(images: Source, out: Path) -> None:
 
 
 def compare_depths(root: Path) -> Iterator[dict[str, object]]:
-    """Train on all of these images, held in either way."""
+    """Train on all of these images in every way."""
     channels = {"folder": "3", "three.npy": "3", "four": "4", "four.npy": "4", "tiff": "4"}
-    for kept, more in (("held", []), ("packed", ["--data_on_device", "no"])):
+    for way, flags in WAYS.items():
         for name, count in channels.items():
-            flags = ["--data", str(root / name), "--model.in_chans", count, "--out", str(root / f"{kept}-{name}")]
-            run([[*RUN, *flags, *more]], root / "caches")
+            data = ["--data", str(root / name), "--model.in_chans", count]
+            run([[*RUN, *data, *flags, "--out", str(root / f"{way}-{name}")]], root / "caches")
         for kind, (name, like) in DEPTHS.items():
-            differs = difference(root / f"{kept}-{name}", root / f"{kept}-{like}")
-            yield {"images": kind, "images are": kept, "differ from 8-bit files by": differs}
+            differs = difference(root / f"{way}-{name}", root / f"{way}-{like}")
+            yield {"images": kind, "images are": way, "differ from 8-bit files by": differs}
 
 
 def write_twelve(images: Source, out: Path) -> None:

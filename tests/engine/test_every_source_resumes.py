@@ -33,6 +33,11 @@ def train(flags: list[str], out: Path, kept: str, *more: str) -> Curve:
     return resume.curve(out)
 
 
+def logged(out: Path) -> list[str]:
+    """Lines of the log: an evaluation, and one for every step."""
+    return (out / "metrics.jsonl").read_text().splitlines()
+
+
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory: pytest.TempPathFactory):
     """Folder of what is remembered of sets, here and in other processes."""
@@ -81,7 +86,9 @@ def check_resumption(kind: str, kept: str, kinds, unbroken, caches: Path, out: P
     newest = checkpoint.latest(out / "checkpoints")
     assert newest is not None
     assert resume.KILLED_AFTER <= checkpoint.read_state(newest)["step"] < resume.STEPS
+    before = logged(out)[: resume.KILLED_AFTER + 1]
     curve = train(kinds[kind], out, kept, "--resume")
+    assert logged(out)[: resume.KILLED_AFTER + 1] == before  # with the times of then: it did not begin again
     assert len(curve) == resume.STEPS
     assert curve == unbroken(kind, kept)
 

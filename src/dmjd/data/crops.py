@@ -92,8 +92,7 @@ class RandomCrop:
         boxes = torch.from_numpy(np.stack(self.box(draws, *images.shape[2:]))).to(images.device, non_blocking=True)
         at_once = len(images) if images.is_cuda else IN_CACHE
         parts = zip(images.split(at_once), boxes.split(at_once, dim=1), strict=True)
-        crops = torch.cat([self._resample(part, Box(*box)) for part, box in parts])
-        return crops.round_().to(torch.uint8) if images.dtype == torch.uint8 else crops
+        return torch.cat([self._resample(part, Box(*box)) for part, box in parts])
 
     def _resample(self, images: Tensor, box: Box) -> Tensor:
         (channels, height, width), (rows, columns) = images.shape[1:], self.size
@@ -101,7 +100,9 @@ class RandomCrop:
         across = resampling(box.left, box.width, box.mirrored, side=width, size=columns)
         narrow = images.float().flatten(1, 2).bmm(across.mT).clamp_(0, 255)
         narrow = narrow.unflatten(1, (channels, height)).transpose(1, 2).flatten(2)  # all channels side by side
-        return down.bmm(narrow).clamp_(0, 255).unflatten(2, (channels, columns)).transpose(1, 2)
+        crops = down.bmm(narrow).clamp_(0, 255)
+        crops = crops.round_().to(torch.uint8) if images.dtype == torch.uint8 else crops
+        return crops.unflatten(2, (channels, columns)).transpose(1, 2)
 
 
 def resampling(
