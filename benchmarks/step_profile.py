@@ -23,14 +23,15 @@ import torch
 from dmjd.config.pretrain import DecoderSettings, ModelSettings, MonitorSettings, PretrainRun, PretrainSettings
 from dmjd.config.rules import to_dict, to_yaml
 from dmjd.data.builtin import ArrayImages
-from dmjd.data.masked import MaskedBatch, collate_masked
+from dmjd.data.levels import BYTES
+from dmjd.data.masked import MaskedBatch
 from dmjd.engine.distributed import ParallelModel, Ranks
 from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_optimizer
 from dmjd.engine.run import Run
 from dmjd.engine.trainer import Trainer
 from dmjd.factory import from_settings
-from dmjd.tasks.pretrain import training_samples
+from dmjd.tasks.pretrain import masks_of, training_samples
 
 PARTS = ("forward", "backward", "optimizer", "images", "rest")
 
@@ -94,11 +95,14 @@ def main() -> None:
     torch.Tensor.backward = watch.timed("backward", torch.Tensor.backward)  # type: ignore[method-assign]
     optimizer.step = watch.timed("optimizer", optimizer.step)  # type: ignore[method-assign]
 
+    samples = training_samples(settings, images, BYTES, ranks.device)
+    num_hidden = int(masks_of(settings, torch.zeros(1, dtype=torch.long))[0, 0].sum())
+
     def objective(model: ParallelModel, batch: MaskedBatch) -> dict[str, torch.Tensor]:
-        losses = model(batch.images, batch.masked)
+        losses = model(samples.pixels(batch, ranks.device), masks_of(settings, batch.seeds), num_hidden)
         return {"loss": losses.total, "loss_masked": losses.masked, "loss_visible": losses.visible}
 
-    steps_of = trainer.steps(training_samples(settings, images), collate_masked, objective)
+    steps_of = trainer.steps(samples, None, objective)
     shares: dict[str, list[float]] = {name: [] for name in (*PARTS, "loop")}
     steps, waited = [], 0.0
     for number in range(plan.steps):
