@@ -245,7 +245,7 @@ class PretrainRun(RunSettings):
     auto takes ImageNet's for 3 channels and measures those of a sample for any other number."""
     data_on_device: Literal["auto", "yes", "no"] = "auto"
     """Keep a small set of images of one size where the network is, and crop whole batches there; auto where that
-    fits a quarter of a GPU's free memory, or on a CPU images of at most 128 pixels."""
+    fits a quarter of a GPU's memory, or on a CPU images of at most 128 pixels."""
     epochs: float = 400.0
     """Passes over the images; an epoch shows each image num_views times to the encoder."""
     batch_size: int = 512

@@ -22,7 +22,7 @@ from dmjd.data.decode import BadImage, Reduce
 from dmjd.data.source import Source, View
 
 MEMORY_LIMIT = 2**30  # bytes of decoded images that are worth holding, rather than decoding them every epoch
-DEVICE_SHARE = 0.25  # of the free memory of a GPU that images may take
+DEVICE_SHARE = 0.25  # of the memory of a GPU that images may take; what is free would change from run to run
 CPU_SIDE = 128  # pixels; cropping larger images by whole matrices would be slower there than one by one
 CHUNK = 256  # images that a thread decodes at a time: one by one, threads would wait for each other
 TYPES = (torch.uint8, torch.uint16, torch.int16, torch.float32)
@@ -50,7 +50,7 @@ class Stack:
         """Tell whether cropping from here is worth while: a GPU has the memory, or the images are small."""
         if device.type != "cuda":
             return max(self.pixels.shape[2:]) <= CPU_SIDE
-        return self.pixels.nbytes <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+        return self.pixels.nbytes <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[1]
 
 
 class PackedImages(View):
