@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import center_crop as middle
 
 from dmjd.random import uniforms
 
-IN_CACHE = 128  # images whose matrices stay in the cache of a CPU
+IN_CACHE = 64  # images whose matrices stay in the cache of a CPU
 FACTORS = (8, 4, 2)  # by which an image may be read smaller
 
 
@@ -92,17 +92,18 @@ class RandomCrop:
         boxes = torch.from_numpy(np.stack(self.box(draws, *images.shape[2:]))).to(images.device, non_blocking=True)
         at_once = len(images) if images.is_cuda else IN_CACHE
         parts = zip(images.split(at_once), boxes.split(at_once, dim=1), strict=True)
-        return torch.cat([self._resample(part, Box(*box)) for part, box in parts])
+        rows = torch.cat([self._resample(part, Box(*box)) for part, box in parts])
+        return rows.unflatten(2, (images.shape[1], self.size[1])).transpose(1, 2)
 
     def _resample(self, images: Tensor, box: Box) -> Tensor:
+        """Crop some images; the channels of a row stand side by side."""
         (channels, height, width), (rows, columns) = images.shape[1:], self.size
         down = resampling(box.top, box.height, torch.zeros_like(box.mirrored), side=height, size=rows)
         across = resampling(box.left, box.width, box.mirrored, side=width, size=columns)
         narrow = images.float().flatten(1, 2).bmm(across.mT).clamp_(0, 255)
         narrow = narrow.unflatten(1, (channels, height)).transpose(1, 2).flatten(2)  # all channels side by side
         crops = down.bmm(narrow).clamp_(0, 255)
-        crops = crops.round_().to(torch.uint8) if images.dtype == torch.uint8 else crops
-        return crops.unflatten(2, (channels, columns)).transpose(1, 2)
+        return crops.round_().to(torch.uint8) if images.dtype == torch.uint8 else crops
 
 
 def resampling(

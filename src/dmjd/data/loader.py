@@ -74,15 +74,18 @@ def read_batches(
         indices: Which of its images, by number.
         transform: Brings all images to one size.
         batch_size: Images in a batch, the last one perhaps excepted, before those that do not decode are left out.
-        workers: Processes; None takes none for images in memory or fewer than 512, and else one per core but one.
+        workers: Processes; None takes none for fewer than 512 images, and else one per core but one. Images in memory
+            take none in any case.
         pin_memory: Make copies to a GPU asynchronous.
 
     Yields:
         Images and their numbers. There are ceil(len(indices) / batch_size) batches, whatever decodes: one of which
         nothing does has shape (0, 0, 0, 0).
     """
-    if workers is None:
-        workers = 0 if source.in_memory or len(indices) < FEW else _spare_cores()
+    if source.in_memory or (workers is None and len(indices) < FEW):
+        workers = 0  # reading is done before a worker has started
+    elif workers is None:
+        workers = _spare_cores()
     chunks = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
     reading, generator = _Reading(source, transform), Generator()  # the loader draws a seed: not from the global one
     return iter(_load(reading, chunks, _stack, workers=workers, pin_memory=pin_memory, generator=generator))
