@@ -18,7 +18,7 @@ from dmjd.data.decode import Wanted
 from dmjd.data.folder import open_folder
 from dmjd.data.levels import Levels
 from dmjd.data.loader import read_batches
-from dmjd.data.prepared import SET, PreparedImages, open_prepared, verify
+from dmjd.data.prepared import SET, PreparedReader, open_prepared, verify
 from dmjd.data.source import Source, fingerprint, open_all, open_source
 from dmjd.errors import DataError
 
@@ -221,4 +221,4 @@ def test_open__a_folder_with_a_set_json_of_its_own_stays_a_folder(
 ) -> None:
     write(tmp_path, "a.png", "b.png")
     (tmp_path / SET).write_text(content)
-    assert not isinstance(open_all(str(tmp_path))[0], PreparedImages)
+    assert not isinstance(getattr(open_all(str(tmp_path))[0], "reader", None), PreparedReader)

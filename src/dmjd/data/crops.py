@@ -115,9 +115,8 @@ def resampling(
     wider by the factor of the reduction, and cut off at the box: as Pillow and torch have them.
     """
     scale = (length.float() / size)[:, None, None]
-    places = (
-        torch.arange(side, device=start.device) - start[:, None]
-    )  # of the pixels in the box; those outside: nowhere
+    # Where pixels lie in the box; those outside of it are nowhere.
+    places = torch.arange(side, device=start.device) - start[:, None]
     places = torch.where((places >= 0) & (places < length[:, None]), places + 0.5, torch.inf)[:, None, :]
     order = torch.arange(size, device=start.device)
     middles = (torch.where(mirrored[:, None] > 0, size - 1 - order, order)[:, :, None] + 0.5) * scale

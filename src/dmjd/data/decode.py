@@ -30,9 +30,10 @@ EXTENSIONS = frozenset(
 JPEG = b"\xff\xd8\xff"  # how its files begin
 APPLICATION = frozenset([*range(0xE0, 0xF0), 0xFE])  # markers of what comes before it: of programs, and comments
 PNG = b"\x89PNG"
-logging.getLogger("tifffile").addHandler(logging.NullHandler())  # a broken file has one reason, which we give
 PLAIN = (2, 5, 6)  # RGB, CMYK and YCbCr among the photometric interpretations of a TIFF
 DEPTHS = tuple(map(np.dtype, ("uint8", "uint16", "int16", "float32")))  # of the values that an image may have
+
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # a broken file has one reason, which we give
 
 Reduce = Callable[[int, int], int]  # from height and width to how many times smaller an image will do: 1, 2, 4 or 8
 
@@ -110,10 +111,15 @@ def decode(
 
 
 def count_pages(path: Path) -> int:
-    """Count the pages of a TIFF; any other file has one, and so has one that does not open."""
-    if path.suffix.lower() not in (".tif", ".tiff"):
+    """Count the pages of a TIFF or a DICOM file; any other has one, and so has one that does not open."""
+    ending = path.suffix.lower()
+    if ending not in (".tif", ".tiff", ".dcm"):
         return 1
     try:
+        if ending == ".dcm":
+            import pydicom
+
+            return int(pydicom.dcmread(path, stop_before_pixels=True).get("NumberOfFrames", 1) or 1)
         with tifffile.TiffFile(path) as tiff:
             return max(len(_pages(tiff)), 1)
     except Exception:  # reading it says why
@@ -224,11 +230,11 @@ def _tiff(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
         pages = _pages(tiff)
         if len(pages) > 1 and wanted.pages is None:
             raise _Refused(f"{len(pages)} pages", "say --data_pages bands or frames")
-        if len(pages) > 1 and wanted.pages == "bands":
-            return np.concatenate([_page(page) for page in pages], axis=-1)
         page = pages[frame]
         if page.imagewidth * page.imagelength > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise BadImage(f"{page.imagelength}x{page.imagewidth} pixels: too many to be true")
+        if len(pages) > 1 and wanted.pages == "bands":
+            return np.concatenate([_page(page) for page in pages], axis=-1)
         coloured = page.dtype == np.uint8 and page.photometric in PLAIN and wanted.in_chans in (1, 3)
         plain = (1, 3, 4) if coloured else (1,)
         if page.samplesperpixel not in plain or page.dtype not in (np.uint8, np.uint16, np.float32, np.bool_):

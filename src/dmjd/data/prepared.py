@@ -31,6 +31,7 @@ from dmjd.data.crops import resize
 from dmjd.data.decode import Reduce, Wanted, fit_channels
 from dmjd.data.packed import PackedStrings
 from dmjd.data.source import Opener, Source, has_labels, labels_of, register_source
+from dmjd.data.stored import StoredImages
 from dmjd.errors import DataError
 
 FORMAT = 1
@@ -41,52 +42,25 @@ ALIGNED = 4  # bytes, of which every image begins at a multiple
 AGAIN = "copy it again, or prepare the set anew in another --out"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PreparedImages:
-    """The images of one part of a set.
+@dataclass(frozen=True, eq=False)
+class PreparedReader:
+    """Reads the images of one part of a set.
 
     Attributes:
         root: Folder of the set.
         stem: How the part's files are called.
         wanted: What is wanted of the images.
         in_chans: Channels that they have.
-        classes: Names of the classes, if there are any.
-        names: What the images were called where they came from.
         places: File, offset, height, width and depth of each.
-        labels: Number of the class of each, if there are classes.
     """
 
     root: Path
     stem: str
     wanted: Wanted
     in_chans: int
-    classes: tuple[str, ...]
-    names: PackedStrings
     places: Int[Tensor, "n 5"]
-    labels: Int[Tensor, " n"] | None
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @property
-    def address(self) -> str:
-        """Folder of the set."""
-        return str(self.root)
-
-    @property
-    def in_memory(self) -> bool:
-        """False: pixels come from the disk when they are first looked at."""
-        return False
-
-    def name(self, index: int) -> str:
-        """Look up what the image was called where it came from."""
-        return self.names[index]
-
-    def label(self, index: int) -> int | None:
-        """Look up the number of an image's class; None if there are no classes."""
-        return None if self.labels is None else int(self.labels[index])
-
-    def read(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
+    def __call__(self, index: int, reduce: Reduce | None) -> Num[Tensor, "C H W"]:
         """Look at an image where it lies; channels or a range other than its own make a copy."""
         file, offset, height, width, depth = self.places[index].tolist()
         kind = DTYPES[depth]
@@ -187,15 +161,13 @@ def open_prepared(data: str, wanted: Wanted) -> dict[str, Source]:
         path = root / index_file(stem_of(part))
         try:
             index = load_file(path)
-            found[part] = PreparedImages(
-                root=root,
-                stem=stem_of(part),
-                wanted=wanted,
-                in_chans=channels,
-                classes=tuple(described["classes"]),
+            labels = index.get("labels")
+            found[part] = StoredImages(
+                address=data,
                 names=PackedStrings(index["names"], index["ends"]),
-                places=index["places"],
-                labels=index.get("labels"),
+                classes=tuple(described["classes"]),
+                labels=None if labels is None else labels.numpy(),
+                reader=PreparedReader(root, stem_of(part), wanted, channels, index["places"]),
             )
         except (SafetensorError, KeyError) as error:
             raise DataError(f"not an index ({error}); {path}; {AGAIN}") from None
