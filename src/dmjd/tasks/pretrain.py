@@ -132,10 +132,8 @@ def name_broken(run: Run, parts: Parts) -> None:
     run.skip(train)
     if train and run.ranks.is_main:
         name, reason = next(iter(train.items()))
-        print(
-            f"warning: {len(train)} images left out, such as {name}: {reason}; see {run.out / 'skipped.tsv'}",
-            file=sys.stderr,
-        )
+        such = f"left out {len(train)} of {sum(map(len, set(parts)))} images, such as {name}: {reason}"
+        print(f"warning: {such}; see {run.out / 'skipped.tsv'}", file=sys.stderr)
 
 
 def cache(settings: PretrainSettings, network: DMJD, *, num_crops: int) -> None:

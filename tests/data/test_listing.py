@@ -1,0 +1,92 @@
+"""A folder is listed in the order of its sorted paths, and remembered as long as it has not changed."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from dmjd.data import listing
+from dmjd.data.decode import Wanted
+from dmjd.data.folder import folder_images
+from dmjd.data.listing import list_files
+
+ENDINGS = frozenset([".png", ".jpg"])
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def settle(root: Path) -> None:
+    """Make folders old enough for their time to tell of every change."""
+    for folder, _, _ in os.walk(root):
+        os.utime(folder, (time.time() - 60, time.time() - 60))
+
+
+def test_list_files__order_is_that_of_the_sorted_paths(tmp_path: Path) -> None:
+    names = [
+        "a/b.png",
+        "a-b/c.png",
+        "a.png",
+        "a/b/c.png",
+        "ab.png",
+        "a/b-c.png",
+        "B.png",
+        "a/é.png",
+        "z/1.png",
+        "z.jpg",
+    ]
+    assert [*list_files(touch(tmp_path, *names), ENDINGS).names] == sorted(names)
+
+
+def test_list_files__others_are_counted_by_ending(tmp_path: Path) -> None:
+    found = list_files(touch(tmp_path, "a.png", "b.TXT", "deep/c.txt", "README", ".hidden.txt"), ENDINGS)
+    assert (len(found.names), found.passed_over) == (1, {"": 1, ".txt": 2})
+
+
+def test_folder_images__says_what_was_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder_images(touch(tmp_path, "a.png", "b.txt", "deep/c.txt", "README"), Wanted())
+    said = capsys.readouterr().err
+    assert said == f"passed over: 1 without an ending, 2 .txt; {tmp_path}; no images by their endings\n"
+
+
+@pytest.mark.parametrize("change", ["new", "gone", "renamed", "deep"])
+def test_list_files__what_is_kept_is_used_until_a_folder_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    root, cache = touch(tmp_path / "images", "a.png", "deep/b.png", "c.txt"), tmp_path / "cache"
+    monkeypatch.setattr(listing, "MANY", 1)
+    settle(root)
+    first = list_files(root, ENDINGS, cache)
+    (kept,) = cache.iterdir()
+    monkeypatch.setattr(listing, "_scan", lambda *_: pytest.fail("scanned again"))
+    again = list_files(root, ENDINGS, cache)
+    assert [*again.names] == [*first.names] == ["a.png", "deep/b.png"]
+    assert again.passed_over == first.passed_over == {".txt": 1}
+    monkeypatch.undo()
+    if change == "new":
+        touch(root, "d.png")
+    elif change == "gone":
+        (root / "a.png").unlink()
+    elif change == "renamed":
+        (root / "a.png").rename(root / "e.png")
+    else:
+        touch(root, "deep/f.png")
+    paths = (path.relative_to(root).as_posix() for path in root.rglob("*.png"))
+    assert [*list_files(root, ENDINGS, cache).names] == sorted(paths)
+    kept.write_bytes(b"broken")
+    assert [*list_files(root, ENDINGS, cache).names] == sorted(
+        p.relative_to(root).as_posix() for p in root.rglob("*.png")
+    )
+
+
+def test_list_files__a_folder_that_changed_a_moment_ago_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "MANY", 1)
+    list_files(touch(tmp_path / "images", "a.png"), ENDINGS, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
