@@ -128,7 +128,7 @@ def test_pretrain__what_did_not_decode_is_named_before_the_first_step(
     capsys.readouterr()
     assert pretrain(root, tmp_path / "again") == 0
     assert (
-        "warning: left out 1 of 103 images, such as 007.png: not an image of a known format" in capsys.readouterr().err
+        "warning: left out 1 of 104 images, such as 007.png: not an image of a known format" in capsys.readouterr().err
     )
 
 
