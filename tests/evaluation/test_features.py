@@ -32,7 +32,7 @@ def test_linear_top1__separates_what_a_plane_separates() -> None:
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(200, 6, generator=generator)
     labels = (points @ torch.randn(6, generator=generator) > 0).long()
-    assert linear_top1(points[:150], labels[:150], points[150:], labels[150:]) > 0.9
+    assert linear_top1(points[:150], labels[:150], points[150:], labels[150:]) > 0.8
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
@@ -77,3 +77,14 @@ def test_choose_penalty__noisy_labels_get_a_large_one_and_single_images_the_defa
     features[:, 0] += labels * 1.5
     assert choose_penalty(features, labels, 0) > 1
     assert choose_penalty(torch.eye(3), torch.arange(3), 0) == 1.0
+
+
+def test_choose_penalty__few_clean_labels_do_not_get_one_that_drowns_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(31) % 3
+    features = torch.randn(31, 40, generator=generator) + 4 * torch.eye(40)[labels]
+    penalty = choose_penalty(features, labels, 0)
+    queries = torch.randn(300, 40, generator=generator) + 4 * torch.eye(40)[torch.arange(300) % 3]
+    shares = logistic_regression(features, labels, queries, num_classes=3, penalty=penalty)
+    assert penalty <= 10
+    assert (shares.argmax(dim=1) == torch.arange(300) % 3).float().mean() > 0.8

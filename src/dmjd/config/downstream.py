@@ -74,7 +74,7 @@ class LinearSettings:
     start: Annotated[StartSettings, flat("Backbone")]
     labels: Annotated[LabelSubset, flat("Labels")] = field(default_factory=LabelSubset)
     recipe: Annotated[Literal["features", "paper"], group("Task")] = "features"
-    """features: logistic regression on features computed once, the penalty chosen on a slice of the training images.
+    """features: logistic regression on features computed once, the penalty chosen by five folds of them.
     paper: BatchNorm and a linear layer, trained by LARS on augmented images."""
     layers: Annotated[tuple[int, ...], group("Task")] = ()
     """Blocks whose mean-pooled tokens are joined, by number, negative ones from the end; give the flag once for each.

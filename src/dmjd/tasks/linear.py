@@ -60,7 +60,7 @@ def linear(settings: LinearSettings) -> None:
 def fit_features(
     settings: LinearSettings, backbone: FeatureExtractor, parts: Parts, ranks: Ranks
 ) -> ClassificationResult | None:
-    """Fit logistic regressions on features computed once, with the penalty that does best on a slice of them."""
+    """Fit logistic regressions on features computed once, with the penalty that does best over folds of them."""
     (bank, bank_labels), (queries, labels) = backbone.labelled_features(parts, layers=settings.layers)
     if not ranks.is_main:
         return None
