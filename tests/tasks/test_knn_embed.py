@@ -14,6 +14,7 @@ from dmjd.cli import main
 from dmjd.data.crops import center_crop
 from dmjd.data.decode import Wanted, decode
 from dmjd.evaluation.knn import knn_top1
+from dmjd.evaluation.rank import rankme
 
 CLASSES = ("dots", "rows", "columns")
 TINY = """--preset quick --model.image_size 32 --model.patch_size 8 --model.embed_dim 16 --model.depth 2
@@ -79,6 +80,7 @@ def test_knn__prints_its_accuracy_as_the_last_line(
     expected = knn_top1(known[train], labels[train], known[~train], labels[~train], k=5)
     assert said["top1"] == pytest.approx(expected, abs=1e-4)
     assert said["top1"] > 0.5  # chance is a third
+    assert said["rankme"] == pytest.approx(rankme(known[~train]), abs=0.01)
 
 
 def test_knn__splits_class_folders_without_parts(

@@ -12,11 +12,14 @@ from dmjd.engine.distributed import join_ranks
 from dmjd.evaluation.classification import ClassificationResult
 from dmjd.evaluation.features import FeatureExtractor
 from dmjd.evaluation.knn import knn_votes
+from dmjd.evaluation.rank import rankme
 from dmjd.reports.classification import write_classification
 
 
 def knn(settings: KnnSettings) -> None:
     """Classify held-out images by their neighbours among the training images and print one line of JSON.
+
+    `rankme` in it is how many directions the features of the held-out images use.
 
     Raises:
         CheckpointError: If the backbone does not load.
@@ -37,7 +40,8 @@ def knn(settings: KnnSettings) -> None:
         votes = knn_votes(
             bank, bank_labels, queries, k=settings.k, temperature=settings.temperature, num_classes=len(classes)
         )
-        result = ClassificationResult(votes, labels, classes, {"train_images": len(bank)})
+        facts = {"train_images": len(bank), "rankme": round(rankme(queries), 2)}
+        result = ClassificationResult(votes, labels, classes, facts)
         summary = result.summary() | {"seconds": round(time.perf_counter() - began, 1)}
         if settings.out is not None:
             write_classification(settings.out, verb="knn", settings=to_yaml(settings), summary=summary, **result.tables)

@@ -1,0 +1,443 @@
+"""Studies: many short runs of `dmjd`, described in one YAML file, whose results are small JSON files.
+
+    python benchmarks/study.py run benchmarks/studies/halves.yaml --data IMAGES [--jobs 2] [--minutes 60]
+    python benchmarks/study.py time benchmarks/studies/halves.yaml --data IMAGES
+    python benchmarks/study_tables.py
+
+A study trains every **arm** (settings of `dmjd pretrain`) at some **budgets** (effective epochs: rows over images of
+the set) and seeds. Every arm gets the same rows (views of an image) a step, so equal budgets are equal steps.
+First the arm's peak learning rate is searched: among `rates.values` and beyond the edge that wins, at `rates.budget`,
+judged by a linear probe on images of the training part that are never trained on. Only then come the runs that count,
+and only they see the test part. The arm `untrained` takes one step at rate 0. The protocol is docs/results/protocol.md.
+
+`run` goes on with what is missing below docs/results/NAME, one JSON file a run; a run that was cut off resumes in
+--work, or begins again on another machine. It computes with a copy of the program, made from the last commit when
+--work was new, so that development goes on beside it.
+IMAGES is a folder train/CLASS/IMAGE and test/CLASS/IMAGE.
+"""
+
+import argparse
+import concurrent.futures
+import csv
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(os.environ.get("STUDY_RESULTS", ROOT / "docs" / "results"))
+WARMUP = 0.05  # share of the steps
+ROUNDS = 7  # of timing
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of an arm: a budget, a seed and a peak learning rate, `searching` for that rate or one that counts."""
+
+    arm: str
+    budget: float
+    seed: int
+    rate: float
+    searching: bool
+
+    @property
+    def name(self) -> str:
+        """The path of its result below that of the study, without .json."""
+        cell = f"{self.arm}@{self.budget:g}"
+        return f"rates/{cell}-{self.rate:g}" if self.searching else f"{cell}-{self.seed}"
+
+
+class Study:
+    """What a YAML file asks for, and which of it is there."""
+
+    def __init__(self, path: Path, teacher: str = "TEACHER"):
+        self.name, self.asked = path.stem, yaml.safe_load(path.read_text().replace("TEACHER", teacher))
+        self.folder = RESULTS / self.name
+
+    @property
+    def arms(self) -> list[str]:
+        """The arms that are asked for, in the order in which the runs name them."""
+        return list(dict.fromkeys(cell.rpartition("@")[0] for part in self.asked["runs"] for cell in part["cells"]))
+
+    @cached_property
+    def num_images(self) -> int:
+        """Images of a training part."""
+        return int(self.asked["data"]["train"] * self.asked["data"]["classes"])
+
+    def settings(self, job: Job) -> Settings:
+        """All settings of `dmjd pretrain` for a job but the paths: what is common, the arm's, and what follows."""
+        arm = dict(self.asked["arms"][job.arm])
+        rows = arm.pop("rows", self.asked["rows"])
+        merged = merge(self.asked["common"], arm)
+        masking = merged["masking"]
+        batch_size, rest = divmod(rows, masking["num_views"])
+        assert not rest, f"{rows} rows are not whole images of {masking['num_views']} views"
+        steps = max(round(job.budget * self.num_images / rows), 1)
+        # The program's rule: lr = blr * images a step * (predict_ratio / mask_ratio) / 256.
+        blr = job.rate * 256 / batch_size * masking["mask_ratio"] / masking["predict_ratio"]
+        warmup = WARMUP * steps * batch_size / self.num_images
+        derived = {"batch_size": batch_size, "steps": steps, "seed": job.seed}
+        return merge(merged, derived | {"optim": {"blr": blr, "warmup_epochs": warmup}})
+
+    def result(self, job: Job) -> Settings | None:
+        """Read what a job gave, if it is done."""
+        path = self.folder / f"{job.name}.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def rate_jobs(self, arm: str) -> list[Job]:
+        """List the runs of an arm's search that are known to be needed: beside the best rate, both neighbours."""
+        search = self.asked["rates"]
+        budget, seed = search["budget"], search.get("seed", 100)
+        values = sorted(search["values"])
+
+        def jobs() -> list[Job]:
+            return [Job(arm, budget, seed, float(f"{rate:.3g}"), True) for rate in values]
+
+        while len(values) > 1 and all(self.result(job) for job in jobs()):
+            best = self.best(jobs())
+            if best == values[-1]:
+                values.append(2 * best)
+            elif best == values[0]:
+                values.insert(0, best / 2)
+            else:
+                break
+        return jobs()
+
+    def best(self, jobs: list[Job]) -> float:
+        """Choose the rate of the finished jobs whose features a linear probe likes best."""
+
+        def score(job: Job) -> float:
+            found = self.result(job)
+            assert found
+            return float(found["measures"]["linear"]["top1"])
+
+        return max(jobs, key=score).rate
+
+    def rate(self, arm: str) -> float | None:
+        """Look up an arm's rate, or None while its search goes on; an arm may take that of another."""
+        if arm == "untrained":
+            return 0.0
+        named = self.asked["rates"].get("same", {}).get(arm)
+        if named:
+            return self.rate(named)
+        jobs = self.rate_jobs(arm)
+        if len(jobs) == 1:
+            return jobs[0].rate
+        return self.best(jobs) if all(self.result(job) for job in jobs) else None
+
+    def cells(self) -> Iterator[tuple[str, float, int]]:
+        """Go through arm, budget and seed of the runs that count, in the order of their importance."""
+        for part in self.asked["runs"]:
+            for seed in range(part.get("from_seed", 0), part["seeds"]):
+                for cell in part["cells"]:
+                    arm, _, budget = cell.rpartition("@")
+                    yield arm, float(budget), seed
+
+    def missing(self) -> list[Job]:
+        """List the jobs that can run now and have no result."""
+        jobs: dict[Job, None] = {}
+        for arm, budget, seed in self.cells():
+            rate = self.rate(arm)
+            if rate is None:
+                source = self.asked["rates"].get("same", {}).get(arm, arm)
+                jobs |= dict.fromkeys(self.rate_jobs(source))
+            else:
+                jobs[Job(arm, budget, seed, rate, False)] = None
+        return [job for job in jobs if self.result(job) is None]
+
+
+def merge(below: Settings, above: Settings) -> Settings:
+    """Lay settings over others, section by section."""
+    both = {
+        key: merge(below[key], above[key])
+        for key in below.keys() & above.keys()
+        if isinstance(below[key], dict) and isinstance(above[key], dict)
+    }
+    return below | above | both
+
+
+class Machine:
+    """Where jobs compute: a copy of the program, lists of the images, a device, and when to stop."""
+
+    def __init__(self, study: Study, images: Path, work: Path, device: str, until: float):
+        self.study, self.images, self.device, self.until = study, images.resolve(), device, until
+        self.work = work.resolve() / study.name
+        self.site = work.resolve() / "site"
+        self.running: set[subprocess.Popen[str]] = set()
+        self.stopped = threading.Event()
+
+    def prepare(self) -> None:
+        """Install the last commit beside the work, and write the lists of images, unless they are there."""
+        if not self.site.is_dir():
+            wheels = self.site.with_name("wheel")
+            commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
+            source = wheels / "source"
+            source.mkdir(parents=True)
+            archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, stdout=subprocess.PIPE)
+            subprocess.run(["tar", "x", "-C", source], input=archive.stdout, check=True)
+            pip = [sys.executable, "-m", "pip", "--quiet"]
+            subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", wheels, source], check=True)
+            made = self.site.with_name("site.part")
+            subprocess.run([*pip, "install", "--no-deps", "--target", made, *wheels.glob("*.whl")], check=True)
+            (made / "commit").write_text(commit)
+            made.rename(self.site)
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.commit = (self.site / "commit").read_text()
+        data = self.study.asked["data"]
+        train = {each.name: sorted(each.iterdir()) for each in sorted((self.images / "train").iterdir())}
+        assert len(train) == data["classes"], f"{len(train)} classes"
+        trained = [each for files in train.values() for each in files[: data["train"]]]
+        tuned = [each for files in train.values() for each in files[data["train"] :][: data["tune"]]]
+        tested = sorted((self.images / "test").glob("*/*"))
+        for name, held_out in (("tune", tuned), ("final", tested)):
+            with (self.work / f"{name}.csv").open("w", newline="") as file:
+                table = csv.writer(file)
+                table.writerow(["path", "label", "split"])
+                table.writerows([each, each.parent.name, "train"] for each in trained)
+                table.writerows([each, each.parent.name, "test"] for each in held_out)
+
+    def dmjd(self, *words: object, log: Path) -> tuple[str, dict[str, float]]:
+        """Run a command; return the last line that it prints, and its seconds and CPU seconds.
+
+        Raises:
+            InterruptedError: If it was told to stop.
+            RuntimeError: If it fails; the message names its log.
+        """
+        environment = os.environ | {"PYTHONPATH": f"{self.site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        if self.device == "cpu":
+            environment["OMP_NUM_THREADS"] = "1"
+        command = [sys.executable, "-m", "dmjd.cli", *map(str, words), "--workers", "0", "--device", self.device]
+        began = time.perf_counter()
+        with log.open("a") as errors:
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        self.running.add(process)
+        if self.stopped.is_set():
+            process.send_signal(signal.SIGTERM)
+        assert process.stdout
+        printed = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        self.running.discard(process)
+        if process.returncode and self.stopped.is_set():
+            raise InterruptedError
+        if process.returncode:
+            raise RuntimeError(f"exit {process.returncode}: {' '.join(command[3:])}; see {log}")
+        cost = {
+            "seconds": round(time.perf_counter() - began, 1),
+            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        }
+        return printed.strip().rpartition("\n")[2], cost
+
+    def do(self, job: Job) -> None:
+        """Train, judge and write down one job."""
+        settings = self.study.settings(job)
+        run = self.work / job.name
+        run.mkdir(parents=True, exist_ok=True)
+        config, log = run / "study.yaml", run / "log.txt"
+        config.write_text(yaml.safe_dump(settings))
+        tune, final = self.work / "tune.csv", self.work / "final.csv"
+        spent: dict[str, dict[str, float]] = {}
+        began = ["--config", config, "--data", tune, "--out", run / "pretrain"]
+        _, spent["pretrain"] = self.dmjd("pretrain", *began, "--resume", log=log)
+        backbone = run / "pretrain" / "backbone.safetensors"
+        measures: dict[str, Settings] = {}
+        for judge in ["linear"] if job.searching else self.study.asked["judges"]:
+            verb, _, fraction = judge.partition("-")
+            words = [verb, "--backbone", backbone, "--data", tune if job.searching else final]
+            if verb != "knn":
+                words += ["--out", run / judge, *(["--fraction", fraction] if fraction else [])]
+            if verb == "finetune":
+                words += ["--seed", job.seed, *self.study.asked["finetune"][fraction].split(), "--resume"]
+            line, spent[judge] = self.dmjd(*words, log=log)
+            measures[judge] = json.loads(line)
+        summary = json.loads((run / "pretrain" / "summary.json").read_text())
+        views = settings["masking"]["num_views"]
+        found = {
+            "study": self.study.name,
+            **vars(job),
+            "steps": settings["steps"],
+            "images": settings["steps"] * settings["batch_size"],
+            "rows": settings["steps"] * settings["batch_size"] * views,
+            "parameters": summary["parameters"],
+            "measures": measures,
+            "spent": spent,
+            "device": device_name(self.device),
+            "commit": self.commit,
+            "settings": settings,
+        }
+        path = self.study.folder / f"{job.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        shutil.rmtree(run)
+        print(
+            f"{job.name}: linear {measures['linear']['top1']:.1%}, {spent['pretrain']['cpu_seconds']:.0f} s", flush=True
+        )
+
+    def stop(self, *_: object) -> None:
+        """Tell all commands to write a checkpoint and stop."""
+        self.stopped.set()
+        for process in list(self.running):
+            process.send_signal(signal.SIGTERM)
+
+    def work_off(self, jobs: int) -> None:
+        """Do what is missing, `jobs` at a time, until nothing is or the time is over."""
+        lock, taken = threading.Lock(), set[Job]()
+        signal.signal(signal.SIGTERM, self.stop)
+        signal.signal(signal.SIGINT, self.stop)
+
+        def take() -> Job | None:
+            with lock:
+                job = next((job for job in self.study.missing() if job not in taken), None)
+                taken.update({job} if job else set())
+                return job
+
+        def work() -> None:
+            while not self.stopped.is_set():
+                job = take()
+                if job:
+                    self.do(job)
+                elif all(self.study.result(each) for each in taken):
+                    return
+                else:  # others search for rates that the rest waits for
+                    time.sleep(1)
+
+        timer = threading.Timer(max(self.until - time.monotonic(), 0), self.stop)
+        timer.daemon = True
+        timer.start()
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            for done in concurrent.futures.as_completed([pool.submit(work) for _ in range(jobs)]):
+                if isinstance(done.exception(), InterruptedError):
+                    continue
+                if done.exception():
+                    self.stop()
+                done.result()
+
+
+def device_name(device: str) -> str:
+    """Name what computes: the GPU, or the model of the CPU."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    known = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(": ")[2] for line in known if line.startswith("model name")), "cpu")
+
+
+def measure_times(study: Study, images: Path, device: str) -> None:
+    """Time and count a training step of every arm on data that is there: in turns, one thread, median and quartiles.
+
+    Counted are the floating-point operations of matrix products and convolutions, forward, backward and of targets.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    steps = {arm: training_step(study, arm, images, device) for arm in study.arms}
+    torch.set_num_threads(1)
+    seconds: dict[str, list[float]] = {arm: [] for arm in steps}
+    flops: dict[str, float] = {}
+    for arm, step in steps.items():
+        with FlopCounterMode(display=False) as counter:
+            step()
+        flops[arm] = counter.get_total_flops()
+    for turn in range(ROUNDS):
+        for arm, step in steps.items():
+            began = clock(device)
+            for _ in range(3):
+                step()
+            seconds[arm].append((clock(device) - began) / 3)
+        print(f"round {turn + 1} of {ROUNDS}", file=sys.stderr)
+    arms = {}
+    for arm, times in seconds.items():
+        rows = study.asked["arms"][arm].get("rows", study.asked["rows"])
+        low, median, high = (1000 * each / rows for each in statistics.quantiles(times, n=4))
+        quartiles = {"low": round(low, 3), "high": round(high, 3)}
+        arms[arm] = {"ms_per_row": round(median, 3), **quartiles, "mflop_per_row": round(flops[arm] / rows / 1e6, 2)}
+    found = {"device": device_name(device), "torch": torch.__version__, "rounds": ROUNDS, "arms": arms}
+    study.folder.mkdir(parents=True, exist_ok=True)
+    (study.folder / "times.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def clock(device: str) -> float:
+    """Tell seconds: of this thread's work on a CPU, of the wall once a GPU has finished."""
+    if device == "cpu":
+        return time.process_time()
+    import torch
+
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def training_step(study: Study, arm: str, images: Path, device: str) -> Any:
+    """Make a function that does one training step of an arm, on the first images of the training part."""
+    import torch
+
+    from dmjd.cli import application, layers_of
+    from dmjd.data.decode import Wanted
+    from dmjd.data.source import open_source
+    from dmjd.engine.optim import create_optimizer
+    from dmjd.tasks.pretrain import create, masks_of
+
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:
+        yaml.safe_dump(study.settings(Job(arm, 1, 0, 1e-3, True)), config)
+        words = ["pretrain", "--config", config.name]
+        _, bound, _ = application(layers_of(words)).parse_args(words)
+    settings = bound.arguments["settings"]
+    network = create(settings).to(device)
+    optimizer = create_optimizer(network, lr=1e-4, **settings.optim.keywords)
+    source = open_source(str(images), Wanted(3, settings.model.image_hw), seed=0).train
+    pixels = torch.stack([source.read(index) for index in range(settings.run.batch_size)]).to(device)
+    draw = count()
+
+    def step() -> None:
+        first = next(draw) * len(pixels)
+        masked = masks_of(settings, torch.arange(first, first + len(pixels), device=device))
+        loss = network(pixels, masked, int(masked[0, 0].sum())).total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        network.update_targets(0.5)
+
+    step()
+    return step
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "time"])
+    parser.add_argument("studies", type=Path, nargs="+")
+    parser.add_argument("--data", type=Path, required=True, help="folder train/CLASS/IMAGE and test/CLASS/IMAGE")
+    parser.add_argument("--teacher", default="TEACHER", help="file that TEACHER in a study stands for")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--minutes", type=float, default=1e6, help="then every run writes a checkpoint and stops")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "study", help="for what is not kept")
+    given = parser.parse_args()
+    until = time.monotonic() + 60 * given.minutes
+    for path in given.studies:
+        study = Study(path, given.teacher)
+        if given.what == "time":
+            measure_times(study, given.data, given.device)
+            continue
+        machine = Machine(study, given.data, given.work, given.device, until)
+        machine.prepare()
+        machine.work_off(given.jobs)
+
+
+if __name__ == "__main__":
+    main()
