@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(os.environ.get("STUDY_RESULTS", ROOT / "docs" / "results"))
 WARMUP = 0.05  # share of the steps
 ROUNDS = 7  # of timing
+SHARED = ("data", "rows", "rates", "judges", "finetune", "common")
 Settings = dict[str, Any]
 
 
@@ -67,12 +68,16 @@ class Study:
 
     def __init__(self, path: Path, teacher: str = "TEACHER"):
         self.name, self.asked = path.stem, yaml.safe_load(path.read_text().replace("TEACHER", teacher))
+        if "like" in self.asked:  # another study, of which all is taken but its arms, runs and contrasts
+            like = yaml.safe_load(path.with_name(f"{self.asked['like']}.yaml").read_text())
+            self.asked = merge({key: like[key] for key in SHARED}, self.asked)
         self.folder = RESULTS / self.name
 
     @property
     def arms(self) -> list[str]:
-        """The arms that are asked for, in the order in which the runs name them."""
-        return list(dict.fromkeys(cell.rpartition("@")[0] for part in self.asked["runs"] for cell in part["cells"]))
+        """The arms that are asked for, in the order in which the runs name them, and those only searched for a rate."""
+        named = [cell.rpartition("@")[0] for part in self.asked["runs"] for cell in part["cells"]]
+        return list(dict.fromkeys([*named, *self.asked["rates"].get("also", ())]))
 
     @cached_property
     def num_images(self) -> int:
@@ -97,7 +102,7 @@ class Study:
     def result(self, job: Job) -> Settings | None:
         """Read what a job gave, if it is done."""
         path = self.folder / f"{job.name}.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return read(path) if path.is_file() else None
 
     def rate_jobs(self, arm: str) -> list[Job]:
         """List the runs of an arm's search that are known to be needed: beside the best rate, both neighbours."""
@@ -150,7 +155,7 @@ class Study:
 
     def missing(self) -> list[Job]:
         """List the jobs that can run now and have no result."""
-        jobs: dict[Job, None] = {}
+        jobs = dict.fromkeys(job for arm in self.asked["rates"].get("also", ()) for job in self.rate_jobs(arm))
         for arm, budget, seed in self.cells():
             rate = self.rate(arm)
             if rate is None:
@@ -159,6 +164,11 @@ class Study:
             else:
                 jobs[Job(arm, budget, seed, rate, False)] = None
         return [job for job in jobs if self.result(job) is None]
+
+
+def read(path: Path) -> Settings:
+    """Read a result."""
+    return dict(json.loads(path.read_text()))
 
 
 def merge(below: Settings, above: Settings) -> Settings:

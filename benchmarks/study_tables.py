@@ -1,0 +1,192 @@
+"""Tables, intervals and figures of all studies, from their stored results: docs/results/NAME.md and .png.
+
+    python benchmarks/study_tables.py [NAME ...]
+
+Says what is missing. The protocol is docs/results/protocol.md.
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from scipy.stats import t
+from study import RESULTS, ROOT, Job, Settings, Study, read
+
+STUDIES = ROOT / "benchmarks" / "studies"
+NAMES = {"linear": "linear", "knn": "k-NN", "finetune-0.01": "tuned, 1 %", "finetune-0.1": "tuned, 10 %"}
+Runs = dict[tuple[str, float], dict[int, Settings]]  # by arm and budget, then by seed
+
+
+def runs_of(study: Study) -> Runs:
+    """Collect the results that are there, in the order in which the study asks for them."""
+    runs: Runs = {}
+    for arm, budget, seed in study.cells():
+        path = study.folder / f"{Job(arm, budget, seed, 0.0, False).name}.json"
+        if path.is_file():
+            runs.setdefault((arm, budget), {})[seed] = read(path)
+    return dict(sorted(runs.items(), key=lambda item: item[0][1]))
+
+
+def top1(run: Settings, judge: str) -> float:
+    """Look up an accuracy in percent."""
+    return 100 * float(run["measures"][judge]["top1"])
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Write mean and standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Compute the 95 % interval of a mean by Student's t."""
+    mean = statistics.mean(differences)
+    half = statistics.stdev(differences) / len(differences) ** 0.5 * float(t.ppf(0.975, len(differences) - 1))
+    return mean - half, mean + half
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Write a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+
+
+def times_of(study: Study) -> dict[str, Any]:
+    """Read what `study.py time` has measured, if it has."""
+    path = study.folder / "times.json"
+    return dict(read(path)["arms"]) if path.is_file() else {}
+
+
+def table_of_runs(study: Study, runs: Runs) -> str:
+    """Write what every arm came to at every budget."""
+    judges, times = study.asked["judges"], times_of(study)
+    head = ["arm", "effective epochs", "seeds", "peak rate", "steps", "images", "minutes", "TFLOP"]
+    rows = []
+    for (arm, budget), found in runs.items():
+        one, time = next(iter(found.values())), times.get(arm)
+        cost = ["", ""]
+        if time:
+            minutes, tflop = one["rows"] * time["ms_per_row"] / 6e4, one["rows"] * time["mflop_per_row"] / 1e6
+            cost = [f"{minutes:.1f}", f"{tflop:.0f}"]
+        scores = [spread([top1(run, judge) for run in found.values()]) for judge in judges]
+        ranks = spread([run["measures"]["knn"]["rankme"] for run in found.values()])
+        counts = [f"{one['steps']:,}", f"{one['images']:,}"]
+        rows.append([arm, f"{budget:g}", len(found), f"{one['rate']:g}", *counts, *cost, *scores, ranks])
+    return markdown([*head, *(NAMES[judge] for judge in judges), "RankMe"], rows)
+
+
+def table_of_contrasts(study: Study, runs: Runs) -> str:
+    """Write the paired differences, with their intervals and the time that each side takes."""
+    times, rows = times_of(study), []
+    for contrast in study.asked.get("contrasts", ()):
+        sides = [contrast["of"], contrast["against"]]
+        cells = [(arm, float(budget)) for arm, _, budget in (side.rpartition("@") for side in sides)]
+        ours, theirs = (runs.get(cell, {}) for cell in cells)
+        seeds = sorted(ours.keys() & theirs.keys())
+        time = ""
+        if seeds and all(arm in times for arm, _ in cells):
+            ms = [runs[cell][seeds[0]]["rows"] * times[cell[0]]["ms_per_row"] for cell in cells]
+            time = f"{ms[1] / ms[0]:.2f}x less" if ms[0] <= ms[1] else f"{ms[0] / ms[1]:.2f}x more"
+        row = [contrast["says"], *sides, len(seeds), time]
+        for judge in study.asked["judges"]:
+            differences = [top1(ours[seed], judge) - top1(theirs[seed], judge) for seed in seeds]
+            cell = f"{statistics.mean(differences):+.1f}" if differences else ""
+            if len(differences) > 1:
+                low, high = interval(differences)
+                cell += f" ({low:+.1f} .. {high:+.1f})"
+                if judge == "linear":
+                    verdict = verdict_of(low, high, contrast.get("margin"))
+            if judge == "linear" and len(differences) < 2:
+                verdict = ""
+            row.append(cell)
+        rows.append([*row, verdict])
+    head = ["question", "arm", "against", "seeds", "time"]
+    return markdown([*head, *(NAMES[judge] for judge in study.asked["judges"]), "so"], rows)
+
+
+def verdict_of(low: float, high: float, margin: float | None) -> str:
+    """Say what an interval of the difference in linear probing allows to say."""
+    if low > 0:
+        return "better"
+    if high < 0:
+        return "worse" if margin is None or high < -margin else "worse, within the margin"
+    return "as good" if margin is not None and low > -margin else "no difference shown"
+
+
+def table_of_rates(study: Study) -> str:
+    """Write the search for peak rates."""
+    rows = []
+    for arm in study.arms:
+        jobs = study.rate_jobs(arm) if arm != "untrained" else []
+        found = [(job, study.result(job)) for job in jobs]
+        scores = [f"{job.rate:g}: {top1(result, 'linear'):.1f}" for job, result in found if result]
+        if scores:
+            rows.append([arm, ", ".join(scores)])
+    return markdown(["arm", f"linear probe at {study.asked['rates']['budget']:g} effective epochs, by peak rate"], rows)
+
+
+def write_figure(study: Study, runs: Runs) -> bool:
+    """Draw accuracy over minutes of one core, where times are measured."""
+    times = times_of(study)
+    curves: dict[str, list[tuple[float, list[float]]]] = {}
+    for (arm, _), found in runs.items():
+        if arm in times:
+            minutes = next(iter(found.values()))["rows"] * times[arm]["ms_per_row"] / 6e4
+            curves.setdefault(arm, []).append((minutes, [top1(run, "linear") for run in found.values()]))
+    if not curves:
+        return False
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for arm, points in curves.items():
+        x, y = [minutes for minutes, _ in points], [statistics.mean(scores) for _, scores in points]
+        errors = [statistics.stdev(scores) if len(scores) > 1 else 0.0 for _, scores in points]
+        axes.errorbar(x, y, errors, marker="o", capsize=2, label=arm)
+    axes.set(xlabel="minutes of one core", ylabel="linear probe, percent", title=study.asked["question"])
+    axes.title.set_fontsize(9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(study.folder.with_suffix(".png"), dpi=110)
+    return True
+
+
+def write(study: Study) -> None:
+    """Write NAME.md and NAME.png, and say what is missing."""
+    runs, missing = runs_of(study), study.missing()
+    results = [read(path) for path in study.folder.rglob("*.json") if path.name != "times.json"]
+    hours = sum(spent["cpu_seconds"] for result in results for spent in result["spent"].values()) / 3600
+    devices = sorted({result["device"] for result in results})
+    asked = sum(1 for _ in study.cells())
+    done = sum(map(len, runs.values()))
+    lines = [
+        f"# {study.name}\n",
+        f"{study.asked['question']}\n",
+        f"Written by `python benchmarks/study_tables.py` from the files of [{study.name}]({study.name}).",
+        f"Arms: [{study.name}.yaml](../../benchmarks/studies/{study.name}.yaml); rules: [protocol.md](protocol.md).",
+        f"{done} of {asked} runs that count are there, and {len(results) - done} of the search for rates; in all",
+        f"{hours:.1f} hours of CPU on {', '.join(devices) or 'nothing'}.\n",
+        "Accuracies are percent on the test part: mean ± standard deviation over seeds.\n",
+        table_of_runs(study, runs),
+        "Paired differences, with 95 % intervals; the last column is about the linear probe.\n",
+        table_of_contrasts(study, runs),
+        table_of_rates(study),
+    ]
+    if write_figure(study, runs):
+        lines.append(f"![accuracy over time]({study.name}.png)\n")
+    study.folder.with_suffix(".md").write_text("\n".join(lines))
+    print(f"{study.name}: {done} of {asked} runs; missing now: {', '.join(job.name for job in missing) or 'nothing'}")
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="default: all that have results")
+    given = parser.parse_args()
+    for path in sorted(STUDIES.glob("*.yaml")):
+        if path.stem in given.names or (not given.names and (RESULTS / path.stem).is_dir()):
+            write(Study(path))
+
+
+if __name__ == "__main__":
+    main()
