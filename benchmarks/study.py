@@ -39,7 +39,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(os.environ.get("STUDY_RESULTS", ROOT / "docs" / "results"))
+RESULTS = ROOT / "docs" / "results"
 WARMUP = 0.05  # share of the steps
 ROUNDS = 7  # of timing
 SHARED = ("data", "rows", "rates", "judges", "finetune", "common")
@@ -239,7 +239,8 @@ class Machine:
         if self.stopped.is_set():
             process.send_signal(signal.SIGTERM)
         assert process.stdout
-        printed = process.stdout.read()
+        with process.stdout:
+            printed = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         self.running.discard(process)
