@@ -7,8 +7,11 @@ import pytest
 import torch
 
 import dmjd
+from dmjd.backbones import Latents
 from dmjd.config.rules import PRESETS
+from dmjd.heads import Decoder
 from dmjd.losses import regression_loss
+from dmjd.masking import TokenIds
 
 SOURCE = Path(dmjd.__file__).parent
 SMALL = {"backbone": "vit", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "image_size": 32}
@@ -142,6 +145,7 @@ def test_build__unknown_names_are_refused_with_the_nearest():
         {"decoder_depth": 2},
         {"decoder_num_heads": 4},
         {"decoder_mlp_ratio": 2.0},
+        {"decoder_cross": True, "decoder_depth": 2},
     ],
     ids=str,
 )
@@ -149,6 +153,18 @@ def test_build__every_model_setting_changes_the_loss(overrides):
     model, other = small(), small(**overrides)
     loss = model(*batch(model)).total
     assert loss != other(*batch(other)).total
+
+
+@pytest.mark.parametrize("cross", [True, False])
+def test_decoder__hidden_tokens_know_of_each_other_unless_they_attend_to_latents_alone(cross):
+    decoder = Decoder(24, 6, (3, 4), embed_dim=16, depth=2, num_heads=2, cross=cross)
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter)
+    latents = Latents(torch.randn(2, 1, 24), torch.randn(2, 5, 24), None)
+    visible, hidden = torch.arange(5).expand(2, -1), torch.arange(5, 12).expand(2, -1)
+    whole = decoder(latents, TokenIds(visible, hidden))
+    alone = decoder(latents, TokenIds(visible, hidden[:, 2:4]))
+    assert torch.allclose(whole[:, 2:4], alone, atol=1e-5) == cross
 
 
 def test_regression_loss__is_computed_in_float32():

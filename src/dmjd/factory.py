@@ -25,12 +25,12 @@ SHAPE = ("embed_dim", "depth", "num_heads")  # what a size stands for
 OPTIONS = (*SHAPE, "class_token", "reg_tokens", "mask_token", "conv_mlp_ratio")  # what only some backbones have
 
 
-def build(preset: str, size: str = "base", *, image_size: int | tuple[int, int] = 224, **overrides: Any) -> DMJD:
+def build(preset: str, size: str | None = None, *, image_size: int | tuple[int, int] = 224, **overrides: Any) -> DMJD:
     """Build the model of a preset, untrained.
 
     Args:
         preset: Name of a file in `dmjd/presets`.
-        size: `tiny`, `small`, `base` or `large`.
+        size: `tiny`, `small`, `base` or `large`. Default: the preset's.
         image_size: Side, or height and width, in pixels.
         **overrides: Settings by name, such as `patch_size=8` or `num_views=4`; with the section in front where a name
             stands in several, such as `decoder_depth=2`. A bare name means the first section that has it.
@@ -49,6 +49,7 @@ def build(preset: str, size: str = "base", *, image_size: int | tuple[int, int] 
         }
         for section in SECTIONS
     }
+    size = size or recipe["model"]["size"]
     if size != recipe["model"]["size"]:  # another size than the preset's: what the preset changes of its own goes
         values["model"] = {key: value for key, value in values["model"].items() if key not in SHAPE}
     side = image_size if isinstance(image_size, int) else "x".join(map(str, image_size))
@@ -172,6 +173,9 @@ def initialize(encoder: Encoder, name: str) -> None:
     """
     network, _ = open_backbone(name)
     theirs, ours = network.state_dict(), encoder.backbone.state_dict()
+    if "fc_norm.weight" in theirs.keys() - ours.keys():  # fine-tuned: its norm is of pooled tokens, ours stays new
+        theirs = {key: value for key, value in theirs.items() if not key.startswith("fc_norm.")}
+        theirs |= {key: value for key, value in ours.items() if key.startswith("norm.")}
     wrong = [
         key
         for key in {**ours, **theirs}

@@ -1,5 +1,6 @@
 """The hybrid equals its dense formulation and does no work on hidden tokens."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -8,10 +9,13 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 import dmjd
 from dmjd.backbones.convvit import SIZES, ConvViT, create_convvit, nested_positions
 from dmjd.backbones.files import save_backbone
+from dmjd.engine.distributed import Ranks
+from dmjd.evaluation.features import FeatureExtractor
 from dmjd.masking import token_ids
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -190,4 +194,43 @@ def test_convvit__layers_for_layer_decay_are_the_published_ones():
     assert by_name["head.weight"] == by_name["fc_norm.weight"] == 1
     assert by_name["blocks3.5.mlp.fc1.weight"] == 0.5
     assert by_name["blocks3.0.mlp.fc1.weight"] == 0.5**6
-    assert by_name["patch_embed4.weight"] == by_name["blocks1.0.conv1.weight"] == 0.5**7
+    assert by_name["patch_embed4.weight"] == by_name["blocks1.0.conv1.weight"] == by_name["pos_embed"] == 0.5**7
+
+
+def test_convvit__is_initialised_as_the_official_program_does():
+    torch.manual_seed(0)
+    model = dmjd.build("dmjd", "tiny", image_size=64, depth=2, decoder_depth=2)
+    seen = set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.LayerNorm) and layer.elementwise_affine:
+            assert (layer.weight == 1).all()
+            assert (layer.bias == 0).all()
+        elif isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+            matrix = layer.weight.detach().flatten(1)
+            fan_out, fan_in = matrix.shape
+            xavier = isinstance(layer, torch.nn.Linear) or name.endswith("patch_embed3.proj")
+            bound = math.sqrt(6 / (fan_in + fan_out)) if xavier else fan_in**-0.5
+            assert 0.9 * bound < matrix.abs().max() <= bound, name
+            assert matrix.std() == pytest.approx(bound / math.sqrt(3), rel=0.1), name
+            if isinstance(layer, torch.nn.Linear):
+                assert (layer.bias == 0).all()
+            else:
+                assert 0.8 * fan_in**-0.5 < layer.bias.abs().max() <= fan_in**-0.5, name
+            seen.add((type(layer).__name__, xavier))
+    assert seen == {
+        ("Linear", True),
+        ("PatchMerge", True),
+        ("PatchMerge", False),
+        ("Pointwise", False),
+        ("Conv2d", False),
+    }
+
+
+def test_convvit__its_features_are_the_mean_over_tokens_after_an_untrained_norm(backbones):
+    extractor = FeatureExtractor(str(backbones["convvit"]), ranks=Ranks(torch.device("cpu")))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        mean = extractor.model.forward_features(images).mean(dim=(2, 3))
+        features = extractor.pooled(images, normalized=True)
+    torch.testing.assert_close(features, F.layer_norm(mean, mean.shape[1:], eps=1e-6))
+    assert not list(extractor.model.fc_norm.parameters())

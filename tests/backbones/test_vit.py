@@ -127,7 +127,7 @@ def test_query_block__equals_the_whole_block_where_it_counts():
     queries = QueryBlock(32, 4, mlp_ratio=4.0, qkv_bias=True)
     queries.load_state_dict(block.state_dict())
     tokens = torch.randn(2, 9, 32)
-    torch.testing.assert_close(queries(tokens, 4), block(tokens)[:, -4:])
+    torch.testing.assert_close(queries(tokens[:, -4:], tokens), block(tokens)[:, -4:])
 
 
 @pytest.mark.parametrize("class_token", [False, True])

@@ -117,9 +117,19 @@ def test_create_target__what_is_no_target_is_one_line(name, message):
         create_target(name, request())
 
 
-@pytest.mark.parametrize(("patch_size", "cell"), [(16, 8), (24, 8), (32, 8), (8, 4), (4, 2), (14, 7), (7, 7), (18, 9)])
+@pytest.mark.parametrize(
+    ("patch_size", "cell"),
+    [(16, 8), (24, 8), (32, 8), (8, 4), (4, 4), (6, 6), (12, 6), (10, 5), (14, 7), (7, 7), (18, 9), (2, 2)],
+)
 def test_default_cell_size(patch_size, cell):
     assert default_cell_size(patch_size) == cell
+
+
+def test_default_cell_size__cells_divide_patches_and_have_at_least_4_px_where_patches_do():
+    for patch_size in range(4, 65):
+        cell = default_cell_size(patch_size)
+        assert cell >= 4
+        assert patch_size % cell == 0
 
 
 def test_create_target__one_file_of_another_distribution_is_enough(tmp_path, monkeypatch):

@@ -94,6 +94,39 @@ def test_teacher__several_layers_are_whitened_and_averaged():
     torch.testing.assert_close(both, whiten((single[0] + single[1]) / 2))
 
 
+def hybrid(num_classes=0):
+    torch.manual_seed(0)
+    return timm.create_model(
+        "convvit_tiny", img_size=32, patch_size=8, embed_dims=(8, 16, 24), depths=(1, 1, 1), num_heads=2,
+        num_classes=num_classes, pretrained_cfg_overlay={"input_size": (3, 32, 32)},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_classes", [0, 5])
+def test_teacher__of_a_hybrid_the_map_of_its_tokens_is_the_default(num_classes):
+    network = hybrid(num_classes)
+    teacher = Teacher(FeatureMaps(network), (4, 4))
+    tokens = network.forward_features(teacher.maps.normalize(images()))
+    torch.testing.assert_close(teacher(images()), whiten(tokens.flatten(2).transpose(1, 2)))
+    (subsampled,) = FeatureMaps(network, layers=[-1])(images())
+    torch.testing.assert_close(subsampled, tokens[..., ::2, ::2])
+
+
+def test_ema_teacher__of_a_hybrid_the_map_of_its_tokens_is_the_default():
+    model = dmjd.build("dmjd", "tiny", image_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, target="ema")
+    tokens = model.encoder.backbone.eval().forward_features(model.normalize(images()))
+    torch.testing.assert_close(model.target(images()), whiten(tokens.flatten(2).transpose(1, 2)))
+
+
+def test_teacher__of_a_network_of_stages_with_patches_the_last_map_is_the_default():
+    network = timm.create_model(
+        "swinv2_cr_tiny_224", img_size=64, window_size=2, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2),
+        num_classes=0, pretrained_cfg_overlay={"input_size": (3, 64, 64)},
+    )  # fmt: skip
+    (features,) = FeatureMaps(network)(images(64))
+    assert features.shape == (2, 64, 2, 2)
+
+
 def test_teacher__images_of_another_size_are_resized_to_its_own():
     assert Teacher(FeatureMaps(vit()), (4, 4))(images(48)).shape == (2, 16, 24)
     flat = torch.full((1, 3, 48, 48), 77, dtype=torch.uint8)

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import dmjd
 from dmjd.cli import main
@@ -70,6 +71,8 @@ def test_finetune__learns_colours_and_plain_timm_loads_the_result(backbones, col
     found = said(capsys)
     assert found["top1"] > 0.6
     assert found["best_top1"] >= found["top1"]
+    before, after = (load_file(path)["pos_embed"] for path in (backbones[kind], out / "last.safetensors"))
+    assert ((after - before).abs().amax(dim=-1) > 1e-4).all()  # positions are trained
     for name in ("best.safetensors", "last.safetensors"):
         with safe_open(out / name, "pt") as file:
             recipe = file.metadata()

@@ -21,20 +21,21 @@ def transformer_blocks(
 
 
 class QueryBlock(Block):
-    """The last block of a decoder: all S tokens are attended to, only the last M are computed.
+    """A block that computes M tokens, which attend to S tokens: their own among them or not.
 
-    Equal to `Block.forward(tokens)[:, -M:]`, without the queries, the projection and the MLP of the other tokens.
+    Of the last M of S tokens it is `Block.forward(tokens)[:, -M:]`, without the queries, the projection and the MLP of
+    the others; of tokens outside it is cross-attention.
     """
 
-    def forward(self, tokens: Float[Tensor, "N S D"], count: int) -> Float[Tensor, "N M D"]:
-        """Compute the last `count` = M tokens."""
-        attn, normed, width = self.attn, self.norm1(tokens), tokens.shape[-1]
-        query = F.linear(normed[:, -count:], attn.qkv.weight[:width], attn.qkv.bias[:width])
-        key, value = F.linear(normed, attn.qkv.weight[width:], attn.qkv.bias[width:]).chunk(2, dim=-1)
+    def forward(self, queries: Float[Tensor, "N M D"], tokens: Float[Tensor, "N S D"]) -> Float[Tensor, "N M D"]:
+        """Compute the tokens `queries`, by attention to `tokens`."""
+        attn, width = self.attn, tokens.shape[-1]
+        query = F.linear(self.norm1(queries), attn.qkv.weight[:width], attn.qkv.bias[:width])
+        key, value = F.linear(self.norm1(tokens), attn.qkv.weight[width:], attn.qkv.bias[width:]).chunk(2, dim=-1)
         query, key, value = (x.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        tokens = tokens[:, -count:] + attn.proj(attended)
-        return tokens + self.mlp(self.norm2(tokens))
+        queries = queries + attn.proj(attended)
+        return queries + self.mlp(self.norm2(queries))
 
 
 def sincos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "1 L D"]:

@@ -190,7 +190,7 @@ class ConvViT(nn.Module):
         img_size: Side, or height and width, in pixels; other sizes interpolate the positions.
         patch_size: Token stride in pixels: 16 (official), 8 or 4; the first convolution has a quarter of it.
         in_chans: Channels of an image.
-        num_classes: Classes; 0 leaves out `fc_norm` and `head`, and features are the mean over tokens.
+        num_classes: Classes; 0 leaves out `head` and the weights of `fc_norm`: features are the normed mean of tokens.
         embed_dims: Widths of the three stages.
         depths: Blocks of the three stages.
         num_heads: Heads of stage 3.
@@ -228,7 +228,7 @@ class ConvViT(nn.Module):
         self.patch_embed2 = PatchEmbed(PatchMerge(first, second, 2))
         self.patch_embed3 = PatchEmbed(PatchMerge(second, third, 2))
         self.patch_embed4 = nn.Linear(third, third)
-        self.pos_embed = nn.Parameter(sincos_positions(self.grid, third), requires_grad=False)
+        self.pos_embed = nn.Parameter(sincos_positions(self.grid, third))
         rates = iter(drop_path_rate * block / max(sum(depths) - 1, 1) for block in range(sum(depths)))
         self.blocks1 = nn.ModuleList(ConvBlock(first, mlp1, next(rates)) for _ in range(depths[0]))
         self.blocks2 = nn.ModuleList(ConvBlock(second, mlp2, next(rates)) for _ in range(depths[1]))
@@ -240,13 +240,16 @@ class ConvViT(nn.Module):
             )
         ]
         self.reset_classifier(num_classes)
-        self.apply(init_weights)
+        # As the official program: all other convolutions keep torch's default, uniform within 1 / sqrt(fan_in).
+        nn.init.xavier_uniform_(self.patch_embed3.proj.weight.data.view(third, -1))
+        for part in (self.patch_embed4, self.blocks3, self.head):
+            part.apply(init_weights)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put on a new head; 0 classes take it off."""
         assert global_pool in (None, "avg")
         self.num_classes = num_classes
-        self.fc_norm = nn.LayerNorm(self.embed_dim, eps=NORM_EPS) if num_classes else nn.Identity()
+        self.fc_norm = nn.LayerNorm(self.embed_dim, eps=NORM_EPS, elementwise_affine=num_classes > 0)
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
 
     def get_classifier(self) -> nn.Module:
@@ -335,7 +338,7 @@ class ConvViT(nn.Module):
         return found if intermediates_only else (last, found)
 
     def forward_head(self, x: Float[Tensor, "B D h w"], pre_logits: bool = False) -> Tensor:
-        """Pool a map over its tokens and, unless `pre_logits`, classify."""
+        """Pool a map over its tokens, norm and, unless `pre_logits`, classify."""
         pooled = self.fc_norm(x.mean(dim=(2, 3)))
         return pooled if pre_logits else self.head(pooled)
 
@@ -346,7 +349,10 @@ class ConvViT(nn.Module):
 
 @encodes(ConvViT)
 class ConvViTEncoder(nn.Module):
-    """The hybrid in pre-training: stages 1 and 2 are added to the transformer's output before the last norm."""
+    """The hybrid in pre-training: stages 1 and 2 are added to the transformer's output before the last norm.
+
+    The backbone's positions are fixed from here on; one that is loaded for another task trains them.
+    """
 
     num_prefix_tokens = 0
 
@@ -358,8 +364,7 @@ class ConvViTEncoder(nn.Module):
         self.stage1_output_decode = PatchMerge(first, self.embed_dim, 4)
         self.stage2_output_decode = PatchMerge(second, self.embed_dim, 2)
         self.norm = nn.LayerNorm(self.embed_dim, eps=NORM_EPS)
-        for stage in (self.stage1_output_decode, self.stage2_output_decode):
-            stage.apply(init_weights)
+        backbone.pos_embed.requires_grad_(False)
 
     def forward(self, images: Float[Tensor, "B C H W"], tokens: TokenIds) -> Latents:
         """Encode the visible tokens of every view."""
@@ -381,7 +386,7 @@ def create_convvit(
     depth: int | None = None,
     num_heads: int | None = None,
 ) -> ConvViTEncoder:
-    """Create an untrained hybrid with fixed sine-cosine positions and MAE's initialisation.
+    """Create an untrained hybrid with fixed sine-cosine positions and ConvMAE's initialisation.
 
     Args:
         size: One of `SIZES`.

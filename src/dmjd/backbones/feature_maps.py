@@ -17,7 +17,7 @@ class FeatureMaps(nn.Module):
 
     Args:
         network: A timm model, or another with timm's `forward_intermediates` and `pretrained_cfg`.
-        layers: Which maps, by timm's numbers; negative ones count from the end.
+        layers: Which maps, by timm's numbers; negative ones count from the end. Default: that of `token_layer`.
         in_chans: Channels of the images.
         takes: `input_size`, `mean` and `std` of the images it takes; default: those of its `pretrained_cfg`.
         bf16: Compute in bfloat16, whatever the precision around.
@@ -33,7 +33,7 @@ class FeatureMaps(nn.Module):
         self,
         network: nn.Module,
         *,
-        layers: Sequence[int] = (-1,),
+        layers: Sequence[int] | None = None,
         in_chans: int = 3,
         takes: Mapping[str, Any] | None = None,
         bf16: bool = False,
@@ -42,7 +42,8 @@ class FeatureMaps(nn.Module):
         wanted: Any = takes or getattr(network, "pretrained_cfg", None)
         if wanted is None or wanted["input_size"][0] != in_chans or not hasattr(network, "forward_intermediates"):
             raise ValueError(f"the teacher does not read images of {in_chans} channel(s), or has no layers to look at")
-        self.network, self.layers, self.bf16 = network, list(layers), bf16
+        self.network, self.bf16 = network, bf16
+        self.layers = [token_layer(network)] if layers is None else list(layers)
         self.size = tuple(wanted["input_size"][1:])
         self.normalize = Normalize(wanted["mean"], wanted["std"])
         try:
@@ -61,3 +62,15 @@ class FeatureMaps(nn.Module):
         with torch.autocast(pixels.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             maps = network.forward_intermediates(self.normalize(pixels), indices=self.layers, **options)
         return [features.to(torch.promote_types(features.dtype, torch.float32)) for features in maps]
+
+
+def token_layer(network: nn.Module) -> int:
+    """Number the last map of a network, or that of its tokens where coarser ones follow, as in a ConvViT.
+
+    A map of tokens has the stride `patch_size` and the width `num_features` of the network. Both count: a network of
+    stages may have patches too, but they become wider and coarser on the way to its last map.
+    """
+    described: Any = network
+    tokens = getattr(described, "patch_size", None), getattr(described, "num_features", None)
+    maps = enumerate(getattr(described, "feature_info", None) or ())
+    return max((layer for layer, each in maps if (each["reduction"], each["num_chs"]) == tokens), default=-1)

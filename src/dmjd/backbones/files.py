@@ -143,6 +143,8 @@ def create_network(name: str, *, image_hw: tuple[int, int], in_chans: int) -> tu
     size = {"img_size": list(image_hw), "in_chans": in_chans, "num_classes": 0}
     architecture: Architecture = (timm_name, {}) if kind == "timm" else _read(name, pretrained=False)[1]
     arguments = {**architecture[1], **size}
+    if "fc_norm" in arguments:  # a ViT of ours, fine-tuned perhaps: masked views need the norm of all tokens
+        arguments["fc_norm"] = False
     if kind == "timm" and not is_model(timm_name):
         raise CheckpointError(f"timm has no such model; {name}; see timm.list_models()")
     try:
@@ -157,13 +159,22 @@ def is_model(name: str) -> bool:
 
 
 def put_head(model: nn.Module, architecture: Architecture, num_classes: int) -> tuple[nn.Module, Architecture]:
-    """Give a model a new linear head, nearly silent at first as in MAE's fine-tuning; 0 classes: pooled features."""
-    model.reset_classifier(num_classes)  # type: ignore[operator]
+    """Give a model a new linear head, nearly silent at first as in MAE's fine-tuning; 0 classes: pooled features.
+
+    With the head, a ViT from pre-training gets a new norm after its pooling in the place of that of all tokens (MAE).
+    """
+    network: Any = model
+    name, arguments = architecture
+    network.reset_classifier(num_classes)
     if num_classes:
-        head: Any = model.get_classifier()  # type: ignore[operator]
+        head = network.get_classifier()
         nn.init.trunc_normal_(head.weight, std=2e-5)
         nn.init.zeros_(head.bias)
-    return model.eval(), (architecture[0], {**architecture[1], "num_classes": num_classes})
+        if arguments.get("fc_norm") is False:  # only `create_vit` says so
+            network.norm.reset_parameters()
+            network.fc_norm, network.norm = network.norm, nn.Identity()
+            arguments = {**arguments, "fc_norm": True}
+    return model.eval(), (name, {**arguments, "num_classes": num_classes})
 
 
 def _fetch(model: str, given: str, pretrained: bool, extra: dict[str, Any]) -> tuple[nn.Module, Architecture]:

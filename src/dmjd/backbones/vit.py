@@ -103,7 +103,7 @@ def create_vit(
         raise ValueError(f"an image of {height} x {width} px does not consist of whole patches of {patch_size} px")
     if size not in SIZES:
         raise ValueError(f"there is no ViT of size {size!r}; choose one of {', '.join(SIZES)}")
-    # The final norm stays in front of the pooling: pre-training needs it on tokens, and what is loaded stays the same.
+    # The final norm is in front of the pooling, for pre-training needs it on tokens; `put_head` moves it.
     arguments = dict(
         img_size=(height, width),
         patch_size=patch_size,

@@ -137,7 +137,8 @@ class HogSettings:
     """dmjd: differences of neighbours, whitened; maskfeat: Sobel's gradients, over their norm; mmpretrain: the same in
     Gaussian windows."""
     cell_size: int | None = None
-    """Side of a cell in pixels. Default: 8 for patches of 16, 24 ..., else half a patch (all of an odd one)."""
+    """Side of a cell in pixels. Default: 8 for patches of 16, 24 ..., else half a patch, or all of one that is odd or
+    smaller than 8."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "cell_size")
@@ -150,8 +151,9 @@ class TeacherSettings:
 
     SECTION: ClassVar[str] = "teacher."
 
-    layers: tuple[int, ...] = (-1,)
-    """Maps whose mean is the target, by timm's numbers, negative ones from the end; give the flag once for each."""
+    layers: tuple[int, ...] | None = None
+    """Maps whose mean is the target, by timm's numbers, negative ones from the end; give the flag once for each.
+    Default: the last one, of a ConvViT that of its tokens."""
     decay: tuple[float, float] = (0.996, 0.9999)
     """Share of the running mean (ema) that a step keeps, at the start and at the end of the run."""
     bf16: bool = False
@@ -178,6 +180,8 @@ class DecoderSettings:
     """Heads."""
     mlp_ratio: float = 4.0
     """Width of an MLP over the width of the decoder."""
+    cross: bool = False
+    """Let hidden tokens attend to visible ones alone, not to each other (CrossMAE): a cheaper decoder."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "embed_dim", "num_heads")
@@ -238,8 +242,8 @@ class PretrainRun(RunSettings):
     data: str = "shapes"
     out: Path = Path("runs/pretrain")
     preset: str = "quick"
-    """Recipe: mae, maskfeat, convmae, fastconvmae, dm, dmjd, dmjd-clip, dmjd-dino, data2vec; for 2 cores quick and
-    quick-convmae, -fastconvmae, -dmjd, -teacher."""
+    """Recipe: mae, maskfeat, convmae, fastconvmae, dm, dmjd, dmjd-large, dmjd-clip, dmjd-dino, data2vec; for 2 cores
+    quick and quick-convmae, -fastconvmae, -dmjd, -teacher."""
     data_statistics: str = "auto"
     """Mean and standard deviation that images are normalised by: imagenet, or a JSON file as dmjd doctor writes it;
     auto takes ImageNet's for 3 channels and measures those of a sample for any other number."""

@@ -43,7 +43,7 @@ def build_ema(request: TargetRequest) -> EmaTeacher:
     mean, std = request.normalize.statistics
     maps = FeatureMaps(
         deepcopy(request.encoder.backbone),
-        layers=request.option("teacher", "layers", (-1,)),
+        layers=request.option("teacher", "layers", None),
         in_chans=request.in_chans,
         takes={"input_size": (request.in_chans, *request.image_hw), "mean": mean, "std": std},
     )

@@ -145,9 +145,11 @@ def strokes(size: int) -> Float[Tensor, "bins {size} {size}"]:
 
 
 def default_cell_size(patch_size: int) -> int:
-    """Choose the side of a cell: 8 for patches of 16, 24, 32 ..., else half a patch, or all of an odd one."""
-    half = patch_size // 2 if patch_size % 2 == 0 else patch_size
-    return 8 if patch_size >= 16 and patch_size % 8 == 0 else half
+    """Choose the side of a cell: 8 for patches of 16, 24, 32 ..., else half a patch, or all of a small or odd one."""
+    if patch_size >= 16 and patch_size % 8 == 0:
+        return 8
+    # Fewer than 4 x 4 gradients are too few for a histogram of nine bins.
+    return patch_size // 2 if patch_size % 2 == 0 and patch_size >= 8 else patch_size
 
 
 @register_target("hog")

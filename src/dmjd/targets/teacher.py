@@ -140,7 +140,7 @@ def _frozen(network: nn.Module, request: TargetRequest) -> Teacher:
     network.to(memory_format=torch.channels_last)  # convolutions are faster so
     maps = FeatureMaps(
         network,
-        layers=request.option("teacher", "layers", (-1,)),
+        layers=request.option("teacher", "layers", None),
         in_chans=request.in_chans,
         bf16=request.option("teacher", "bf16", False),
     )
