@@ -1,12 +1,14 @@
 """Disjoint masks keep their counts, cover what they promise and favour no token."""
 
+import hashlib
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import dmjd
-from dmjd.masking import gather_tokens, mask_counts, token_ids
+from dmjd.masking import gather_tokens, mask_counts, seeded_masks, token_ids
 
 RATIOS = st.integers(1, 19).map(lambda twentieths: twentieths / 20)
 
@@ -115,6 +117,19 @@ def test_disjoint_masks__a_generator_repeats_itself():
     first, second = (dmjd.disjoint_masks(4, 49, num_views=2, mask_ratio=0.6, generator=seeded(7)) for _ in range(2))
     assert first.equal(second)
     assert not first.equal(dmjd.disjoint_masks(4, 49, num_views=2, mask_ratio=0.6, generator=seeded(8)))
+
+
+def test_seeded_masks__have_the_bits_that_they_always_had():
+    drawn = hashlib.sha256()
+    for grid, block, views, mask_ratio, predict_ratio in (
+        ((14, 14), 1, 4, 0.75, 1.0),
+        ((14, 14), 2, 2, 0.6, 0.9),
+        ((7, 5), 2, 3, 0.5, 1.0),
+        ((3, 9), 1, 2, 0.6, 0.6),
+    ):
+        ratios = {"mask_ratio": mask_ratio, "predict_ratio": predict_ratio}
+        drawn.update(seeded_masks(torch.arange(20), grid, block=block, num_views=views, **ratios).numpy().tobytes())
+    assert drawn.hexdigest() == "12f8fbe1e47a275acc145e8ce14f5e71c8ad6c35dad13ff2e3891e9f64afc519"
 
 
 @pytest.mark.parametrize(

@@ -111,14 +111,20 @@ def seeded_masks(
     # Squares in random order, the tokens of one square side by side.
     draws = mix_all(seeds[:, None], torch.arange(len(sizes_S) + 1, device=seeds.device))
     order_BS = draws[:, :-1].argsort(dim=1, stable=True)
-    starts_BS = sizes_S[order_BS].cumsum(dim=1) - sizes_S[order_BS]
-    place_BL = starts_BS.scatter(1, order_BS, starts_BS)[:, square_L] + within_L
+    sizes_BS = sizes_S[order_BS]
+    starts_BS = sizes_BS.cumsum(dim=1) - sizes_BS
+    place_BL = starts_BS.scatter(1, order_BS, starts_BS)
+    if block > 1:
+        place_BL = place_BL[:, square_L] + within_L
     if grid[0] % block or grid[1] % block:
         # Squares of unequal size do not come first equally often: turning the circle makes their tokens do so.
         place_BL = (place_BL + draws[:, -1:] % len(square_L)) % len(square_L)
-    place_B1L = place_BL[:, None, :]
+    # Which places each view hides is the same for all images: a look-up instead of arithmetic for each of B V L tokens.
+    places_L = torch.arange(len(square_L), device=seeds.device)
     arc_V1 = num_hidden * torch.arange(num_views, device=seeds.device)[:, None]
-    return (place_B1L < num_predicted) & ((place_B1L - arc_V1) % num_predicted < num_hidden)
+    hidden_VL = (places_L < num_predicted) & ((places_L - arc_V1) % num_predicted < num_hidden)
+    shape = (len(seeds), *hidden_VL.shape)
+    return hidden_VL.expand(shape).gather(2, place_BL[:, None, :].expand(shape))
 
 
 def mask_counts(

@@ -40,8 +40,8 @@ def mix_all(*numbers: int | Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         if isinstance(state, int):
             state = torch.tensor(_signed(state & _MASK))
         for shift, factor in _STIRS:
-            state = (state ^ _shifted(state, shift)) * _signed(factor)
-        state = state ^ _shifted(state, 31)
+            state = _shifted(state, shift).bitwise_xor_(state).mul_(_signed(factor))
+        state = _shifted(state, 31).bitwise_xor_(state)
     assert isinstance(state, Tensor)
     return _shifted(state, 1)
 
@@ -59,7 +59,7 @@ def _signed(number: int) -> int:
 
 def _shifted(numbers: Tensor, bits: int) -> Tensor:
     """Shift to the right and fill up with zeros; torch fills up with the sign."""
-    return (numbers >> bits) & ((1 << (64 - bits)) - 1)
+    return (numbers >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 @contextmanager

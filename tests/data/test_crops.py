@@ -71,6 +71,13 @@ def test_random_crop__of_everything_at_the_same_size_is_the_identity() -> None:
     assert torch.equal(cropped(image, (32, 32), **WHOLE), image)
 
 
+def test_random_crop__of_channels_last_they_stay_last_whatever_the_box() -> None:
+    image = noise(3, 40, 30).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    for ratio in (0.5, 1.0, 2.0):  # the last box is as wide as the image
+        crop = cropped(image, (16, 24), scale=(0.7, 0.7), ratio=(ratio, ratio), flip=False)
+        assert crop.permute(1, 2, 0).is_contiguous()
+
+
 def test_random_crop__leaves_the_image_as_it_is() -> None:
     image = noise(3, 20, 30)
     before = image.clone()

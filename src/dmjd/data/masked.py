@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Int, Num
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from dmjd.data.crops import RandomCrop
+from dmjd.data.lent import borrow, is_lent, room
 from dmjd.data.levels import BYTES, Levels
 from dmjd.data.memory import Stack
 from dmjd.data.source import Source, join_skipped, read_or_substitute
@@ -26,6 +27,16 @@ class MaskedBatch(NamedTuple):
     seeds: Int[Tensor, " B"]  # of the masks, which are drawn where the network is
     indices: Int[Tensor, " B"]  # of the images, substitutes included
     skipped: dict[str, str]  # files that did not decode, with the reason; others stand in for them
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send numbers as they are: every tensor on its way from a worker is a file, opened through a socket."""
+        return _received, (self.images, is_lent(self.images), self.seeds.numpy(), self.indices.numpy(), self.skipped)
+
+
+def _received(
+    images: Tensor, lent: bool, seeds: np.ndarray, indices: np.ndarray, skipped: dict[str, str]
+) -> MaskedBatch:
+    return MaskedBatch(borrow(images) if lent else images, torch.from_numpy(seeds), torch.from_numpy(indices), skipped)
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,8 @@ class MaskedSamples(Dataset[MaskedBatch]):
         shown = epochs % self.variants if self.variants else epochs
         draws, of_masks = self.crop.draws(mix_all(self.seed, shown, indices, CROP)), self.mask_seeds(epochs, indices)
         if self.stack is not None:
-            pixels = self.stack.pixels[self.stack.rows[indices].to(self.stack.pixels.device, non_blocking=True)]
+            rows = self.stack.rows[indices].to(self.stack.pixels.device, non_blocking=True)
+            pixels = self.stack.pixels.index_select(0, rows)
             images = self.crop.of_many(self.levels.scale(pixels), draws)
             return MaskedBatch(images, of_masks, self.stack.numbers[indices], {})
         crops, read, skipped = zip(*map(self._crop, indices.tolist(), draws), strict=True)
@@ -84,4 +96,6 @@ def _stacked(crops: Sequence[Tensor], levels: Levels) -> Num[Tensor, "B C h w"]:
     """Stack crops at their depth; where some have 8 bits and some more, all in the range of the deep ones."""
     if len({crop.dtype for crop in crops}) > 1:
         crops = [levels.widen(crop) for crop in crops]
-    return default_collate([crop.permute(1, 2, 0) for crop in crops]).permute(0, 3, 1, 2)  # as they lie in memory
+    as_they_lie = [crop.permute(1, 2, 0) for crop in crops]  # channels last
+    batch = room((len(crops), *as_they_lie[0].shape), crops[0].dtype)
+    return torch.stack(as_they_lie, out=batch).permute(0, 3, 1, 2)

@@ -1,0 +1,60 @@
+"""Memory that workers lend is used again, and not before the last tensor that looks at it is gone."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from dmjd.data import lent
+from dmjd.data.loader import train_batches
+from dmjd.data.masked import MaskedBatch
+from dmjd.data.sampler import StepSampler
+from dmjd.data.source import Source
+
+STEPS = 30
+
+
+@dataclass(frozen=True)
+class Numbered(Dataset[MaskedBatch]):
+    """Batches full of their number, which say how many slots their worker has."""
+
+    images: Source | None = None
+    dtype: torch.dtype = torch.uint8
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> MaskedBatch:
+        batch = lent.room((len(keys), 4, 4, 3), self.dtype).fill_(keys[0][1]).permute(0, 3, 1, 2)
+        indices = torch.tensor([index for _, index in keys])
+        return MaskedBatch(batch, torch.full_like(indices, len(lent._slots)), indices, {})
+
+
+def loaded(samples: Numbered, workers: int = 1) -> Iterable[Any]:
+    return train_batches(samples, StepSampler(50, 2, 0, STEPS, 0), None, workers=workers, pin_memory=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+def test_lent__batches_that_are_kept_stay_as_they_are(dtype: torch.dtype) -> None:
+    batches = list(loaded(Numbered(dtype=dtype)))
+    assert len(batches) == STEPS
+    for batch in batches:
+        assert batch.images.shape == (2, 3, 4, 4)
+        assert batch.images.dtype == dtype
+        assert (batch.images.float() == batch.indices[0]).all()
+
+
+def test_lent__a_view_is_enough_to_keep_a_batch() -> None:
+    views = [(batch.images[1:, :, 2], int(batch.indices[0])) for batch in loaded(Numbered())]
+    assert all((view == number).all() for view, number in views)
+
+
+def test_lent__a_worker_has_as_many_slots_as_batches_are_under_way() -> None:
+    slots = [int(batch.seeds[0]) for batch in loaded(Numbered())]
+    assert max(slots) <= 4  # two that the loader asked for, one that is looked at, one between
+    assert int(list(loaded(Numbered()))[-1].seeds[0]) > 4
+
+
+def test_lent__without_workers_memory_is_like_any_other() -> None:
+    batches = list(loaded(Numbered(), workers=0))
+    assert all((batch.images == batch.indices[0]).all() and batch.seeds[0] == 0 for batch in batches)
