@@ -263,8 +263,8 @@ class Machine:
         config.write_text(yaml.safe_dump(settings))
         tune, final = self.work / "tune.csv", self.work / "final.csv"
         spent: dict[str, dict[str, float]] = {}
-        began = ["--config", config, "--data", tune, "--out", run / "pretrain"]
-        _, spent["pretrain"] = self.dmjd("pretrain", *began, "--resume", log=log)
+        words = ["--config", config, "--data", tune, "--out", run / "pretrain"]
+        _, spent["pretrain"] = self.dmjd("pretrain", *words, *resumption(run / "pretrain"), log=log)
         backbone = run / "pretrain" / "backbone.safetensors"
         measures: dict[str, Settings] = {}
         for judge in ["linear"] if job.searching else self.study.asked["judges"]:
@@ -273,7 +273,8 @@ class Machine:
             if verb != "knn":
                 words += ["--out", run / judge, *(["--fraction", fraction] if fraction else [])]
             if verb == "finetune":
-                words += ["--seed", job.seed, *self.study.asked["finetune"][fraction].split(), "--resume"]
+                words += ["--seed", job.seed, *self.study.asked["finetune"][fraction].split()]
+                words += resumption(run / judge)
             line, spent[judge] = self.dmjd(*words, log=log)
             measures[judge] = json.loads(line)
         summary = json.loads((run / "pretrain" / "summary.json").read_text())
@@ -337,6 +338,11 @@ class Machine:
                 if done.exception():
                     self.stop()
                 done.result()
+
+
+def resumption(out: Path) -> list[str]:
+    """Ask to go on with a run, if there is one."""
+    return ["--resume"] if out.exists() else []
 
 
 def device_name(device: str) -> str:

@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# What is to be shown on a GPU: benchmarks/gpu.sh WHAT ...
+# Nothing of it has been run on a GPU yet, only at toy size on a CPU (tests/test_gpu_programs.py). Times are estimates.
+#
+# On a machine with network, before (a minute), in the environment of this package:
+#   prepare KIT IMAGES [GOLDEN]
+#       Make the folder KIT, about 35 MB, of what has to travel beside the repository: the program as of the last
+#       commit, the images of the studies, wheels for Python 3.12 on x86-64, and the official programs' numbers
+#       (tests/parity), if their folder is given.
+#   pack IMAGES OUT.zip [COUNT]
+#       The images alone, of a folder train/CLASS/IMAGE, test/CLASS/IMAGE such as CIFAR-10: the first COUNT (1500)
+#       training images of each class by name, and the test part.
+#
+# On a machine with a GPU, without network, that has Python 3.12, torch, torchvision, timm, scikit-learn, transformers:
+#   correct [FLAGS]
+#       5 min. The device computes what a CPU computes: masks, crops, losses, gradients, curves, resumption.
+#       OUT/correct.json has the difference for each check. FLAGS: gpu_correct.py.
+#   speed [FLAGS]
+#       8 min, then it stops. Images a second, FLOP/s and memory of a step, against plain forms, in OUT/speed.json.
+#       FLAGS: gpu_speed.py; --sizes, --precisions and --modes share the work out between several calls.
+#   study NAME MINUTES JOBS [FLAGS]
+#       MINUTES (8 leave room below 9) and half a minute. Runs of benchmarks/studies/NAME.yaml, JOBS side by side, as
+#       far as docs/results/NAME has none; a run that is cut off is lost. OUT/NAME.tar holds that folder afterwards:
+#       tar xf NAME.tar -C docs/results. FLAGS: study.py, such as --teacher FILE.
+#
+# Variables: KIT, the folder of `prepare` (build/gpu); OUT, for results (docs/results/gpu); DEVICE (cuda);
+# PYTHON (python3).
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd) && root=$(dirname "$here")
+kit=$(realpath -m "${KIT:-$root/build/gpu}") out=$(realpath -m "${OUT:-$root/docs/results/gpu}")
+device=${DEVICE:-cuda} python=${PYTHON:-python3}
+# What such machines lack of our dependencies: the command line, with its own, and the decoder of JPEGs.
+lacking=(cyclopts docstring_parser rich-rst simplejpeg)
+platforms=(--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64)
+
+work=$(mktemp -d) # for what is not kept
+trap 'rm -rf "$work"' EXIT
+
+pack() {
+  "$python" - "$@" <<'EOF'
+import sys, zipfile
+from pathlib import Path
+
+images, out, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 1500
+classes = sorted(folder for folder in (images / "train").iterdir() if folder.is_dir())
+chosen = [path for folder in classes for path in sorted(folder.iterdir())[:count]]
+with zipfile.ZipFile(out, "w") as archive:  # stored: JPEGs do not shrink
+    for path in [*chosen, *sorted((images / "test").glob("*/*"))]:
+        archive.write(path, path.relative_to(images))
+EOF
+}
+
+prepare() {
+  kit=$1 && mkdir -p "$(dirname "$kit")" && mkdir "$kit" "$kit/wheels" # a folder that is there is not touched
+  pack "$2" "$kit/images.zip"
+  [ -z "${3:-}" ] || cp -r --no-preserve=mode "$3" "$kit/golden"
+  git -C "$root" archive HEAD | tar x -C "$work"
+  "$python" -m pip install --quiet --no-deps --target "$kit/site" "$work"
+  git -C "$root" rev-parse HEAD | tr -d '\n' >"$kit/site/commit"
+  wanted=$("$python" -c 'import sys; from importlib.metadata import version
+for name in sys.argv[1:]: print(f"{name}=={version(name)}")' "${lacking[@]}")
+  "$python" -m pip download --quiet --no-deps --only-binary=:all: --dest "$kit/wheels" \
+    --python-version 3.12 --implementation cp "${platforms[@]}" $wanted
+  du -sh "$kit"/*
+}
+
+# Make the program as it was packed importable, and what it needs.
+begin() {
+  mkdir -p "$out"
+  if compgen -G "$kit/wheels/*.whl" >/dev/null; then
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/wheels" "$kit"/wheels/*.whl
+  fi
+  export PYTHONPATH=$kit/site:$work/wheels${PYTHONPATH:+:$PYTHONPATH}
+}
+
+correct() {
+  begin
+  if [ -d "$kit/golden" ]; then golden=(--golden "$kit/golden"); else golden=(); fi
+  "$python" "$here/gpu_correct.py" --device "$device" --out "$out/correct.json" "${golden[@]}" "$@"
+}
+
+speed() {
+  begin
+  "$python" "$here/gpu_speed.py" --device "$device" --out "$out/speed.json" "$@"
+}
+
+study() {
+  name=$1 minutes=$2 jobs=$3 && shift 3
+  begin
+  mkdir -p "$root/docs/results/$name"
+  ln -s "$kit/site" "$work/site"
+  "$python" -m zipfile -e "$kit/images.zip" "$work/images"
+  OMP_NUM_THREADS=$(( ($(nproc) + jobs - 1) / jobs ))
+  export OMP_NUM_THREADS
+  status=0
+  "$python" "$here/study.py" run "$here/studies/$name.yaml" --data "$work/images" --work "$work" --device "$device" \
+    --jobs "$jobs" --minutes "$minutes" "$@" || status=$?
+  [ $status = 0 ] || find "$work/$name" -name log.txt -exec tail -n 5 {} + >&2
+  tar c -C "$root/docs/results" "$name" >"$out/$name.tar" # also of a study that failed: what is done is done
+  return $status
+}
+
+what=${1:-}
+case $what in
+pack | prepare | correct | speed | study) "$@" ;;
+*) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" && exit 2 ;;
+esac

@@ -1,0 +1,332 @@
+"""Speed of a training step on a GPU: ViTs and the hybrid at 224 px, of one, two and four views, and plain forms.
+
+    python benchmarks/gpu_speed.py --out speed.json
+    python benchmarks/gpu_speed.py --sizes base --precisions bf16 --modes compiled --out compiled.json
+    python benchmarks/gpu_speed.py --device cpu --toy --out toy.json
+
+A step draws masks, computes losses and gradients of images that are on the device, and lets AdamW step. The plain forms
+are the hybrid on whole maps (`dense_convvit`) and, if it is installed, `ViTMAEForPreTraining` of transformers.
+All models of a size are on the device together, each with the largest batch that fits, by halving; then they are timed
+by CUDA events, a round of each in turns. What no longer fits into --minutes is left out and named.
+
+A line of `results` has the median of the rounds and their quartiles, in images and rows (views of an image) a second;
+TFLOP/s by torch's counter (products and convolutions, forward, backward and targets, two a multiply-add) and their
+share of the GPU's peak (`mfu`; `peak_tflops` says of which); and the peak memory of a step with weights and optimizer.
+fp32 is what torch does when it is told nothing: TF32 in convolutions, not in matrix products.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import yaml
+from dense_convvit import dense_form
+from study import device_name
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import dmjd
+from dmjd.backbones.normalize import STATISTICS, Normalize
+from dmjd.config.rules import PRESETS
+from dmjd.engine.optim import create_optimizer
+from dmjd.masking import seeded_masks
+from dmjd.method import DMJD, Losses
+
+# TFLOP/s of dense products as NVIDIA's data sheets have them, by a part of the GPU's name.
+PEAKS = {
+    "H200": {"bf16": 989.4, "fp32": 66.9},
+    "H100 80GB HBM3": {"bf16": 989.4, "fp32": 66.9},
+    "A100": {"bf16": 312.0, "fp32": 19.5},
+}
+FOUR = {"num_views": 4, "mask_ratio": 0.75, "block": 1}  # every token is seen once
+TOY = {"image_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16}
+ROUND = 0.3  # seconds that a round should take at least
+
+T = TypeVar("T")
+
+
+class Case(NamedTuple):
+    """What is timed: a preset with settings of its own, in our form or in a plain one."""
+
+    model: str
+    preset: str
+    settings: dict[str, Any]
+    form: str = "dmjd"  # or "dense", "transformers"
+
+
+VIT = (
+    Case("vit", "mae", {}),
+    Case("vit", "mae", {}, "transformers"),
+    Case("vit", "maskfeat", {}),
+    Case("vit", "dm", {}),
+    Case("vit", "dm", FOUR),
+    Case("vit", "dmjd", {}),
+)
+HYBRID = (
+    Case("convvit", "convmae", {}),
+    Case("convvit", "dmjd", {}),
+    Case("convvit", "dmjd", {}, "dense"),
+    Case("convvit", "fastconvmae", {}),
+)
+CASES = {"small": VIT + HYBRID, "base": VIT + HYBRID, "large": VIT}
+
+
+class PlainMAE(nn.Module):
+    """The MAE of transformers in the shape of ours, with our step's signature; it draws its masks itself."""
+
+    def __init__(self, ours: DMJD):
+        super().__init__()
+        from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+        encoder: Any = ours.encoder
+        vit, decoder = encoder.backbone, ours.decoder
+        config = ViTMAEConfig(
+            hidden_size=vit.embed_dim,
+            num_hidden_layers=len(vit.blocks),
+            num_attention_heads=vit.blocks[0].attn.num_heads,
+            intermediate_size=vit.blocks[0].mlp.fc1.out_features,
+            image_size=encoder.grid[0] * encoder.patch_size,
+            patch_size=encoder.patch_size,
+            decoder_hidden_size=decoder.embed.out_features,
+            decoder_num_hidden_layers=len(decoder.blocks),
+            decoder_num_attention_heads=decoder.blocks[0].attn.num_heads,
+            decoder_intermediate_size=decoder.blocks[0].mlp.fc1.out_features,
+            norm_pix_loss=True,
+        )
+        self.normalize = Normalize(*STATISTICS[3])
+        self.mae = ViTMAEForPreTraining(config)
+
+    def forward(self, images: Tensor, masked: Tensor, num_hidden: int) -> Losses:
+        """Compute the loss of a batch; the masks are not looked at."""
+        loss = self.mae(self.normalize(images)).loss
+        return Losses(loss, loss, torch.zeros_like(loss))
+
+
+def masking_of(preset: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Look up how a preset with some settings of its own masks images: arguments of `seeded_masks`."""
+    asked = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())["masking"]
+    return {name: settings.get(name, value) for name, value in asked.items()}
+
+
+def create(case: Case, size: str, *, toy: bool) -> nn.Module:
+    """Build the model of a case, untrained, in a toy's shape if asked for."""
+    shape: dict[str, Any] = {**TOY, "decoder_num_heads": 2} if toy else {}
+    if toy and case.preset != "maskfeat":
+        shape["decoder_depth"] = 2
+    model = dmjd.build(case.preset, size, backbone=case.model, **shape, **case.settings)
+    if case.form == "dense":
+        return dense_form(model)
+    return PlainMAE(model) if case.form == "transformers" else model
+
+
+class Contender:
+    """A model in training, for the timing of its steps.
+
+    Args:
+        case: What it is.
+        size: Of the backbone.
+        images: Pixels (B, 3, H, W), uint8, on the device: batches are their first ones.
+        precision: Of the forward pass, fp32 or bf16.
+        toy: In a toy's shape.
+
+    Attributes:
+        views: V.
+        flops: Floating-point operations of a step, an image.
+    """
+
+    def __init__(self, case: Case, size: str, images: Tensor, *, precision: str, toy: bool):
+        self.images, self.device = images, images.device
+        self.masking = masking_of(case.preset, case.settings)
+        self.views = self.masking["num_views"]
+        side = images.shape[-1] // (TOY["patch_size"] if toy else 16)
+        self.grid, self.draw, self.precision = (side, side), count(), precision
+        self.num_hidden = int(self.masks(torch.zeros(1, dtype=torch.long))[0, 0].sum())
+        self.model = create(case, size, toy=toy).to(self.device).train()
+        self.optimizer = create_optimizer(self.model, name="adamw", lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95))
+        with FlopCounterMode(display=False) as counter:
+            self.step(1)
+        self.flops = counter.get_total_flops()
+
+    def masks(self, seeds: Tensor) -> Tensor:
+        """Draw masks (B, V, L)."""
+        return seeded_masks(seeds, self.grid, **self.masking)
+
+    def step(self, batch: int) -> None:
+        """Train on the first images once."""
+        seeds = torch.arange(batch, device=self.device) + next(self.draw) * batch
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            loss = self.model(self.images[:batch], self.masks(seeds), self.num_hidden).total
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def seconds(self, batch: int, steps: int) -> float:
+        """Time so many steps, in seconds a step."""
+        if self.device.type != "cuda":
+            began = time.perf_counter()
+            for _ in range(steps):
+                self.step(batch)
+            return (time.perf_counter() - began) / steps
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        for _ in range(steps):
+            self.step(batch)
+        ended.record()
+        torch.cuda.synchronize()
+        return float(began.elapsed_time(ended)) / 1e3 / steps
+
+    def memory(self, batch: int) -> float | None:
+        """Measure the peak memory of a step with weights and optimizer in GiB; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        others = torch.cuda.memory_allocated()
+        self.step(batch)
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        kept = [*self.model.parameters(), *(value for value in states if isinstance(value, Tensor))]
+        own = sum(each.nbytes for each in kept if each.is_cuda)
+        return round((torch.cuda.max_memory_allocated() - others + own) / 2**30, 2)
+
+
+def largest_batch(step: Callable[[int], None], most: int) -> int:
+    """Halve a batch until a step of it fits into the memory of the device.
+
+    Raises:
+        torch.OutOfMemoryError: If one image does not.
+    """
+    while most > 1:
+        try:
+            step(most)
+        except torch.OutOfMemoryError:
+            most //= 2
+        else:
+            return most
+        torch.cuda.empty_cache()  # here, not above: the error held the tensors of the step
+    step(1)
+    return 1
+
+
+@dataclass
+class Entry:
+    """A contender in a race: its batch, the steps of a round, the peak memory in GiB, and seconds a step by round."""
+
+    contender: Contender
+    batch: int
+    steps: int
+    memory: float | None
+    seconds: list[float] = field(default_factory=list)
+
+
+def enter(contender: Contender, *, most: int, compiled: bool) -> Entry:
+    """Find the batch of a contender, at most so many images, compile it if asked for, and let it run warm."""
+    batch = largest_batch(contender.step, most)  # before: another batch would be compiled anew
+    if compiled:
+        contender.model.compile()
+    for _ in range(2):
+        contender.step(batch)
+    steps = math.ceil(ROUND / contender.seconds(batch, 1))
+    return Entry(contender, batch, min(steps, 100), contender.memory(batch))
+
+
+def results_of(entry: Entry, peak: float | None) -> dict[str, Any]:
+    """Sum the rounds of a contender up; `peak` is that of the device in TFLOP/s, if it is known."""
+    contender, batch = entry.contender, entry.batch
+    low, median, high = (batch / each for each in reversed(statistics.quantiles(entry.seconds, n=4)))
+    tflops = contender.flops * median / 1e12
+    return {
+        "batch": batch,
+        "images_per_s": round(median, 1),
+        "quartiles": [round(low, 1), round(high, 1)],
+        "rows_per_s": round(median * contender.views, 1),
+        "gflop_per_image": round(contender.flops / 1e9, 3),
+        "tflops": round(tflops, 3),
+        "mfu": round(tflops / peak, 4) if peak else None,
+        "peak_gib": entry.memory,
+    }
+
+
+class Race:
+    """All that is timed, and what came of it.
+
+    Args:
+        given: The command line.
+    """
+
+    def __init__(self, given: argparse.Namespace):
+        self.given, self.until = given, time.monotonic() + 60 * given.minutes
+        name = device_name(given.device)
+        self.peaks = next((peaks for part, peaks in PEAKS.items() if part in name), {})
+        self.found: dict[str, Any] = {"device": name, "torch": torch.__version__, "rounds": given.rounds}
+        self.found |= {"peak_tflops": self.peaks, "results": [], "errors": [], "left_out": []}
+
+    def run(self) -> None:
+        """Go through modes and sizes, the most telling first; write down what is there after each."""
+        given = self.given
+        side = TOY["image_size"] if given.toy else 224
+        images = torch.randint(256, (given.batch, 3, side, side), dtype=torch.uint8, device=given.device)
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        for mode in given.modes:
+            for size in given.sizes:
+                for precision in given.precisions:
+                    self.race(size, images, {"mode": mode, "precision": precision})
+                    given.out.write_text(json.dumps(self.found, indent=1) + "\n")
+
+    def race(self, size: str, images: Tensor, how: dict[str, str]) -> None:
+        """Time all models of a size against each other, as far as there is time."""
+        torch.compiler.reset()  # of the networks of the race before
+        contenders, entries = [], []
+        for case in CASES[size]:
+            views = masking_of(case.preset, case.settings)["num_views"]
+            label = {"model": case.model, "size": size, "preset": case.preset, "views": views, "form": case.form} | how
+            make = partial(Contender, case, size, images, precision=how["precision"], toy=self.given.toy)
+            contenders += [(label, contender) for contender in self.attempt(make, label)]
+        for label, contender in contenders:
+            begin = partial(enter, contender, most=len(images), compiled=how["mode"] == "compiled")
+            entries += [(label, entry) for entry in self.attempt(begin, label)]
+        for _ in range(self.given.rounds):
+            for _, entry in entries:
+                entry.seconds.append(entry.contender.seconds(entry.batch, entry.steps))
+        for label, entry in entries:
+            line = label | results_of(entry, self.peaks.get(how["precision"]))
+            self.found["results"].append(line)
+            print(json.dumps(line), file=sys.stderr, flush=True)
+
+    def attempt(self, work: Callable[[], T], label: dict[str, Any]) -> list[T]:
+        """Return what comes of some work; nothing if there is no time left, or if it fails, which is noted."""
+        if time.monotonic() > self.until:
+            self.found["left_out"].append(label)
+            return []
+        try:
+            return [work()]
+        except Exception as error:  # of a compiler, of another library, or out of memory: the others go on
+            self.found["errors"].append(label | {"error": f"{type(error).__name__}: {str(error)[:300]}"})
+            return []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["base", "small", "large"], choices=CASES)
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"], choices=("bf16", "fp32"))
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=("eager", "compiled"))
+    parser.add_argument("--batch", type=int, default=256, help="images in a step at most")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=8.0, help="what would begin later is left out")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--toy", action="store_true", help="networks of nothing, to see that this program works")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    torch._dynamo.config.recompile_limit = 100  # networks that share a forward pass are each compiled, not just eight
+    Race(parser.parse_args()).run()
+
+
+if __name__ == "__main__":
+    main()
