@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from dmjd.config.pretrain import DecoderSettings, ModelSettings, MonitorSettings, PretrainRun, PretrainSettings
-from dmjd.config.rules import to_dict, to_yaml
+from dmjd.config.rules import to_dict
 from dmjd.data.builtin import ArrayImages
 from dmjd.data.levels import BYTES
 from dmjd.data.masked import MaskedBatch
@@ -88,7 +88,7 @@ def main() -> None:
         plan,
         autocast=nullcontext,
     )
-    trainer.begin(to_yaml(settings), resume=False)
+    trainer.begin(resume=False)
 
     watch = Stopwatch()
     model.forward = watch.timed("forward", model.forward)  # type: ignore[method-assign]

@@ -3,7 +3,9 @@
 import errno
 import inspect
 import os
+import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
@@ -14,7 +16,15 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import yaml
-from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
+from cyclopts import (
+    App,
+    ArgumentCollection,
+    CoercionError,
+    CycloptsError,
+    MissingArgumentError,
+    Parameter,
+    UnknownOptionError,
+)
 from cyclopts.config import Yaml
 from safetensors import SafetensorError
 
@@ -23,7 +33,10 @@ from dmjd.config import downstream
 from dmjd.config.doctor import DoctorSettings
 from dmjd.config.prepare import PrepareSettings
 from dmjd.config.pretrain import PretrainSettings
-from dmjd.config.rules import PRESETS
+from dmjd.config.rules import PRESETS, nearest
+from dmjd.engine.watch import is_from_torchrun
+
+PATIENCE = 10.0  # seconds that the first process has to say the same error
 
 
 class Verb(NamedTuple):
@@ -112,12 +125,25 @@ def application(layers: Sequence[Path] = ()) -> App:
         name="dmjd",
         help="Masked image modelling: a folder of images in, a timm backbone out.",
         default_parameter=Parameter(name_transform=lambda name: name),
-        config=[Yaml(path, use_commands_as_keys=False) for path in layers],
+        config=[*(Yaml(path, use_commands_as_keys=False) for path in layers), whole_numbers],
     )
     for verb in verbs():
         app.command(command(verb), name=verb.name)
     app.command(report, name="report")
     return app
+
+
+def whole_numbers(app: App, commands: Sequence[str], arguments: ArgumentCollection) -> None:
+    """Refuse fractions where whole numbers belong, which cyclopts would round; it calls this after the last layer.
+
+    Raises:
+        CoercionError: If there is one.
+    """
+    for argument in arguments:
+        if re.search(r"\bint\b", str(argument.hint)):
+            for token in argument.tokens:
+                if "." in token.value:
+                    raise CoercionError(argument=argument, token=token, target_type=int)
 
 
 def layers_of(arguments: Sequence[str]) -> list[Path]:
@@ -168,13 +194,21 @@ def read_yaml(path: Path, sections: Sequence[str] = ()) -> dict[str, Any]:
         raise errors.ConfigError(f"no configuration file; {path}; check --config")
     try:
         content = yaml.safe_load(path.read_text("utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise errors.ConfigError(f"not YAML ({' '.join(str(error).split())}); {path}; correct the file") from None
     if not isinstance(content, dict):
         raise errors.ConfigError(f"no settings but a {type(content).__name__}; {path}; write `name: value` lines")
     for name in sections:
         if not isinstance(content.get(name) or {}, dict):
             raise errors.ConfigError(f"{name} is a section, not a value; {path}; write `{name}: {{name: value}}`")
+    for name, value in content.items():
+        for key, each in value.items() if isinstance(value, dict) else [(name, value)]:
+            named = key if key is name else f"{name}.{key}"
+            items = each if isinstance(each, list) else [each]
+            if not all(isinstance(item, str | int | float | None) and "\0" not in str(item) for item in items):
+                raise errors.ConfigError(f"{named} is neither a value nor a list of values; {path}; correct the file")
+            if not (isinstance(name, str) and isinstance(key, str)):
+                raise errors.ConfigError(f"{named} is no name of a setting; {path}; correct the file")
     return content
 
 
@@ -194,22 +228,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         code, message = explain(error)
-        rank = os.environ.get("RANK", "0")
-        print(f"error{'' if rank == '0' else f' (process {rank})'}: {message}", file=sys.stderr)
+        say_error(message)
         return code
     except KeyboardInterrupt:  # while nothing was to be saved
-        print("stopped", file=sys.stderr)
+        say_stopped("stopped")
         return 130
-    except SystemExit as stop:  # --help, --version, a signal
+    except errors.Stopped as stop:
+        say_stopped(stop.said)
+        return 143
+    except SystemExit as stop:  # --help, --version
         return stop.code if isinstance(stop.code, int) else 0
     return 0
 
 
+def say_error(message: str) -> None:
+    """Print the line of an error; under torchrun once, of whatever number of processes.
+
+    As soon as one process has ended with an error, torchrun ends the others. Those beside the first wait for that: they
+    speak only if the first has nothing to say.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and is_from_torchrun():
+        time.sleep(PATIENCE)
+    print(f"error{'' if rank == '0' else f' (process {rank})'}: {message}", file=sys.stderr)
+
+
+def say_stopped(message: str) -> None:
+    """Print the line of a run that was stopped, by the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+
+
 def explain(error: Exception) -> tuple[int, str]:
     """Turn a user's mistake into an exit code and one line."""
-    if isinstance(error, MissingArgumentError) and error.argument and error.argument.name == "*":
-        # A group without a section has no name that a user could type: say which of its flags is missing.
-        error.argument = next(flag for flag in error.argument.children if flag.required and not flag.has_tokens)
     message = " ".join(str(error).split())
     if isinstance(error, errors.UserError):
         return error.exit_code, message
@@ -221,10 +272,25 @@ def explain(error: Exception) -> tuple[int, str]:
         return errors.StorageError.exit_code, f"{reason}; {error.filename or 'while writing'}; {todo}"
     if isinstance(error, SafetensorError):  # from writing: readers translate theirs
         return errors.StorageError.exit_code, f"{message}; while writing tensors; check disk and permissions"
-    return (
-        errors.ConfigError.exit_code,
-        f"{message.rstrip('.')}; `dmjd --help` lists verbs, `dmjd VERB --help` settings",
-    )
+    said = usage(error) if isinstance(error, CycloptsError) else message
+    return errors.ConfigError.exit_code, f"{said}; `dmjd --help` lists verbs, `dmjd VERB --help` settings"
+
+
+def usage(error: CycloptsError) -> str:
+    """Write what the parser says in one line that names the flag, or what a wrong one may mean."""
+    if isinstance(error, MissingArgumentError) and error.argument and error.argument.name == "*":
+        # A group without a section has no name that a user could type: say which of its flags is missing.
+        error.argument = next(flag for flag in error.argument.children if flag.required and not flag.has_tokens)
+    message = re.sub(r"\[(\w+)\]\[(\w+)\]", r"\1.\2", " ".join(str(error).split())).rstrip(".")
+    if isinstance(error, UnknownOptionError):
+        names = [name for argument in error.argument_collection if argument.parse for name in argument.names]
+        wrong = re.sub(r"[^\w-]+", ".", (error.token.keyword or error.token.value).partition("=")[0]).strip(".-")
+        meant = nearest(wrong, [name.removeprefix("--") for name in names])
+        hint = " Did you mean " + " or ".join(f"--{name}" for name in meant) + "?" if meant else ""
+        return message.partition(" Did you mean ")[0] + hint
+    if isinstance(error, CoercionError) and error.argument and error.argument.name.strip("-") not in message:
+        return f"{error.argument.name}: {message}"
+    return message
 
 
 if __name__ == "__main__":

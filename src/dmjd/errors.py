@@ -38,3 +38,11 @@ class StorageError(UserError):
     """Disk full, or no permission."""
 
     exit_code = 6
+
+
+class Stopped(SystemExit):
+    """A signal ended a run; `said` is the line for the user. Not an error: nothing that catches errors catches it."""
+
+    def __init__(self, said: str):
+        super().__init__(143)
+        self.said = said

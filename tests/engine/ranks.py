@@ -80,7 +80,8 @@ def run(case: Case, ranks: Ranks) -> None:
     optimizer = create_optimizer(network, name="adamw", lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95))
     record = Run(Path(case.out), {}, train, batch_size=case.batch_size, ranks=ranks)
     trainer = Trainer(record, model, optimizer, plan, autocast=nullcontext)
-    trainer.begin("", resume=case.resume)
+    trainer.begin(resume=case.resume)
+    started = trainer.done
     ids: list[list[int]] = []
 
     def objective(model: ParallelModel, batch: Any) -> dict[str, torch.Tensor]:
@@ -99,7 +100,7 @@ def run(case: Case, ranks: Ranks) -> None:
     parameters = model.parameters
     held = sum(local(each).numel() for each in parameters) / sum(each.numel() for each in parameters)
     (Path(case.out) / f"share-{ranks.rank}.json").write_text(json.dumps(held))
-    (Path(case.out) / f"ids-{ranks.world_size}-{ranks.rank}.json").write_text(json.dumps([trainer.start, ids]))
+    (Path(case.out) / f"ids-{ranks.world_size}-{ranks.rank}.json").write_text(json.dumps([started, ids]))
     weights = {name: value.contiguous() for name, value in model.whole().state_dict().items()}
     if ranks.is_main:
         save_file(weights, Path(case.out) / "weights.safetensors")

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -99,8 +101,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """The last line on stderr, the only one that is no progress and no traceback."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith(", saved")]
+    """The last line on stderr, the only one that is no progress, no warning and no traceback."""
+    said = capsys.readouterr().err.splitlines()
+    lines = [line for line in said if not line.endswith(", saved") and not line.startswith("warning: ")]
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     return lines[0]
@@ -430,14 +433,15 @@ def test_pretrain__an_existing_run_is_refused_and_left_as_it_is(
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("change", ["--optim.blr=1e-3", "--seed=1", "--batch_size=8", "--model.depth=1", "--steps=31"])
+@pytest.mark.parametrize("change", ["--optim.blr=1e-3", "--seed=1", "--batch_size=8", "--model.depth=1", "--steps=29"])
 def test_pretrain__resumed_with_other_settings_it_is_refused(
     data: Path, run: Path, capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
     before = contents(run)
     capsys.readouterr()
     assert main([*resumption(data, run), change]) == 4
-    one_line(capsys)
+    key, _, value = change.removeprefix("--").partition("=")
+    assert re.search(rf"{key} \S+ -> {float(value):g}\b", one_line(capsys))
     assert {name: text for name, text in contents(run).items() if "tfevents" not in name} == {
         name: text for name, text in before.items() if "tfevents" not in name
     }
@@ -458,10 +462,118 @@ def test_pretrain__resumed_on_other_images_it_is_refused(
     assert "images of --data have changed" in one_line(capsys)
 
 
-def test_pretrain__resume_of_nothing_starts_a_run(data: Path, unbroken: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    assert main([*flags(data, out), "--resume"]) == 0
-    assert curve(out) == curve(unbroken)
+def test_pretrain__resume_where_no_run_has_been_is_refused_and_leaves_nothing(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*flags(data, tmp_path / "typo"), "--resume"]) == 2
+    assert "no run to resume" in one_line(capsys)
+    assert not (tmp_path / "typo").exists()
+
+
+def test_pretrain__resumed_before_its_first_checkpoint_it_begins_again_and_keeps_what_was_written(
+    data: Path, unbroken: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = curve(run)
+    shutil.rmtree(run / "checkpoints")
+    capsys.readouterr()
+    assert main(resumption(data, run)) == 0
+    assert "no checkpoint to go on from" in capsys.readouterr().err
+    assert curve(run) == curve(unbroken)
+    (run / "metrics-before.jsonl").rename(run / "metrics.jsonl")
+    assert curve(run) == before
+
+
+def test_pretrain__a_line_of_zeros_as_after_a_power_cut_is_left_out(data: Path, unbroken: Path, run: Path) -> None:
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join(lines[:-2]) + b"\0" * 80 + b"\n" + lines[-1])
+    assert main(resumption(data, run)) == 0
+    assert curve(run) == curve(unbroken)
+
+
+def test_pretrain__a_report_that_was_not_written_is_written_when_the_run_is_resumed(data: Path, run: Path) -> None:
+    (run / "report.html").unlink()
+    assert main(resumption(data, run)) == 0
+    assert (run / "report.html").is_file()
+
+
+def test_pretrain__a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(
+    data: Path, unbroken: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = run / "checkpoints" / f"step-{STEPS:08d}"
+    content = bytearray((newest / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "model.safetensors").write_bytes(content)
+    capsys.readouterr()
+    assert main(resumption(data, run)) == 0
+    assert f"{newest}; step-{STEPS - 2:08d} is taken" in capsys.readouterr().err
+    assert curve(run) == curve(unbroken)
+    assert backbone(run) == backbone(unbroken)
+
+
+# -- other settings ----------------------------------------------------------------------------------------------------
+
+
+def test_pretrain__a_change_that_is_allowed_by_name_is_said_and_kept(
+    data: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
+    capsys.readouterr()
+    assert main([*resumption(data, run), "--optim.blr", "1e-4", "--allow_change", "optim.blr"]) == 0
+    assert "changed: optim.blr 0.003 -> 0.0001" in capsys.readouterr().err
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["optim"]["blr"] == 1e-4
+    assert "allow_change" not in saved
+    assert main([*resumption(data, run), "--optim.blr", "1e-2"]) == 4
+
+
+def test_pretrain__a_finished_run_goes_on_where_it_gets_more_steps(
+    data: Path, unbroken: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main([*resumption(data, run), "--steps", str(STEPS + 4)]) == 0
+    assert f"{STEPS + 4} steps instead of {STEPS}" in capsys.readouterr().err
+    assert curve(run)[:STEPS] == curve(unbroken)
+    assert len(curve(run)) == STEPS + 4
+    assert json.loads((run / "summary.json").read_text())["steps"] == STEPS + 4
+    assert backbone(run) != backbone(unbroken)
+
+
+def test_pretrain__other_images_are_trained_on_where_that_is_allowed(data: Path, run: Path, tmp_path: Path) -> None:
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
+    others = write_images(tmp_path / "others", 65)
+    assert main([*resumption(others, run), "--allow_change", "data"]) == 0
+    assert len(curve(run)) == STEPS
+
+
+def test_pretrain__another_architecture_that_is_allowed_is_refused_by_its_first_keys(
+    data: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main([*resumption(data, run), "--model.depth", "1", "--allow_change", "model.depth"]) == 4
+    assert "blocks.1." in capsys.readouterr().err
+
+
+def test_pretrain__leave_to_change_what_is_no_setting_names_the_nearest(
+    data: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main([*resumption(data, run), "--allow_change", "optim.blrr"]) == 2
+    assert "did you mean optim.blr?" in one_line(capsys)
+
+
+# -- saved by time -----------------------------------------------------------------------------------------------------
+
+
+def test_pretrain__a_checkpoint_is_written_when_its_minutes_are_over(data: Path, tmp_path: Path) -> None:
+    arguments = flags(data, tmp_path / "run", monitor__saves=0, checkpoint_minutes=0)
+    process = start(arguments)
+    wait_for_save(process)
+    process.kill()
+    process.communicate()
+    newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert checkpoint.read_state(newest)["step"] < STEPS
 
 
 def test_pretrain__accumulated_halves_give_the_same_losses(data: Path, unbroken: Path, tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ from typing import Any, ClassVar, Literal
 
 from cyclopts import Group, Parameter
 
-from dmjd.config.rules import at_least
+from dmjd.config.rules import within
 from dmjd.errors import ConfigError
 
 Precision = Literal["auto", "fp32", "bf16"]
+SEEDS = 2**63 - 1  # the largest one
 
 # Groups of the help, in this order.
 GROUPS = (
@@ -66,9 +67,10 @@ class DeviceSettings:
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
+        within(-3e38, 3e38, self, "data_range")  # of float32
         if self.data_range and not self.data_range[0] < self.data_range[1]:
             raise ConfigError(f"data_range {self.data_range}: low before high")
-        at_least(0, self, "workers")
+        within(0, 512, self, "workers")
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -101,11 +103,22 @@ class RunSettings(DeviceSettings):
     """Compile the network by torch.compile: minutes at the start, faster steps after."""
     resume: bool = False
     """Go on with the run in --out."""
+    allow_change: tuple[str, ...] = ()
+    """Setting that may differ from those of the run to resume, as optim.blr, or data for other images; give the flag
+    once for each. More epochs or steps need no leave."""
+    checkpoint_minutes: float = 15.0
+    """Longest time between two checkpoints."""
+    max_bad: float = 0.01
+    """Share of the images that may fail to decode before the run stops."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, self, "steps", "batch_size")
-        at_least(0, self, "epochs", "seed")
+        within(1, 1_000_000_000, self, "steps")
+        within(1, 1_000_000, self, "batch_size")
+        within(0, 1_000_000, self, "epochs")
+        within(0, SEEDS, self, "seed")
+        within(0, 10_000, self, "checkpoint_minutes")
+        within(0, 1, self, "max_bad")
 
     def num_steps(self, count: int) -> int:
         """Count the steps of a run over `count` images."""
@@ -114,7 +127,12 @@ class RunSettings(DeviceSettings):
     @property
     def plan(self) -> dict[str, Any]:
         """What the trainer's plan takes from here."""
-        return {"batch_size": self.batch_size, "seed": self.seed, "workers": self.workers}
+        return {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "workers": self.workers,
+            "save_minutes": self.checkpoint_minutes,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +145,7 @@ class ReadSettings(DeviceSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, self, "batch_size")
+        within(1, 1_000_000, self, "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +193,7 @@ class LabelSubset:
             raise ConfigError(f"fraction {self.fraction} is out of range; choose above 0, at most 1")
         if self.shots is not None and self.fraction != 1:
             raise ConfigError(f"fraction {self.fraction} and shots {self.shots}; choose one of them")
-        at_least(1, self, "shots")
+        within(1, 1_000_000, self, "shots")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,8 +218,10 @@ class OptimSettings:
     """Parts of a step's batch that are computed one after the other."""
 
     def __post_init__(self) -> None:
-        at_least(0, self, "blr", "weight_decay", "warmup_epochs", "clip_grad")
-        at_least(1, self, "accumulation")
+        within(0, 1000, self, "blr", "weight_decay", "clip_grad")
+        within(0, 0.9999999, self, "betas")
+        within(0, 10_000, self, "warmup_epochs")
+        within(1, 10_000, self, "accumulation")
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -232,8 +252,8 @@ class LogSettings:
     """Checkpoints during a run; two are kept."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "log_every")
-        at_least(0, self, "evals", "saves")
+        within(1, 1_000_000, self, "log_every")
+        within(0, 10_000, self, "evals", "saves")
 
     @property
     def plan(self) -> dict[str, Any]:

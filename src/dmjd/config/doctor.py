@@ -4,8 +4,8 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from dmjd.config.common import group
-from dmjd.config.rules import at_least
+from dmjd.config.common import SEEDS, group
+from dmjd.config.rules import within
 
 
 @dataclass(frozen=True)
@@ -34,5 +34,7 @@ class DoctorSettings:
     several, they are looked at as frames."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "max_images", "workers", "in_chans")
-        at_least(0, self, "seed")
+        within(1, 1_000_000_000, self, "max_images")
+        within(0, SEEDS, self, "seed")
+        within(1, 512, self, "workers")
+        within(1, 10_000, self, "in_chans")

@@ -1,11 +1,12 @@
 """Settings of the verbs that start from a backbone."""
 
-import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from dmjd.config.common import (
+    SEEDS,
     BackboneSettings,
     LabelSubset,
     LogSettings,
@@ -16,7 +17,7 @@ from dmjd.config.common import (
     flat,
     group,
 )
-from dmjd.config.rules import at_least, divides, height_width, within
+from dmjd.config.rules import LONGEST, divides, height_width, names_settings, ordered, within
 from dmjd.errors import ConfigError
 
 
@@ -39,9 +40,10 @@ class KnnSettings:
     Default: the pooled output."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "k")
-        at_least(0, self, "seed")
-        at_least(0.02, self, "temperature")  # exp(1 / 0.01) is beyond float32
+        within(0, SEEDS, self, "seed")
+        within(1, 1_000_000, self, "k")
+        within(0.02, 1000, self, "temperature")  # exp(1 / 0.01) is beyond float32
+        within(-1000, 1000, self, "layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +88,21 @@ class LinearSettings:
     log: Annotated[LogSettings, group("Log")] = field(default_factory=LogSettings)
 
     def __post_init__(self) -> None:
-        at_least(0, self, "blr", "warmup_epochs")
+        names_settings(self, self.run.allow_change)
+        within(-1000, 1000, self, "layers")
+        within(0, 1000, self, "blr")
+        within(0, 10_000, self, "warmup_epochs")
 
     @property
     def lr(self) -> float:
         """Peak learning rate."""
         return self.blr * self.run.batch_size / 256
+
+
+# As timm reads it: magnitude, operations, their probability, noise and upper bound of the magnitude, which operations.
+RAND_AUGMENT = re.compile(
+    r"none|rand(-(m\d{1,2}|n\d{1,2}|p(0(\.\d+)?|1(\.0+)?)|mstd\d{1,3}(\.\d+)?|mmax\d{1,2}|inc[01]|tweights))*"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +128,12 @@ class AugmentSettings:
     """Share of a label that is spread over all classes."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ConfigError(f"augment.scale {self.scale}: low before high, within 0 and 1")
-        at_least(0, self, "random_erasing", "mixup", "cutmix", "label_smoothing")
-        for name in ("random_erasing", "label_smoothing"):
-            if (value := getattr(self, name)) >= 1:
-                raise ConfigError(f"augment.{name} {value} is out of range; choose below 1")
+        ordered(0.0001, 1, self, "scale")
+        if not RAND_AUGMENT.fullmatch(self.auto_augment):
+            said = f"no policy of RandAugment; augment.auto_augment {self.auto_augment!r}"
+            raise ConfigError(f"{said}; choose none, or one such as rand-m9-n2-p0.5-mstd0.5-inc1")
+        within(0, 0.999, self, "random_erasing", "label_smoothing")
+        within(0, 1000, self, "mixup", "cutmix")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +146,8 @@ class TuningSettings:
     """Stochastic depth of the last block; it grows linearly from 0 at the first one."""
 
     def __post_init__(self) -> None:
-        within(0.01, 1.0, self, "layer_decay")
-        within(0.0, 0.99, self, "drop_path")
+        within(0.01, 1, self, "layer_decay")
+        within(0, 0.99, self, "drop_path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +191,9 @@ class FinetuneSettings:
     log: Annotated[LogSettings, group("Log")] = field(default_factory=LogSettings)
 
     def __post_init__(self) -> None:
+        names_settings(self, self.run.allow_change)
         divides(self.run.batch_size, self.optim.accumulation)
-        within(0.0, 0.9999999, self, "ema")
+        within(0, 0.9999999, self, "ema")
 
     @property
     def lr(self) -> float:
@@ -206,8 +218,7 @@ class DenseSettings:
     """Mirror every other image."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1] < math.inf:
-            raise ConfigError(f"scale {self.scale}: low before high, above 0")
+        ordered(0.01, 100, self, "scale")
         height_width("crop_size", self.crop_size)
 
     @property
@@ -268,9 +279,12 @@ class SegmentSettings:
     log: Annotated[LogSettings, group("Log")] = field(default_factory=LogSettings)
 
     def __post_init__(self) -> None:
+        names_settings(self, self.run.allow_change)
         check_dense(self.run, self.dense, self.optim)
-        at_least(0, self, "ignore_index", "auxiliary_weight")
-        at_least(1, self, "stride", "decoder_channels")
+        within(0, 65_535, self, "ignore_index")
+        within(1, LONGEST, self, "stride")
+        within(1, 16_384, self, "decoder_channels")
+        within(0, 1000, self, "auxiliary_weight")
         if self.stride and self.stride > min(self.dense.crop_hw):
             raise ConfigError(f"stride {self.stride} leaves gaps between windows of {self.dense.crop_size}")
         if self.run.batch_size < 2 * self.optim.accumulation:
@@ -311,8 +325,10 @@ class DetectSettings:
     log: Annotated[LogSettings, group("Log")] = field(default_factory=LogSettings)
 
     def __post_init__(self) -> None:
+        names_settings(self, self.run.allow_change)
         check_dense(self.run, self.dense, self.optim)
-        at_least(1, self, "fpn_channels", "head_channels", "window")
+        within(1, 16_384, self, "fpn_channels", "head_channels")
+        within(1, 1024, self, "window")
 
     @property
     def lr(self) -> float:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from dmjd.config.common import group
-from dmjd.config.rules import at_least
+from dmjd.config.rules import LONGEST, within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,5 +31,7 @@ class PrepareSettings:
     """Size of a file of pixels, at most, in MiB."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "size", "in_chans", "shard_mb")
-        at_least(0, self, "workers")
+        within(0, 512, self, "workers")
+        within(1, LONGEST, self, "size")
+        within(1, 10_000, self, "in_chans")
+        within(1, 1_048_576, self, "shard_mb")

@@ -1,13 +1,15 @@
 """Settings of `dmjd pretrain`, section by section."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from dmjd.config.common import LogSettings, OptimSettings, RunSettings, flat, group
-from dmjd.config.rules import at_least, divides, height_width, one_of
+from dmjd.config.rules import divides, height_width, names_settings, one_of, ordered, within
 from dmjd.errors import ConfigError
 
+MOST_TOKENS = 65_536  # of an image
 BackboneSize = Literal["tiny", "small", "base", "large"]
 LossName = Literal["l2", "l1", "smooth_l1", "cosine"]
 HogVariant = Literal["dmjd", "maskfeat", "mmpretrain"]
@@ -47,13 +49,22 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         one_of(BackboneSize, self, "size")
-        at_least(1, self, "in_chans", "patch_size", "embed_dim", "depth", "num_heads", "conv_mlp_ratio")
-        at_least(0, self, "reg_tokens")
+        within(1, 10_000, self, "in_chans")
+        within(1, 1024, self, "patch_size", "num_heads")
+        within(1, 16_384, self, "embed_dim")
+        within(1, 1000, self, "depth")
+        within(1, 64, self, "conv_mlp_ratio")
+        within(0, 1024, self, "reg_tokens")
+        if self.embed_dim and self.num_heads and self.embed_dim % self.num_heads:
+            raise ConfigError(f"model.embed_dim {self.embed_dim} is not a multiple of model.num_heads {self.num_heads}")
         height, width = self.image_hw
         if height % self.patch_size or width % self.patch_size:
             raise ConfigError(
                 f"model.image_size {self.image_size} is not a multiple of model.patch_size {self.patch_size}"
             )
+        if (tokens := math.prod(self.grid)) > MOST_TOKENS:
+            such = f"model.image_size {self.image_size} has {tokens} tokens of model.patch_size {self.patch_size}"
+            raise ConfigError(f"{such}; choose at most {MOST_TOKENS}")
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -83,7 +94,9 @@ class MaskingSettings:
     """Side of the squares that are hidden together, in tokens; 1 hides token by token."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "num_views", "block")
+        within(1, 100, self, "num_views")
+        within(0, 1, self, "mask_ratio", "predict_ratio")  # what of this goes together depends on the number of tokens
+        within(1, 1024, self, "block")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +135,8 @@ class VisibleSettings:
     visible token of the view: off for that ablation only."""
 
     def __post_init__(self) -> None:
-        at_least(0, self, "weight")
-        at_least(1e-6, self, "beta")
+        within(0, 1000, self, "weight")
+        within(1e-6, 1_000_000, self, "beta")
         one_of(LossName, self, "loss")
 
 
@@ -141,7 +154,7 @@ class HogSettings:
     smaller than 8."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "cell_size")
+        within(1, 1024, self, "cell_size")
         one_of(HogVariant, self, "variant")
 
 
@@ -162,8 +175,8 @@ class TeacherSettings:
     """Folder where a frozen teacher's targets are kept, for later epochs and other runs; needs crop.variants."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay[0] <= self.decay[1] <= 1:
-            raise ConfigError(f"teacher.decay {self.decay}: low before high, within 0 and 1")
+        within(-1000, 1000, self, "layers")
+        ordered(0, 1, self, "decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +197,10 @@ class DecoderSettings:
     """Let hidden tokens attend to visible ones alone, not to each other (CrossMAE): a cheaper decoder."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "embed_dim", "num_heads")
-        at_least(0, self, "depth", "mlp_ratio")
+        within(1, 16_384, self, "embed_dim")
+        within(1, 1024, self, "num_heads")
+        within(0, 1000, self, "depth")
+        within(0, 64, self, "mlp_ratio")
         if self.embed_dim % self.num_heads or self.embed_dim % 4:
             raise ConfigError(
                 f"decoder.embed_dim {self.embed_dim} is not a multiple of 4 and of its {self.num_heads} heads"
@@ -208,11 +223,9 @@ class CropSettings:
     """Different crops of an image: epoch e shows crop e mod variants. Default: another crop every epoch."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "variants")
-        if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
-            raise ConfigError(
-                f"crop.scale {self.scale} and crop.ratio {self.ratio}: low before high, scale within 0 and 1"
-            )
+        within(1, 1_000_000, self, "variants")
+        ordered(0.0001, 1, self, "scale")
+        ordered(0.01, 100, self, "ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,8 +244,8 @@ class MonitorSettings(LogSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, self, "max_images")
-        at_least(0, self, "max_share")
+        within(1, 1_000_000, self, "max_images")
+        within(0, 1000, self, "max_share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +287,7 @@ class PretrainSettings:
     monitor: Annotated[MonitorSettings, group("Monitoring")] = field(default_factory=MonitorSettings)
 
     def __post_init__(self) -> None:
+        names_settings(self, self.run.allow_change)
         divides(self.run.batch_size, self.optim.accumulation)
         if self.teacher.cache and not self.crop.variants:
             raise ConfigError("teacher.cache keeps the targets of crops that come again: set crop.variants, such as 2")

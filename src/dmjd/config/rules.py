@@ -1,15 +1,18 @@
 """Rules of single settings, and settings as YAML. Nothing in this package imports torch: `--help` is instant."""
 
-import math
-from dataclasses import fields, is_dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import yaml
 
 from dmjd.errors import ConfigError
 
 PRESETS = Path(__file__).parents[1] / "presets"
+LONGEST = 16_384  # side of a crop in pixels
 
 
 def flag(settings: Any, name: str) -> str:
@@ -17,27 +20,32 @@ def flag(settings: Any, name: str) -> str:
     return f"{getattr(settings, 'SECTION', '')}{name}"
 
 
-def at_least(lowest: int | float, settings: Any, *names: str) -> None:
-    """Refuse numbers below `lowest` and those that are not finite; None passes.
+def within(lowest: int | float, highest: int | float, settings: Any, *names: str) -> None:
+    """Refuse numbers outside `lowest` .. `highest`, alone or in a tuple, and those that are none; None passes.
+
+    Every number has both ends: far beyond what anybody trains with, memory and time end before an error comes.
 
     Raises:
         ConfigError: If there is one.
     """
     for name in names:
         value = getattr(settings, name)
-        if value is not None and not lowest <= value < math.inf:
-            raise ConfigError(f"{flag(settings, name)} {value} is out of range; choose {lowest} or more")
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        if not all(lowest <= number <= highest for number in numbers):
+            raise ConfigError(f"{flag(settings, name)} {value} is out of range; choose {lowest} to {highest}")
 
 
-def within(lowest: float, highest: float, settings: Any, *names: str) -> None:
-    """Refuse numbers outside `lowest` .. `highest`.
+def ordered(lowest: int | float, highest: int | float, settings: Any, *names: str) -> None:
+    """Refuse pairs of numbers outside `lowest` .. `highest`, or whose second one is lower.
 
     Raises:
         ConfigError: If there is one.
     """
+    within(lowest, highest, settings, *names)
     for name in names:
-        if not lowest <= (value := getattr(settings, name)) <= highest:
-            raise ConfigError(f"{flag(settings, name)} {value} is out of range; choose {lowest:g} to {highest:g}")
+        low, high = getattr(settings, name)
+        if low > high:
+            raise ConfigError(f"{flag(settings, name)} {low, high}; low before high, within {lowest} to {highest}")
 
 
 def one_of(choices: Any, settings: Any, *names: str) -> None:
@@ -49,6 +57,19 @@ def one_of(choices: Any, settings: Any, *names: str) -> None:
     for name in names:
         if (value := getattr(settings, name)) not in get_args(choices):
             raise ConfigError(f"{flag(settings, name)} {value!r}; choose one of {', '.join(get_args(choices))}")
+
+
+def names_settings(settings: Any, names: Sequence[str]) -> None:
+    """Refuse names that no setting of a verb has.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    known = [*flags_of(type(settings))]
+    for name in names:
+        if name not in known:
+            hint = " or ".join(nearest(name, known)) or "a setting as config.yaml names it, such as optim.blr"
+            raise ConfigError(f"no setting of this name; --allow_change {name}; did you mean {hint}?")
 
 
 def divides(batch_size: int, accumulation: int) -> None:
@@ -65,17 +86,37 @@ def height_width(name: str, size: str) -> tuple[int, int]:
     """Read a size in pixels, SIDE or HEIGHTxWIDTH.
 
     Raises:
-        ConfigError: If it is neither.
+        ConfigError: If it is neither, or too large.
     """
     sides = str(size).split("x")
-    if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
-        raise ConfigError(f"{name} {size!r} is neither a number nor HEIGHTxWIDTH")
+    if len(sides) > 2 or not all(re.fullmatch("[0-9]{1,5}", side) and 0 < int(side) <= LONGEST for side in sides):
+        raise ConfigError(f"{name} {size!r} is neither SIDE nor HEIGHTxWIDTH; choose 1 to {LONGEST} pixels")
     return int(sides[0]), int(sides[-1])
 
 
 def is_flat(kind: Any) -> bool:
     """Tell whether the settings of a group go by their own names, without that of the group."""
     return get_origin(kind) is not None and any(getattr(each, "name", None) == ("*",) for each in kind.__metadata__)
+
+
+def flags_of(kind: Any, prefix: str = "") -> Iterator[str]:
+    """List the names of all settings of a verb as its flags have them: `data`, `optim.blr`."""
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        group = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        if is_dataclass(group):
+            yield from flags_of(group, prefix if is_flat(hint) else f"{prefix}{name}.")
+        elif get_origin(hint) is not ClassVar and hint is not KW_ONLY:
+            yield f"{prefix}{name}"
+
+
+def nearest(name: str, known: Sequence[str]) -> list[str]:
+    """Find the settings that a wrong name may mean: those called so in any section, else those spelt like it."""
+    by_last: dict[str, list[str]] = {}
+    for each in known:
+        by_last.setdefault(each.rpartition(".")[2], []).append(each)
+    spelt = by_last | {each: [each] for each in known}
+    close = get_close_matches(name, spelt, n=1)
+    return by_last.get(name.rpartition(".")[2]) or [each for key in close for each in spelt[key]]
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

@@ -9,17 +9,17 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dmjd.engine.distributed import local, shared_like, whole
+from dmjd.engine.distributed import shared_like, whole
 from dmjd.errors import CheckpointError
 
 FORMAT = 2  # 1 named the optimizer's states by number
@@ -87,16 +87,24 @@ def save(folder: Path, tensors: Tensors, state: Mapping[str, Any]) -> Path:
 
 
 def latest(folder: Path) -> Path | None:
-    """Find the newest checkpoint that is whole; None where none was ever written.
+    """Find the newest checkpoint that is whole, and name the newer ones that are not; None where none was ever written.
 
     Raises:
         CheckpointError: If there are checkpoints, but none is whole.
     """
     found = sorted(folder.glob("step-*"), reverse=True)
-    whole = next((path for path in found if verify(path)), None)
-    if found and whole is None:
+    kept = next(iter(whole_ones(folder)), None)
+    if found and kept is None:
         raise CheckpointError(f"no checkpoint is whole ({len(found)} broken); {folder}; remove them to start afresh")
-    return whole
+    if kept:
+        for path in found[: found.index(kept)]:
+            print(f"warning: not what its manifest says; {path}; {kept.name} is taken", file=sys.stderr)
+    return kept
+
+
+def whole_ones(folder: Path) -> list[Path]:
+    """List the checkpoints that are whole, the newest first."""
+    return [path for path in sorted(folder.glob("step-*"), reverse=True) if verify(path)]
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -176,6 +184,6 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def is_finite(model: nn.Module) -> bool:
-    """Tell whether every weight, or this rank's share of it, is finite; one wait for the device."""
-    return bool(torch.stack([local(value).isfinite().all() for value in model.parameters()]).all())
+def is_finite(tensors: Tensors) -> bool:
+    """Tell whether every number of the model and of its optimizer is finite."""
+    return all(bool(value.isfinite().all()) for part in (tensors.model, tensors.optimizer) for value in part.values())

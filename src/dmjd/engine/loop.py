@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from dmjd.engine.distributed import ParallelModel, whole
 from dmjd.engine.optim import Shape
+from dmjd.engine.signals import stopping
 from dmjd.random import mix
 
 Objective = Callable[[ParallelModel, Any], dict[str, Tensor]]
@@ -35,6 +36,7 @@ class Plan:
         log_every: Steps between two lines of metrics.jsonl.
         evaluations: How many, beside those before and after the run.
         saves: How many checkpoints; the last step has one in any case.
+        save_minutes: Longest time without one.
     """
 
     steps: int
@@ -49,6 +51,7 @@ class Plan:
     log_every: int = 10
     evaluations: int = 5
     saves: int = 20
+    save_minutes: float = 15.0
 
 
 class Step(NamedTuple):
@@ -59,6 +62,7 @@ class Step(NamedTuple):
     began: float
     losses: dict[str, Tensor]  # by name, of this rank's images; `loss` is what was minimised
     grad_norm: Tensor
+    finite: Tensor  # whether the gradient was; if not, the step has left weights and optimizer as they were
     lr: float
     skipped: dict[str, str]  # files of this rank that did not decode
 
@@ -76,6 +80,8 @@ def train(
 ) -> Iterator[Step]:
     """Run the steps start .. plan.steps - 1 and hand out each as it is done; between two the caller looks around.
 
+    Ends early between two parts of a step when a signal has come.
+
     Args:
         model: What is trained.
         optimizer: Steps on its parameters; a group may have an `lr_scale`.
@@ -91,6 +97,9 @@ def train(
         sums: dict[str, Tensor] = {}
         skipped: dict[str, str] = {}
         for part in range(plan.accumulation):
+            if part and model.ranks.agree(stopping())[0]:
+                optimizer.zero_grad(set_to_none=True)
+                return
             batch = next(batches)
             # What the network draws itself (drop path) depends on the step and the micro-batch, not on who computes it.
             torch.manual_seed(mix(plan.seed, step, model.ranks.number(part)))
@@ -107,6 +116,21 @@ def train(
             norm = get_total_norm([parameter.grad for parameter in model.parameters if parameter.grad is not None])
         for group in optimizer.param_groups:
             group["lr"] = lr(step) * group.get("lr_scale", 1.0)
-        optimizer.step()
+        finite = whole(norm).isfinite()
+        step_if(finite, optimizer)
         optimizer.zero_grad(set_to_none=True)
-        yield Step(step + 1, start, began, sums, whole(norm), lr(step), skipped)
+        yield Step(step + 1, start, began, sums, whole(norm), finite, lr(step), skipped)
+
+
+def step_if(finite: Tensor, optimizer: Optimizer) -> None:
+    """Step if the gradient is finite. Its norm is over all ranks, so all do the same.
+
+    A fused optimizer is told so on its device, as torch's gradient scaler tells it; for any other the answer is read,
+    which on a GPU waits for it.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        told: Any = optimizer
+        told.grad_scale, told.found_inf = None, (~finite).float()
+        optimizer.step()
+    elif finite:
+        optimizer.step()

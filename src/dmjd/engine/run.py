@@ -2,10 +2,15 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from dmjd.data.source import Readable, fingerprint
 from dmjd.engine import checkpoint
@@ -14,9 +19,10 @@ from dmjd.errors import CheckpointError, ConfigError, DataError
 
 MAX_BAD = 0.01  # share of a set's files that may fail to decode before the run stops
 # What may differ between a run and its resumption: none of it changes a loss on the same kind of device.
-MAY_CHANGE = frozenset(
-    ["out", "resume", "preset", "config", "data", "workers", "device", "parallel", "compile", "debug", "monitor", "log"]
-)
+MAY_CHANGE = {
+    *("out", "resume", "allow_change", "checkpoint_minutes", "preset", "config", "data", "monitor", "log", "debug"),
+    *("workers", "device", "parallel", "compile"),
+}
 
 
 class Run:
@@ -53,11 +59,24 @@ class Run:
         """Seconds of the run, evaluations included, over all processes that worked on it one after the other."""
         return self.earlier + time.perf_counter() - self.began
 
-    def begin(self, config: str) -> None:
-        """Start a run: settings as YAML, and metrics and skipped files without a line."""
+    def begin(self) -> None:
+        """Start a run: its settings, and metrics and skipped files without a line.
+
+        What a run that was ended before its first checkpoint has written down of its steps is kept aside.
+        """
         self.open()
-        for name, text in (("config.yaml", config), ("metrics.jsonl", ""), ("skipped.tsv", "")):
-            self.replace(name, text)
+        metrics = self.out / "metrics.jsonl"
+        if self.ranks.is_main and any(values["step"] for _, values in read_lines(metrics)):
+            metrics.replace(kept := metrics.with_name("metrics-before.jsonl"))
+            print(f"no checkpoint to go on from; {self.out}; begins again, see {kept.name}", file=sys.stderr)
+        self.write_settings()
+        for name in ("metrics.jsonl", "skipped.tsv"):
+            self.replace(name, "")
+
+    def write_settings(self) -> None:
+        """Write config.yaml, without what only the process at hand was allowed."""
+        settings = {key: value for key, value in self.settings.items() if key != "allow_change"}
+        self.replace("config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
     def open(self) -> None:
         """Make the directory and open the log of TensorBoard."""
@@ -75,27 +94,50 @@ class Run:
             "summary": self.summary,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], *, longer: bool = False) -> None:
         """Take the run up where a checkpoint's state left it; lines of later steps will be written again.
 
+        Args:
+            state: As `state` made it.
+            longer: The run has more steps now; that may change without leave.
+
         Raises:
-            CheckpointError: If it is a run of other settings or other images.
+            CheckpointError: If it is a run of other settings or other images, and `allow_change` does not name them.
+            ConfigError: If `allow_change` names no setting.
         """
         self.open()
-        saved = state["settings"]
-        keys = {*saved, *self.settings} - MAY_CHANGE
-        changed = sorted(key for key in keys if saved.get(key) != self.settings.get(key))
-        if changed:
-            raise CheckpointError(f"the run has other {', '.join(changed)}; {self.out}; resume it without these flags")
-        if state["fingerprint"] != self.fingerprint:
+        allowed = {*self.settings.get("allow_change", ())}
+        before, now = flatten(state["settings"]), flatten(self.settings)
+        for name in allowed - before.keys() - now.keys():
+            nearest = get_close_matches(name, [*now], n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "name settings as config.yaml does"
+            raise ConfigError(f"no setting of this name; --allow_change {name}; {hint}")
+        changed = {
+            key: f"{key} {before.get(key)} -> {now.get(key)}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and key.partition(".")[0] not in MAY_CHANGE
+        }
+        refused = [
+            said for key, said in changed.items() if key not in allowed | ({"epochs", "steps"} if longer else set())
+        ]
+        if refused:
             raise CheckpointError(
-                f"the images of --data have changed since; {self.out}; start another run in another --out"
+                f"the run has other settings: {', '.join(refused)}; {self.out}; resume it without them, or name each "
+                "with --allow_change"
             )
-        self.earlier, self.skipped, self.summary = state["seconds"], state["skipped"], state["summary"]
-        metrics = self.out / "metrics.jsonl"
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        read = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-        kept = [(line, values) for line, values in read if values["step"] <= state["step"]]
+        if state["fingerprint"] != self.fingerprint and "data" not in allowed:
+            raise CheckpointError(
+                f"the images of --data have changed since; {self.out}; start another run in another --out, or go on "
+                "with --allow_change data"
+            )
+        if changed and self.ranks.is_main:
+            print(f"changed: {', '.join(changed.values())}", file=sys.stderr)
+            self.write_settings()
+        self.earlier, self.began = state["seconds"], time.perf_counter()
+        self.skipped, self.summary = dict(state["skipped"]), dict(state["summary"])
+        kept = [
+            (line, values) for line, values in read_lines(self.out / "metrics.jsonl") if values["step"] <= state["step"]
+        ]
         self.evaluated = {values["step"] for _, values in kept if "loss" not in values}
         self.ranks.on_main(lambda: self.replace("metrics.jsonl", "".join(line for line, _ in kept)))
 
@@ -137,14 +179,23 @@ class Run:
             checkpoint.write_atomically(self.out / name, text)
 
 
-def refuse_second_run(out: Path, *, resume: bool, ranks: Ranks) -> None:
-    """Keep a run from being overwritten.
+def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Name settings as their flags: those of sections as SECTION.KEY."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, Mapping) else {key: value}
+    return flat
 
-    Raises:
-        ConfigError: If `out` holds a run and it was not said to resume it.
-    """
-    if ranks.on_main((out / "config.yaml").exists) and not resume:
-        raise ConfigError(f"there is a run already; {out}; add --resume to go on with it or choose another --out")
+
+def read_lines(metrics: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Read the lines of metrics.jsonl and what they say, but those that a kill or a power cut has spoilt."""
+    found = []
+    for line in metrics.read_text("utf-8", errors="replace").splitlines(keepends=True) if metrics.exists() else ():
+        with suppress(ValueError):
+            values = json.loads(line)
+            if line.endswith("\n") and isinstance(values, dict) and "step" in values:
+                found.append((line, values))
+    return found
 
 
 def one_cell(name: str) -> str:

@@ -4,10 +4,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -19,12 +21,19 @@ from dmjd.engine.distributed import ParallelModel
 from dmjd.engine.loop import Objective, Plan, Step, train
 from dmjd.engine.optim import learning_rate
 from dmjd.engine.run import Run
-from dmjd.engine.signals import stop_signals
+from dmjd.engine.signals import patiently, stopped, stopping
 from dmjd.engine.stopwatch import Stopwatch
-from dmjd.errors import NonFiniteError
+from dmjd.errors import NonFiniteError, Stopped
+from dmjd.random import mix
 
+IN_A_ROW = 3  # steps without a finite gradient after which a run goes back
+ROLLBACKS = 2  # then it ends
 WAITING = 0.1  # share of the time that images may be waited for
 PATIENCE = 60.0  # seconds of training before something is said about it
+
+
+class DivergedError(Exception):
+    """What a run goes back for; the message says why."""
 
 
 class Trainer:
@@ -53,25 +62,40 @@ class Trainer:
         self.autocast = autocast
         self.checkpointed = checkpointed or model.module
         self.ranks = model.ranks
-        self.start = 0  # steps done before
+        self.done = 0  # steps, those of earlier processes included
+        self.last: Step | None = None
+        self.saved = (0, 0.0)  # step and time of the last checkpoint, or where and when training began
+        self.evaluate_at = spaced(plan.steps, plan.evaluations + 1) - {plan.steps}
+        self.save_at = spaced(plan.steps, plan.saves) | {plan.steps}
         self.logged: tuple[int, float] | None = None  # step and time of the last line
+        self.finite: list[Tensor] = []  # whether the gradient was, of every step since the last line
+        self.in_a_row = 0  # steps without a finite gradient
         self.waiting = Stopwatch(self.ranks.device)
         self.waited = self.trained = 0.0  # seconds of this process: until images were there, and in all, logged so far
 
-    def begin(self, config: str, *, resume: bool) -> None:
-        """Start the run with these settings, or take it up at its newest checkpoint, if it has one.
+    def begin(self, *, resume: bool) -> None:
+        """Start the run, or take it up at its newest checkpoint, if it has one.
 
         Raises:
             CheckpointError: If the run to resume is another one, or no checkpoint is whole.
         """
         newest = self.ranks.on_main(lambda: checkpoint.latest(self.run.checkpoints)) if resume else None
         if newest is None:
-            self.run.begin(config)
+            self.run.begin()
             return
-        state = checkpoint.read_state(newest)
-        self.run.restore(state)
-        checkpoint.load(newest, model=self.checkpointed, trained=self.model.module, optimizer=self.optimizer)
-        self.start = int(state["step"])
+        planned = checkpoint.read_state(newest).get("planned", self.plan.steps)
+        self.restore(newest, longer=self.plan.steps > planned)
+        if self.plan.steps > planned and self.ranks.is_main:
+            said = f"{self.plan.steps} steps instead of {planned}: from step {self.done} the learning rate follows the"
+            print(f"{said} longer schedule, to zero at the new end", file=sys.stderr)
+
+    def restore(self, path: Path, *, longer: bool = False) -> None:
+        """Be where a checkpoint was."""
+        state = checkpoint.read_state(path)
+        self.run.restore(state, longer=longer)
+        checkpoint.load(path, model=self.checkpointed, trained=self.model.module, optimizer=self.optimizer)
+        self.done, self.logged, self.in_a_row = int(state["step"]), None, 0
+        self.finite.clear()
 
     def fit(
         self,
@@ -100,30 +124,35 @@ class Trainer:
         Raises:
             ConfigError: If the device has not the memory.
             DataError: If too many files do not decode.
-            NonFiniteError: If loss, gradient or weights are not finite.
-            SystemExit: With code 143 after SIGTERM or SIGINT, when a checkpoint is written.
+            NonFiniteError: If gradients or weights are not finite and going back did not help.
+            Stopped: After a signal, when a checkpoint is written.
         """
-        with memory_errors("give more --optim.accumulation or a smaller --batch_size"):
-            if untrained and self.start == 0:
+        plan, unevaluated = self.plan, self.evaluate_at - self.run.evaluated
+        bar = tqdm(total=plan.steps, initial=self.done, desc="training", unit="step", disable=None)
+        with memory_errors("give more --optim.accumulation or a smaller --batch_size"), patiently(), bar:
+            if untrained and self.done == 0:
                 self.run.summary["untrained"] = self.evaluate(0, evaluate)
-            plan = self.plan
-            evaluate_at = spaced(plan.steps, plan.evaluations + 1) - {plan.steps}
-            save_at = spaced(plan.steps, plan.saves) | {plan.steps}
-            bar = tqdm(total=plan.steps, initial=self.start, desc="training", unit="step", disable=None)
-            with bar, stop_signals() as signals:
-                for step in self.steps(samples, collate, objective):
-                    after_step(step.number)
-                    stop = self.look_around(step, bool(signals))
-                    if step.number % plan.log_every == 0 or step.number in evaluate_at | {plan.steps}:
-                        bar.set_postfix(self.log(step, gauge), refresh=False)
-                    if step.number in evaluate_at:
-                        self.evaluate_on_the_way(step.number, evaluate, keep)
-                    if step.number in save_at or stop:
-                        self.save(step)
-                    bar.update()
-                    if stop and step.number < plan.steps:
-                        print(f"stopped at step {step.number}; {self.run.out}; go on with --resume", file=sys.stderr)
-                        raise SystemExit(143)
+            elif self.done in unevaluated:  # it was stopped there
+                self.evaluate(self.done, evaluate, keep)
+            while self.done < plan.steps:
+                try:
+                    self.saved = (self.done, time.perf_counter())
+                    for step in self.steps(samples, collate, objective):
+                        after_step(step.number)
+                        stop, due = self.look_around(step)
+                        if step.number % plan.log_every == 0 or step.number in self.evaluate_at | {plan.steps}:
+                            bar.set_postfix(self.log(step, gauge), refresh=False)
+                        if step.number in self.evaluate_at and not stop:
+                            stop = self.evaluate_on_the_way(step.number, evaluate, keep)
+                        if step.number in self.save_at or due:
+                            self.save()
+                        bar.update(self.done - bar.n)
+                        if stop:
+                            break
+                    if self.done < plan.steps:
+                        self.end_early()
+                except DivergedError as diverged:
+                    self.roll_back(str(diverged))
             measured = self.evaluate(plan.steps, evaluate, keep)
             if keep is not None:
                 keep("last.safetensors")
@@ -133,11 +162,14 @@ class Trainer:
         self, samples: ReadableSamples, collate: Callable[[list[Any]], Any] | None, objective: Objective
     ) -> Iterator[Step]:
         """Load this rank's share of every batch and train on it, step by step, to the end of the plan."""
-        plan, ranks = self.plan, self.ranks
+        # After a rollback the images come in another order: the same ones would end as before.
+        rollbacks = self.run.summary.get("rollbacks", 0)
+        plan = replace(self.plan, seed=mix(self.plan.seed, rollbacks)) if rollbacks else self.plan
+        ranks = self.ranks
         sampler = StepSampler(
             len(samples.images),
             plan.batch_size,
-            self.start,
+            self.done,
             plan.steps,
             plan.seed,
             plan.accumulation,
@@ -155,24 +187,63 @@ class Trainer:
             self.waiting.timed(iter(batches)),
             objective,
             plan,
-            start=self.start,
+            start=self.done,
             lr=lr,
             autocast=self.autocast,
         )
 
-    def look_around(self, step: Step, signalled: bool) -> bool:
-        """Agree with the other ranks on whether to stop, and share what did not decode."""
-        stop, broken = self.ranks.agree(signalled, not step.skipped.keys() <= self.run.skipped.keys())
+    def look_around(self, step: Step) -> tuple[bool, bool]:
+        """Agree with the other ranks on whether to stop and whether to save, and share what did not decode."""
+        self.last, self.done = step, step.number
+        self.finite.append(step.finite)
+        due = self.ranks.is_main and time.perf_counter() - self.saved[1] > 60 * self.plan.save_minutes
+        new = not step.skipped.keys() <= self.run.skipped.keys()
+        stop, broken, due = self.ranks.agree(stopping(), new, due)
         if broken:
             self.run.skip({name: reason for each in self.ranks.gather(step.skipped) for name, reason in each.items()})
-        return stop
+        return stop, due
+
+    def count_skipped(self, number: int) -> None:
+        """Look how many of the steps up to `number` had no finite gradient; this waits for the device.
+
+        Raises:
+            DivergedError: If there are three in a row.
+        """
+        finite = torch.stack(self.finite).tolist() if self.finite else []
+        self.finite.clear()
+        for step, good in enumerate(finite, start=number - len(finite) + 1):
+            self.in_a_row = 0 if good else self.in_a_row + 1
+            if self.in_a_row == IN_A_ROW:
+                raise DivergedError(f"{IN_A_ROW} gradients in a row are not finite at step {step}")
+            if not good:
+                self.run.summary["skipped_steps"] = self.run.summary.get("skipped_steps", 0) + 1
+                if self.ranks.is_main:
+                    print(f"warning: the gradient is not finite at step {step}; the step is left out", file=sys.stderr)
+
+    def roll_back(self, why: str) -> None:
+        """Go back to a good checkpoint: the newest, the second time the one before it if there is one.
+
+        Raises:
+            NonFiniteError: If there is none, or it was gone back to twice before.
+        """
+        before = self.run.summary.get("rollbacks", 0)
+        good = self.ranks.on_main(lambda: checkpoint.whole_ones(self.run.checkpoints))
+        if before == ROLLBACKS or not good:
+            tried = f"after {before} rollbacks" if before else "and there is no checkpoint to go back to"
+            raise NonFiniteError(f"{why}, {tried}; {self.run.out}; start another run with a lower --optim.blr")
+        self.restore(good[min(before, len(good) - 1)])
+        self.run.summary["rollbacks"] = before + 1
+        if self.ranks.is_main:
+            said = f"warning: {why}; back to step {self.done}, other images from there"
+            print(f"{said} (rollback {before + 1} of {ROLLBACKS})", file=sys.stderr)
 
     def log(self, step: Step, gauge: Callable[[float], dict[str, float]]) -> dict[str, str]:
         """Write a step down; here the loop waits for the device. Returns what the bar shows.
 
         Raises:
-            NonFiniteError: If loss or gradient are not finite.
+            DivergedError: If too many gradients were not finite.
         """
+        self.count_skipped(step.number)
         losses = {name: float(value) for name, value in self.ranks.mean(step.losses).items()}
         grad_norm = float(step.grad_norm)
         now, since = time.perf_counter(), self.logged or (step.start, step.began)
@@ -187,11 +258,6 @@ class Trainer:
         )
         self.logged = (step.number, now)
         self.warn_of_waiting(waited * (now - since[1]), now - since[1])
-        if not torch.tensor([losses["loss"], grad_norm]).isfinite().all():
-            raise NonFiniteError(
-                f"the loss is {losses['loss']} and the gradient's norm {grad_norm} at step {step.number}; "
-                f"{self.run.out}; checkpoints before are finite: start another run with a lower --optim.blr"
-            )
         return {name.removeprefix("loss_"): f"{value:.4f}" for name, value in losses.items()} | {
             "images/s": f"{rate:.0f}",
             "waiting": f"{waited:.0%}",
@@ -223,27 +289,44 @@ class Trainer:
 
     def evaluate_on_the_way(
         self, step: int, evaluate: Callable[[int], dict[str, float]], keep: Callable[[str], None] | None
-    ) -> None:
-        """Evaluate between two steps, and count the seconds that this takes."""
+    ) -> bool:
+        """Evaluate between two steps, and count the seconds that this takes; tell whether a signal ended it."""
         began = time.perf_counter()
-        self.evaluate(step, evaluate, keep)
+        try:
+            self.evaluate(step, evaluate, keep)
+        except Stopped:
+            return True
         taken = self.run.summary.get("monitor_seconds", 0.0) + time.perf_counter() - began
         self.run.summary["monitor_seconds"] = round(taken, 1)
         self.logged = (step, time.perf_counter())
         self.model.module.train()
+        return False
 
-    def save(self, step: Step) -> None:
-        """Write a checkpoint.
+    def end_early(self) -> None:
+        """Leave after the last step, with a checkpoint of it.
 
         Raises:
-            NonFiniteError: If a weight is not finite; then none is written.
+            Stopped: In any case.
         """
-        (broken,) = self.ranks.agree(not checkpoint.is_finite(self.checkpointed))
-        if broken:
-            raise NonFiniteError(f"weights are not finite at step {step.number}; {self.run.out}; lower --optim.blr")
+        if self.saved[0] < self.done:
+            self.save()
+        raise Stopped(f"{stopped().said} at step {self.done}")
+
+    def save(self) -> None:
+        """Write a checkpoint of the last step.
+
+        Raises:
+            DivergedError: If weights, or what the optimizer keeps, are not finite; then none is written.
+        """
+        assert self.last
+        step = self.last
+        self.count_skipped(step.number)
         tensors = checkpoint.collect(self.checkpointed, self.model.module, self.optimizer)
-        state = self.run.state() | {"step": step.number}
+        if not self.ranks.on_main(lambda: checkpoint.is_finite(tensors)):
+            raise DivergedError(f"weights are not finite at step {step.number}")
+        state = self.run.state() | {"step": step.number, "planned": self.plan.steps}
         self.ranks.on_main(lambda: checkpoint.save(self.run.checkpoints, tensors, state))
+        self.saved = (step.number, time.perf_counter())
         loss = float(self.ranks.mean(step.losses)["loss"])
         if not sys.stderr.isatty():
             print(f"step {step.number}: loss {loss:.4f}, saved", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from dmjd.data.folder import FolderImages, image_names
 from dmjd.data.packed import PackedStrings
 from dmjd.data.source import Readable
 from dmjd.engine.distributed import Ranks
+from dmjd.engine.signals import stoppable
 from dmjd.errors import DataError
 from dmjd.evaluation.features import FeatureExtractor
 
@@ -56,9 +57,11 @@ def decodable(images: Readable, ranks: Ranks) -> Iterator[tuple[int, Any]]:
 
     Raises:
         DataError: If none decodes.
+        Stopped: After a signal that ends runs.
     """
     bad: dict[str, str] = {}
-    for index in tqdm(ranks.share(range(len(images))), desc="held-out images", leave=False, disable=None):
+    looked_at = tqdm(ranks.share(range(len(images))), desc="held-out images", leave=False, disable=None)
+    for index in stoppable(looked_at, ranks.agree):
         try:
             item = images.read(index)
         except BadImage as reason:

@@ -19,6 +19,7 @@ from dmjd.data.loader import read_batches
 from dmjd.data.source import Parts, Source, labels_of, measure_levels, open_source
 from dmjd.engine.device import choose_precision
 from dmjd.engine.distributed import Ranks
+from dmjd.engine.signals import stoppable
 from dmjd.errors import ConfigError, DataError
 
 _Found = TypeVar("_Found", bound=Sequence[Any])
@@ -52,6 +53,7 @@ def extract(
 
     Raises:
         DataError: If none decodes.
+        Stopped: After a signal that ends runs.
     """
     batches = read_batches(
         source,
@@ -64,7 +66,8 @@ def extract(
     chunks: list[Tensor] = []
     kept: list[int] = []
     total = -(-len(ranks.share(indices)) // batch_size)
-    for images, numbers in tqdm(batches, desc="features", total=total, unit=" batches", leave=False, disable=None):
+    seen = tqdm(batches, desc="features", total=total, unit=" batches", leave=False, disable=None)
+    for images, numbers in stoppable(seen, ranks.agree):
         if numbers:
             chunks.append(pooled(images.to(ranks.device, non_blocking=True)).float().cpu())
             kept += numbers

@@ -102,7 +102,7 @@ def curve(title: str, keys: Mapping[str, str], lines: Sequence[Line]) -> dict[st
     return {"title": title, "svg": svg(figure, name, f"{title} over {x}s: {'; '.join(spoken)}")}
 
 
-def set_scale(axes: Any, title: str, drawn: Sequence[Float[np.ndarray, " n"]]) -> None:
+def set_scale(axes: Any, title: str, drawn: Sequence[Float[np.ndarray, " _"]]) -> None:
     """Choose the scale and the marks of a figure for the values drawn, and name the lines if they are several."""
     if not drawn:
         axes.text(0.5, 0.5, "no finite value", color=MUTED, ha="center", va="center", transform=axes.transAxes)

@@ -16,10 +16,11 @@ from dmjd.config.downstream import DetectSettings
 from dmjd.config.rules import to_dict, to_yaml
 from dmjd.data.annotated import AnnotatedBatch, AnnotatedSamples, class_names
 from dmjd.data.detection import DetectionAugmentation, DetectionSet, open_detection
+from dmjd.engine.claim import claim
 from dmjd.engine.distributed import ParallelModel, join_ranks
 from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_optimizer
-from dmjd.engine.run import Run, refuse_second_run
+from dmjd.engine.run import Run
 from dmjd.engine.trainer import Trainer
 from dmjd.evaluation.dense import Judged, images_to_predict
 from dmjd.evaluation.detection import Finder, Found, judge_detection, likely
@@ -43,15 +44,14 @@ def detect(settings: DetectSettings) -> None:
         ConfigError: If settings do not go together.
         DataError: If images or annotations are missing.
         NonFiniteError: If a loss is not finite.
-        SystemExit: With code 143 after SIGTERM or SIGINT, when a checkpoint is written.
+        Stopped: After a signal that ends runs.
     """
     if settings.dense.predict is not None:
         predict(settings)
         return
     run = settings.run
-    with join_ranks(run.device) as ranks:
+    with join_ranks(run.device) as ranks, claim(run.out, resume=run.resume, ranks=ranks):
         ranks.micro_batch(run.batch_size, settings.optim.accumulation)
-        refuse_second_run(run.out, resume=run.resume, ranks=ranks)
         torch.manual_seed(run.seed)
         start = settings.start.keywords | {"drop_path_rate": settings.tuning.drop_path}
         backbone = FeatureExtractor(ranks=ranks, **start, **run.keywords)
@@ -126,7 +126,7 @@ def fit(settings: DetectSettings, backbone: FeatureExtractor, train: DetectionSe
         Plan(steps=steps, lr=settings.lr, **run.plan, **settings.log.plan, **optim.plan),
         autocast=backbone.autocast,
     )
-    trainer.begin(to_yaml(settings), resume=run.resume)
+    trainer.begin(resume=run.resume)
     mean = backbone.statistics[0]
     augmentation = DetectionAugmentation.of(dense.crop_hw, scale=dense.scale, flip=dense.flip, mean=mean)
     return fit_around(

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dmjd.config.downstream import EmbedSettings
+from dmjd.data.cells import plain_cell
 from dmjd.data.source import open_all
 from dmjd.engine.distributed import join_ranks
 from dmjd.evaluation.features import FeatureExtractor
@@ -35,7 +36,8 @@ def embed(settings: EmbedSettings) -> None:
             skipped += len(images) - len(seen)
             for index in seen:
                 number = images.label(index)
-                rows.append([images.name(index), *([] if number is None else [images.classes[number]])])
+                cells = [images.name(index), *([] if number is None else [images.classes[number]])]
+                rows.append([*map(plain_cell, cells)])
         if not ranks.is_main:
             return
         out = settings.out if settings.out.suffix == ".npy" else settings.out.with_name(f"{settings.out.name}.npy")

@@ -26,10 +26,11 @@ from dmjd.data.labelled import (
 )
 from dmjd.data.memory import in_memory
 from dmjd.data.source import Parts, labels_of, sample
+from dmjd.engine.claim import claim
 from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
 from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_optimizer
-from dmjd.engine.run import Run, refuse_second_run
+from dmjd.engine.run import Run
 from dmjd.engine.trainer import Trainer
 from dmjd.errors import ConfigError
 from dmjd.evaluation.classification import ClassificationResult
@@ -45,12 +46,11 @@ def finetune(settings: FinetuneSettings) -> None:
         ConfigError: If settings do not go together.
         DataError: If the images have no labels.
         NonFiniteError: If a loss is not finite.
-        SystemExit: With code 143 after SIGTERM or SIGINT, when a checkpoint is written.
+        Stopped: After a signal that ends runs.
     """
     run = settings.run
-    with join_ranks(run.device) as ranks:
+    with join_ranks(run.device) as ranks, claim(run.out, resume=run.resume, ranks=ranks):
         ranks.micro_batch(run.batch_size, settings.optim.accumulation)
-        refuse_second_run(run.out, resume=run.resume, ranks=ranks)
         torch.manual_seed(run.seed)
         backbone = FeatureExtractor(
             ranks=ranks, **settings.start.keywords, **run.keywords, drop_path_rate=settings.tuning.drop_path
@@ -108,7 +108,7 @@ def fit(
         autocast=backbone.autocast,
         checkpointed=nn.ModuleDict({"model": network, "ema": ema.module}) if ema else None,
     )
-    trainer.begin(to_yaml(settings), resume=run.resume)
+    trainer.begin(resume=run.resume)
     if ranks.is_main and settings.augment.auto_augment != "none" and not all(map(is_picture, sample(train, 16))):
         why = "more than 8 bits, or other channels than 1 or 3"
         print(f"warning: no RandAugment for images of {why}; {run.data}; see --augment.auto_augment", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,11 @@ from dmjd.data.labelled import (
 )
 from dmjd.data.memory import in_memory
 from dmjd.data.source import Parts, labels_of
+from dmjd.engine.claim import claim
 from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
 from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_lars
-from dmjd.engine.run import Run, refuse_second_run
+from dmjd.engine.run import Run
 from dmjd.engine.trainer import Trainer
 from dmjd.errors import DataError
 from dmjd.evaluation.classification import ClassificationResult
@@ -40,10 +42,11 @@ def linear(settings: LinearSettings) -> None:
         DataError: If the images have no labels.
     """
     began, run = time.perf_counter(), settings.run
-    with join_ranks(run.device) as ranks:
+    with ExitStack() as stack:
+        ranks = stack.enter_context(join_ranks(run.device))
         if settings.recipe == "paper":
             ranks.micro_batch(run.batch_size)
-            refuse_second_run(run.out, resume=run.resume, ranks=ranks)
+            stack.enter_context(claim(run.out, resume=run.resume, ranks=ranks))
         torch.manual_seed(run.seed)
         backbone = FeatureExtractor(ranks=ranks, **settings.start.keywords, **run.keywords)
         images = backbone.open_images(run.data, seed=run.seed)
@@ -115,7 +118,7 @@ def fit_paper(
         Plan(steps=steps, lr=settings.lr, warmup_epochs=settings.warmup_epochs, **run.plan, **settings.log.plan),
         autocast=backbone.autocast,
     )
-    trainer.begin(to_yaml(settings), resume=run.resume)
+    trainer.begin(resume=run.resume)
     trainer.fit(
         LabelledSamples(in_memory(train), transform, run.seed),
         collate_labelled,

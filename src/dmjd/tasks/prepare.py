@@ -144,7 +144,7 @@ class PackedChunk:
 
     Attributes:
         pixels: Of those that decode.
-        places: Offset, height, width and depth of each of them.
+        places: Offset, height, width, depth and CRC-32 of each of them.
         skipped: Numbers of the others, with the reasons.
     """
 
@@ -221,7 +221,7 @@ class PartProgress:
     Attributes:
         listed: Images that were looked at.
         kept: Numbers of those that decode.
-        places: File, offset, height, width and depth of each of these, one image after the other.
+        places: File, offset, height, width, depth and CRC-32 of each of these, one image after the other.
         skipped: Numbers of the others, with the reasons.
         ends: Bytes in each file.
     """
@@ -345,6 +345,8 @@ class SetWriter:
             if whole:
                 self.parts[content["part"]].add(content)
             else:
+                if content["format"] != FORMAT:
+                    raise DataError(f"begun by another version; {self.out}; remove it, and prepare the set anew")
                 refuse_other(self.out, content, plan)
             whole += len(line)
         self.journal.truncate(whole)
@@ -381,7 +383,7 @@ def finish(writer: SetWriter, parts: Mapping[str, Source], plan: Mapping[str, An
             raise DataError(f"none of {progress.listed} images decodes; {parts[part].address}; see {out}/skipped.tsv")
         path = out / index_file(stem_of(part))
         kept, places = (torch.tensor(numbers) for numbers in (progress.kept, progress.places))
-        write_index(path, parts[part], kept, places.view(-1, 5))
+        write_index(path, parts[part], kept, places.view(-1, 6))
         flush(path)
         paths.append(path)
     files = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dmjd.backbones.files import save_backbone
 from dmjd.backbones.normalize import STATISTICS
 from dmjd.config.pretrain import PretrainRun, PretrainSettings
-from dmjd.config.rules import to_dict, to_yaml
+from dmjd.config.rules import to_dict
 from dmjd.data.crops import RandomCrop, center_crop
 from dmjd.data.decode import BadImage, Wanted
 from dmjd.data.levels import BYTES, Levels
@@ -24,11 +24,12 @@ from dmjd.data.memory import PackedImages, in_memory, stack_of
 from dmjd.data.source import Parts, Scaled, Source, has_labels, measure_levels, open_source, sample
 from dmjd.data.statistics import Statistics, statistics_of
 from dmjd.engine.checkpoint import write_atomically
+from dmjd.engine.claim import claim
 from dmjd.engine.device import choose_precision, memory_errors
 from dmjd.engine.distributed import ParallelModel, join_ranks
 from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_optimizer
-from dmjd.engine.run import Run, refuse_second_run
+from dmjd.engine.run import Run
 from dmjd.engine.stopwatch import Stopwatch
 from dmjd.engine.target_cache import cache_targets
 from dmjd.engine.trainer import Trainer
@@ -52,12 +53,11 @@ def pretrain(settings: PretrainSettings) -> None:
         DataError: If there are no images or too many do not decode.
         CheckpointError: If the run to resume is another one.
         NonFiniteError: If a loss is not finite; the last checkpoint is from before.
-        SystemExit: With code 143 after SIGTERM or SIGINT, when a checkpoint is written.
+        Stopped: After a signal that ends runs.
     """
     run, out = settings.run, settings.run.out
-    with join_ranks(run.device) as ranks:
+    with join_ranks(run.device) as ranks, claim(run.out, resume=run.resume, ranks=ranks):
         ranks.micro_batch(run.batch_size, settings.optim.accumulation)
-        refuse_second_run(out, resume=run.resume, ranks=ranks)
         torch.manual_seed(run.seed)
         network = create(settings)  # settings that do not go together are refused before images are looked for
         found, statistics = find_images(settings)
@@ -72,9 +72,10 @@ def pretrain(settings: PretrainSettings) -> None:
         scaled = Parts(*(Scaled(part, statistics.levels) for part in parts))
         monitor = Monitor(scaled, settings.model.image_hw, settings.monitor.max_images, run.workers)
         trainer = make_trainer(settings, model, parts.train, monitor)
-        trainer.begin(to_yaml(settings), resume=run.resume)
-        if trainer.start == trainer.plan.steps and (out / "summary.json").exists():
-            print(f"this run is done; look at {out / 'report.html'}")
+        trainer.begin(resume=run.resume)
+        if trainer.done == trainer.plan.steps and (out / "summary.json").exists():
+            if ranks.is_main:
+                print(f"this run is done; look at {write_report(out)}")
             return
         name_broken(trainer.run, parts)
         samples = training_samples(settings, parts.train, statistics.levels, ranks.device)

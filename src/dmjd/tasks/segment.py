@@ -15,10 +15,11 @@ from dmjd.config.downstream import SegmentSettings
 from dmjd.config.rules import to_dict, to_yaml
 from dmjd.data.annotated import AnnotatedBatch, AnnotatedSamples, class_names
 from dmjd.data.segmentation import SegmentationAugmentation, SegmentationSet, open_segmentation
+from dmjd.engine.claim import claim
 from dmjd.engine.distributed import ParallelModel, join_ranks
 from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_optimizer
-from dmjd.engine.run import Run, refuse_second_run
+from dmjd.engine.run import Run
 from dmjd.engine.trainer import Trainer
 from dmjd.errors import ConfigError
 from dmjd.evaluation.dense import Judged, images_to_predict
@@ -42,16 +43,15 @@ def segment(settings: SegmentSettings) -> None:
         ConfigError: If settings do not go together.
         DataError: If images or annotations are missing.
         NonFiniteError: If a loss is not finite.
-        SystemExit: With code 143 after SIGTERM or SIGINT, when a checkpoint is written.
+        Stopped: After a signal that ends runs.
     """
     if settings.dense.predict is not None:
         predict(settings)
         return
     run = settings.run
-    with join_ranks(run.device) as ranks:
+    with join_ranks(run.device) as ranks, claim(run.out, resume=run.resume, ranks=ranks):
         if ranks.micro_batch(run.batch_size, settings.optim.accumulation) < 2:
             raise ConfigError(f"batch_size {run.batch_size}: BatchNorm needs two images at a time or more")
-        refuse_second_run(run.out, resume=run.resume, ranks=ranks)
         torch.manual_seed(run.seed)
         start = settings.start.keywords | {"drop_path_rate": settings.tuning.drop_path}
         backbone = FeatureExtractor(ranks=ranks, **start, **run.keywords)
@@ -135,7 +135,7 @@ def fit(
         Plan(steps=steps, lr=settings.lr, shape=settings.schedule, **run.plan, **settings.log.plan, **optim.plan),
         autocast=backbone.autocast,
     )
-    trainer.begin(to_yaml(settings), resume=run.resume)
+    trainer.begin(resume=run.resume)
     augmentation = SegmentationAugmentation.of(
         dense.crop_hw,
         scale=dense.scale,

@@ -1,0 +1,80 @@
+"""One process, or one group of ranks, works in the directory of a run at a time."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from dmjd.engine.distributed import Ranks
+from dmjd.engine.signals import stop_signals
+from dmjd.errors import ConfigError, Stopped
+
+LOCK = ".lock"
+
+
+@contextmanager
+def claim(out: Path, *, resume: bool, ranks: Ranks) -> Iterator[None]:
+    """Hold the directory of a run, and listen to the signals that stop one, until the verb ends.
+
+    Raises:
+        ConfigError: If another process holds it; or it holds a run and it was not said to resume it; or there is no
+            such directory and it was.
+        Stopped: When a signal comes; the message says whether the run can go on from a checkpoint.
+    """
+    locks: list[IO[str]] = []
+    ranks.on_main(lambda: locks.extend(_take(out, resume=resume)))
+    try:
+        if ranks.on_main((out / "config.yaml").exists) and not resume:
+            raise ConfigError(f"there is a run already; {out}; add --resume to go on with it or choose another --out")
+        with stop_signals():
+            yield
+    except Stopped as stop:
+        kept = any((out / "checkpoints").glob("step-*"))
+        stop.said += f"; {out}; " + ("go on with --resume" if kept else "nothing was to be saved yet")
+        raise
+    finally:
+        for lock in locks:
+            _release(out, lock)
+
+
+def _take(out: Path, *, resume: bool) -> list[IO[str]]:
+    """Lock the directory, and write down who does; nothing is locked where the system cannot."""
+    if resume and not out.exists():
+        raise ConfigError(f"there is no run to resume; {out}; leave --resume out, or check --out")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return []
+    while True:
+        file = (out / LOCK).open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise ConfigError(f"{owner} works in it; {out}; wait for it, or choose another --out") from None
+        except OSError:
+            file.close()
+            return []
+        # Whoever held it before may have removed the file between our opening and our locking it.
+        with suppress(FileNotFoundError):
+            if os.fstat(file.fileno()).st_ino == (out / LOCK).stat().st_ino:
+                break
+        file.close()
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return [file]
+
+
+def _release(out: Path, lock: IO[str]) -> None:
+    """Let go of the directory, and leave nothing in it that was not there, had nothing else been written."""
+    with suppress(OSError):
+        (out / LOCK).unlink()
+    lock.close()
+    with suppress(OSError):
+        out.rmdir()  # only if it is empty
