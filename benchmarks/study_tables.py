@@ -174,8 +174,10 @@ def write(study: Study) -> None:
     ]
     if write_figure(study, runs):
         lines.append(f"![accuracy over time]({study.name}.png)\n")
+    waiting = ", ".join(job.name for job in missing) or "nothing"
+    lines.append(f"Missing now: {waiting}.\n")
     study.folder.with_suffix(".md").write_text("\n".join(lines))
-    print(f"{study.name}: {done} of {asked} runs; missing now: {', '.join(job.name for job in missing) or 'nothing'}")
+    print(f"{study.name}: {done} of {asked} runs; missing now: {waiting}")
 
 
 def main() -> None:
