@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -60,12 +59,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"the checkpoint pickles {what}, which is not loaded; {path}; in a place you trust, run "
             'torch.save({"model": torch.load(FILE, weights_only=False)["model"]}, NEW) and load NEW'
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(
-            f"not a checkpoint ({' '.join(str(error).split())[:200]}); {path}; check the file"
-        ) from None
+    except Exception as error:  # a broken pickle fails in every way there is
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        raise CheckpointError(f"not a checkpoint ({reason}); {path}; check the file") from None
     weights = content.get("model", content) if isinstance(content, dict) else {}
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not (isinstance(weights, dict) and weights and all(isinstance(value, Tensor) for value in weights.values())):
         raise CheckpointError(f"no dictionary of tensors, nor one under 'model'; {path}; check the file")
     return weights
 

@@ -206,7 +206,7 @@ def test_verify__finds_one_bit(copied: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
-    [('"format": 1', '"format": 2', "format 2, this version reads 1"), ('"files"', '"fils"', "not the description")],
+    [('"format": 2', '"format": 3', "format 3, this version reads 2"), ('"files"', '"fils"', "not the description")],
 )
 def test_open__a_set_of_another_version_is_a_data_error(copied: Path, old: str, new: str, message: str) -> None:
     text = (copied / SET).read_text()

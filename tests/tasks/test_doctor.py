@@ -250,7 +250,7 @@ def test_doctor__finds_weights_that_are_no_numbers(run: Path, capsys: pytest.Cap
     path = run / "backbone.safetensors"
     weights = load_file(path)
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
+        metadata = {key: value for key, value in file.metadata().items() if key != "sha256"}
     weights["norm.weight"][3] = torch.nan
     save_file(weights, path, metadata)
     assert main(["doctor", str(path)]) == 4

@@ -1,18 +1,33 @@
-"""`backbone.safetensors`: a timm model's weights under timm's names, and in its metadata how to make the model."""
+"""`backbone.safetensors`: a timm model's weights under timm's names, and in its metadata how to make the model.
 
+A file may come from anyone: the metadata name a model that timm knows and arguments of networks, and nothing else is
+passed on. What was written is digested, so that a bit that has changed since is noticed.
+"""
+
+import hashlib
+import inspect
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save
+from timm.models import VisionTransformer, model_entrypoint
+from torch import Tensor, nn
 
-import dmjd.backbones.convvit  # noqa: F401 (registers its models with timm)
 from dmjd.backbones import Architecture, register_encoder
+from dmjd.backbones.convvit import ConvViT  # its file registers models with timm as well
 from dmjd.errors import CheckpointError, ConfigError
+
+DIGEST = "sha256"
+METADATA = {"architecture", "model_args", "pretrained_cfg", "value_range", "task", "backbone_prefix", DIGEST, "format"}
+OVERLAY = {"input_size", "num_classes", "mean", "std"}
+# Arguments of networks. Those of `timm.create_model` and its helpers are not among them: some would open files.
+ARGUMENTS = {*inspect.signature(VisionTransformer).parameters, *inspect.signature(ConvViT).parameters}
 
 
 def save_backbone(
@@ -52,10 +67,42 @@ def save_backbone(
     if around is not None:
         place = next(name for name, module in around.named_modules() if module is model)
         metadata |= {"task": json.dumps(dict(task or {})), "backbone_prefix": f"{place}."}
+    weights = {key: value.contiguous() for key, value in (around or model).state_dict().items()}
+    content = save(weights, metadata | {DIGEST: digest(weights, metadata)})
     partial = path.with_name(f".{path.name}.partial")
-    weights = (around or model).state_dict()
-    save_file({key: value.contiguous() for key, value in weights.items()}, partial, metadata)
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
+
+
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Compute a SHA-256 of tensors, their names, types and shapes, and of metadata without the digest itself."""
+    said = {key: value for key, value in sorted(metadata.items()) if key not in (DIGEST, "format")}
+    found = hashlib.sha256(json.dumps(said).encode())
+    for name, value in sorted(tensors.items()):
+        found.update(json.dumps([name, str(value.dtype), [*value.shape]]).encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def read_file(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read metadata and tensors; a file of an earlier version has no digest, and is taken as it is.
+
+    Raises:
+        CheckpointError: If it has changed since it was written.
+        SafetensorError: If it is broken, or no such file.
+        OSError: If it does not open.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+    if unknown := sorted(metadata.keys() - METADATA):
+        raise CheckpointError(f"unknown metadata {', '.join(unknown)[:200]!r}; {path}; copy or write the file again")
+    if metadata.get(DIGEST, "") and metadata[DIGEST] != digest(tensors, metadata):
+        raise CheckpointError(f"the file has changed since it was written; {path}; copy or write it again")
+    return metadata, tensors
 
 
 def read_task(path: str | Path, name: str) -> dict[str, Any]:
@@ -81,7 +128,7 @@ def load_around(path: str | Path, model: nn.Module) -> None:
         CheckpointError: If they are another network's.
     """
     try:
-        model.load_state_dict(load_file(path))
+        model.load_state_dict(read_file(path)[1])
     except (RuntimeError, SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"weights and metadata do not agree: {reason}; {path}; write the file again") from None
@@ -194,18 +241,17 @@ def _read(
 ) -> tuple[nn.Module, Architecture]:
     """Make the model of a file."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+        metadata, tensors = read_file(path)
         prefix = metadata.get("backbone_prefix", "")
-        weights = {key[len(prefix) :]: value for key, value in load_file(path).items() if key.startswith(prefix)}
-        arguments = json.loads(metadata["model_args"])
-        overlay = json.loads(metadata["pretrained_cfg"])
-        name = metadata["architecture"]
+        weights = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        name, arguments = metadata["architecture"], json.loads(metadata["model_args"])
+        overlay, value_range = json.loads(metadata["pretrained_cfg"]), json.loads(metadata.get("value_range", "null"))
     except FileNotFoundError:
         raise CheckpointError(f"no such backbone; {path}; give a run's backbone.safetensors") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"not a backbone file ({error}); {path}; give a run's backbone.safetensors") from None
     register_encoder.names()  # what other distributions offer may register models with timm
+    _refuse_unknown(name, arguments, overlay, path)
     try:
         model = timm.create_model(name, **arguments, **(extra or {}), pretrained_cfg_overlay=overlay)
         if pretrained:
@@ -213,5 +259,29 @@ def _read(
     except (RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"weights and metadata do not agree: {reason}; {path}; write the file again") from None
-    model.pretrained_cfg["value_range"] = json.loads(metadata.get("value_range", "null"))
+    model.pretrained_cfg["value_range"] = value_range
     return model, (name, arguments)
+
+
+def _refuse_unknown(name: str, arguments: Any, overlay: Any, path: str | Path) -> None:
+    """Pass nothing on to timm but the name of a model and arguments of networks, as numbers, words and lists of them.
+
+    Raises:
+        CheckpointError: If there is anything else.
+    """
+    if not is_model(name):
+        raise CheckpointError(f"timm has no model {name[:80]!r}; {path}; see timm.list_models()")
+    # A model of another distribution may have arguments of its own: those that its function names.
+    own = set(inspect.signature(model_entrypoint(name.partition(".")[0])).parameters)
+    known = ARGUMENTS | own - set(inspect.signature(timm.create_model).parameters)
+    for values, keys in ((arguments, known), (overlay, OVERLAY)):
+        if not isinstance(values, dict):
+            raise CheckpointError(f"no arguments but a {type(values).__name__}; {path}; write the file again")
+        if unknown := sorted(values.keys() - keys):
+            raise CheckpointError(f"unknown arguments {', '.join(unknown)[:200]!r}; {path}; write the file again")
+        if any(isinstance(each, dict) for value in values.values() for each in (value, *_items(value))):
+            raise CheckpointError(f"arguments that are no numbers or words; {path}; write the file again")
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -1,6 +1,7 @@
 """A vision model of Hugging Face transformers behind timm's interface, to be a teacher."""
 
 from collections.abc import Sequence
+from pickle import UnpicklingError
 from typing import Any
 
 from jaxtyping import Float
@@ -29,9 +30,9 @@ class HuggingFace(nn.Module):
         except ImportError:
             raise ConfigError(f"transformers is not installed; hf:{name}; pip install 'dmjd[hf]'") from None
         try:
-            model: Any = AutoModel.from_pretrained(name)
-            processor: Any = AutoImageProcessor.from_pretrained(name)
-        except (OSError, ValueError, RuntimeError) as error:
+            model: Any = AutoModel.from_pretrained(name, trust_remote_code=False)
+            processor: Any = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(
                 f"transformers cannot load it ({reason}); hf:{name}; check name and network"

@@ -253,7 +253,7 @@ class LogSettings:
 
     def __post_init__(self) -> None:
         within(1, 1_000_000, self, "log_every")
-        within(0, 10_000, self, "evals", "saves")
+        within(0, 100_000, self, "evals", "saves")
 
     @property
     def plan(self) -> dict[str, Any]:

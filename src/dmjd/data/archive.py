@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmjd.data.builtin import download_folder
-from dmjd.data.decode import EXTENSIONS, BadImage, Reduce, Wanted, decode
+from dmjd.data.decode import EXTENSIONS, MAX_BYTES, BadImage, Reduce, Wanted, decode
 from dmjd.data.listing import SETTLED
 from dmjd.data.packed import PackedStrings
 from dmjd.data.source import Opener, Source, register_source
@@ -69,9 +69,11 @@ class ArchiveReader:
             archive = self._open(path)
             if kind != IN_TAR:  # in a zip file, a header comes first, with a name and extra fields
                 start += 30 + sum(struct.unpack("<HH", archive.read(start + 26, 4)))
+            if size > MAX_BYTES:
+                raise BadImage("a file of more than 512 MiB")
             content = archive.read(start, size)
             if kind == DEFLATED:
-                content = zlib.decompress(content, -zlib.MAX_WBITS)
+                content = inflate(content)
         except (OSError, struct.error, zlib.error) as error:
             raise BadImage(f"{type(error).__name__}: {error}") from None
         return decode(content, self.wanted, name=f"{path}/{self.names[index]}", reduce=reduce)
@@ -83,6 +85,20 @@ class ArchiveReader:
     def __getstate__(self) -> dict[str, object]:
         """Let go of the open files: a worker opens its own."""
         return {name: value for name, value in self.__dict__.items() if name != "_open"}
+
+
+def inflate(content: bytes) -> bytes:
+    """Decompress a member of a zip file, which may hold a thousand times as much.
+
+    Raises:
+        BadImage: If it is more than an image may have.
+        zlib.error: If it is broken.
+    """
+    decompressor = zlib.decompressobj(-zlib.MAX_WBITS)
+    whole = decompressor.decompress(content, MAX_BYTES)
+    if decompressor.unconsumed_tail:
+        raise BadImage("a file of more than 512 MiB")
+    return whole
 
 
 class OpenFile:

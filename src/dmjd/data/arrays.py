@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Num
+from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from dmjd.data.decode import Reduce, Wanted, at_known_depth, fit_channels
@@ -44,7 +45,7 @@ class ArrayReader:
 
     @cached_property
     def _images(self) -> np.ndarray:
-        return np.load(self.path, mmap_mode="r")
+        return open_memmap(self.path, mode="r")
 
     def __getstate__(self) -> dict[str, object]:
         """Let go of the mapped array: on its way to a worker it would be copied."""
@@ -83,18 +84,13 @@ def _channels_first(path: Path, in_chans: int) -> bool:
         DataError: If it is no array of images of as many channels, or of 3 or 1 where 1 or 3 are wanted.
     """
     try:
-        array = np.load(path, mmap_mode="r")
+        array = open_memmap(path, mode="r")
     except FileNotFoundError:
         raise DataError(f"no such array; {path}; check --data") from None
     except (OSError, ValueError, EOFError) as error:  # broken, or pickled objects, which are not safe to load
         raise DataError(f"no array that can be mapped ({error}); {path}; write numbers by numpy.save") from None
-    if (
-        not isinstance(array, np.ndarray)
-        or array.dtype.kind not in "buif"
-        or array.ndim not in (3, 4)
-        or not array.size
-    ):
-        shape = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
+    if array.dtype.kind not in "buif" or array.ndim not in (3, 4) or not array.size:
+        shape = f"{array.dtype} of shape {array.shape}"
         raise DataError(f"no array of images but {shape}; {path}; write numbers of shape N H W or N H W C")
     if array.ndim == 3:
         channels, first = 1, False

@@ -2,12 +2,15 @@
 
 import logging
 import math
+import os
+import stat
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import simplejpeg
@@ -27,6 +30,11 @@ EXTENSIONS = frozenset(
         *("pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"),
     )
 )
+# A small file may claim to hold any number of pixels. These are 8192 x 8192: more than cameras of 35 mm have.
+MAX_PIXELS = 2**26
+MAX_BYTES = 2**29  # of a file, and of all the values of an image
+MAX_PAGES = 2**16  # of a TIFF
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # the only ones that Pillow may try
 JPEG = b"\xff\xd8\xff"  # how its files begin
 APPLICATION = frozenset([*range(0xE0, 0xF0), 0xFE])  # markers of what comes before it: of programs, and comments
 PNG = b"\x89PNG"
@@ -69,7 +77,8 @@ def decode(
 ) -> Num[Tensor, "C H W"]:
     """Read an image at its depth, uint8, uint16, int16 or float32, the way up that its EXIF data say.
 
-    An animated image gives its first frame.
+    An animated image gives its first frame. What a file is, its content says, not its name. Only regular files are
+    opened, and none of more than `MAX_BYTES` bytes, or whose header says more than `MAX_PIXELS` pixels, is decoded.
 
     Args:
         file: Its path, or what it holds.
@@ -87,14 +96,12 @@ def decode(
         if isinstance(file, bytes):
             content = file
         else:
-            with open(file, "rb") as opened:
+            with open_regular(file) as opened:
                 content = opened.read()
-        array = _jpeg(content, wanted, reduce) if content.startswith(JPEG) else None
-        if array is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what a decoder tolerates is not worth a line per file and epoch
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                array = _decode(content, wanted, frame)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a decoder tolerates is not worth a line per file and epoch
+            array = _jpeg(content, wanted, reduce) if content.startswith(JPEG) else None
+            array = _decode(content, wanted, frame) if array is None else array
         array = fit_channels(at_known_depth(array), wanted.in_chans)
     except _Refused as refused:
         reason, advice = refused.args
@@ -110,6 +117,53 @@ def decode(
     return image if wanted.levels is None else wanted.levels.scale(image)
 
 
+def open_regular(path: Path | str) -> BinaryIO:
+    """Open a file to read, but no pipe, device or socket, which may never end.
+
+    Raises:
+        BadImage: If it is one, or has more than `MAX_BYTES` bytes.
+        OSError: If it does not open.
+    """
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 (the caller closes it)
+    status = os.fstat(file.fileno())
+    if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES:
+        return file
+    file.close()
+    raise BadImage("a file of more than 512 MiB" if stat.S_ISREG(status.st_mode) else "a pipe or a device, not a file")
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would wait for someone to write
+
+
+def open_picture(file: BinaryIO | BytesIO, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """Let Pillow read the header of an image, in one of the known formats; no other of its decoders sees the file.
+
+    Raises:
+        BadImage: If it says that there are too many pixels.
+        UnidentifiedImageError: If the format is another one.
+    """
+    try:
+        image = Image.open(file, formats=formats or _formats())
+    except Image.DecompressionBombError:  # it has a limit of its own, above ours
+        raise BadImage(f"pixels are too many; at most {MAX_PIXELS:,}") from None
+    refuse_bomb(image.height, image.width)
+    return image
+
+
+def refuse_bomb(height: int, width: int, bytes_per_pixel: int = 1) -> None:
+    """Refuse what would take too much memory, before any of it is taken; raises `BadImage`."""
+    if height * width > MAX_PIXELS or height * width * bytes_per_pixel > MAX_BYTES:
+        raise BadImage(f"{height}x{width} pixels are too many; at most {MAX_PIXELS:,}, and {MAX_BYTES:,} bytes")
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """List the formats that this Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def count_pages(path: Path) -> int:
     """Count the pages of a TIFF or a DICOM file; any other has one, and so has one that does not open."""
     ending = path.suffix.lower()
@@ -119,9 +173,10 @@ def count_pages(path: Path) -> int:
         if ending == ".dcm":
             import pydicom
 
-            return int(pydicom.dcmread(path, stop_before_pixels=True).get("NumberOfFrames", 1) or 1)
-        with tifffile.TiffFile(path) as tiff:
-            return max(len(_pages(tiff)), 1)
+            with open_regular(path) as file:
+                return int(pydicom.dcmread(file, stop_before_pixels=True).get("NumberOfFrames", 1) or 1)
+        with open_regular(path) as file, tifffile.TiffFile(file) as tiff:
+            return max(len(pages_of(tiff)), 1)
     except Exception:  # reading it says why
         return 1
 
@@ -130,11 +185,11 @@ def orientation(path: Path) -> int:
     """Read the EXIF orientation by which `decode` turns an image, 1 (not at all) to 8."""
     try:
         if path.suffix.lower() in (".tif", ".tiff"):
-            with tifffile.TiffFile(path) as tiff:
-                tag = _pages(tiff)[0].tags.get(274)
+            with open_regular(path) as file, tifffile.TiffFile(file) as tiff:
+                tag = pages_of(tiff)[0].tags.get(274)
                 turned = int(tag.value) if tag else 1
         else:
-            with Image.open(path) as image:
+            with open_regular(path) as file, open_picture(file) as image:
                 turned = image.getexif().get(0x0112, 1)
     except Exception:  # an array or a medical image has none
         return 1
@@ -161,6 +216,8 @@ def _deep_png(content: bytes) -> np.ndarray:
         import cv2
     except ImportError:
         raise _Refused("PNG of 16-bit colour needs OpenCV", "pip install 'dmjd[codecs]'") from None
+    width, height = int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+    refuse_bomb(height, width, 8)
     array = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if array is None:
         raise BadImage("a PNG that does not decode")
@@ -171,7 +228,7 @@ def _jpeg(content: bytes, wanted: Wanted, reduce: Reduce | None) -> np.ndarray |
     """Decode a JPEG to the same values as Pillow, four times as fast if it is small; None leaves it to Pillow."""
     try:
         height, width, colour, _ = simplejpeg.decode_jpeg_header(content)
-        if colour not in ("YCbCr", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
+        if colour not in ("YCbCr", "Gray") or height * width > MAX_PIXELS:
             return None
         turned = _orientation(content)
         factor = (reduce(width, height) if turned >= 5 else reduce(height, width)) if reduce else 1
@@ -196,7 +253,7 @@ def _decode(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
         return _channels_last(np.load(BytesIO(content), allow_pickle=False), wanted)
     if content[128:132] == b"DICM":
         return _dicom(content, wanted, frame)
-    with Image.open(BytesIO(content)) as image:
+    with open_picture(BytesIO(content)) as image:
         return _pillow(image, wanted)
 
 
@@ -207,47 +264,62 @@ def _orientation(content: bytes) -> int:
         if content[place] != 0xFF or content[place + 1] not in APPLICATION:  # the image itself begins
             return 1
         place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
-    with Image.open(BytesIO(content)) as image:
+    with open_picture(BytesIO(content)) as image:
         turned = image.getexif().get(0x0112, 1)
     return turned if turned in range(1, 9) else 1
 
 
 def _pillow(image: Image.Image, wanted: Wanted) -> np.ndarray:
     """Decode what Pillow knows, deep images of one channel as they are."""
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint16)
     if image.mode in ("I", "F"):
         return np.array(image)
     if wanted.in_chans in (1, 3):
-        return np.array(image.convert("RGB" if wanted.in_chans == 3 else "L"))
-    return np.array(image if image.mode in ("L", "LA", "RGBA", "CMYK") else image.convert("RGB"))
+        mode = "RGB" if wanted.in_chans == 3 else "L"
+    else:
+        mode = image.mode if image.mode in ("L", "LA", "RGBA", "CMYK") else "RGB"
+    return np.array(image if image.mode == mode else image.convert(mode))  # converting would copy in any case
 
 
 def _tiff(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
     """Decode a TIFF: plain pictures by Pillow, which knows more of palettes and compression, all others by tifffile."""
     with tifffile.TiffFile(BytesIO(content)) as tiff:
-        pages = _pages(tiff)
+        pages = pages_of(tiff)
         if len(pages) > 1 and wanted.pages is None:
             raise _Refused(f"{len(pages)} pages", "say --data_pages bands or frames")
         page = pages[frame]
-        if page.imagewidth * page.imagelength > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise BadImage(f"{page.imagelength}x{page.imagewidth} pixels: too many to be true")
-        if len(pages) > 1 and wanted.pages == "bands":
+        bands = pages if wanted.pages == "bands" else [page]
+        refuse_bomb(page.imagelength, page.imagewidth)
+        if (size := sum(each.nbytes for each in bands)) > MAX_BYTES:
+            raise BadImage(f"{size:,} bytes of pixels are too many; at most {MAX_BYTES:,}")
+        if len(bands) > 1:
             return np.concatenate([_page(page) for page in pages], axis=-1)
         coloured = page.dtype == np.uint8 and page.photometric in PLAIN and wanted.in_chans in (1, 3)
         plain = (1, 3, 4) if coloured else (1,)
         if page.samplesperpixel not in plain or page.dtype not in (np.uint8, np.uint16, np.float32, np.bool_):
             return _page(page)
-    with Image.open(BytesIO(content)) as image:
+    with open_picture(BytesIO(content), ("TIFF",)) as image:
         image.seek(frame)
         return _pillow(image, wanted)
 
 
-def _pages(tiff: tifffile.TiffFile) -> list[Any]:
-    """List the pages of a TIFF that are no smaller copies of others."""
-    pages: Any = tiff.pages
-    return [page for page in pages if not page.is_reduced]
+def pages_of(tiff: tifffile.TiffFile) -> list[Any]:
+    """List the pages of a TIFF that are no smaller copies of others.
+
+    Raises:
+        BadImage: If they have no end, as where one says that an earlier one comes next.
+    """
+    every: Any = tiff.pages
+    pages, places = [], set[int]()
+    for page in every:
+        if page.offset in places or len(places) == MAX_PAGES:
+            raise BadImage(f"more than {MAX_PAGES:,} pages, or pages in a circle")
+        places.add(page.offset)
+        if not page.is_reduced:
+            pages.append(page)
+    return pages
 
 
 def _page(page: Any) -> np.ndarray:
@@ -266,7 +338,10 @@ def _dicom(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
     except ImportError:
         raise _Refused("DICOM needs pydicom", "pip install 'dmjd[dicom]'") from None
     data = pydicom.dcmread(BytesIO(content))
-    array, count = data.pixel_array, int(data.get("NumberOfFrames", 1) or 1)
+    count = int(data.get("NumberOfFrames", 1) or 1)
+    values = count * int(data.get("SamplesPerPixel", 1))  # of one place, over all frames
+    refuse_bomb(data.Rows, data.Columns, values * math.ceil(data.BitsAllocated / 8))
+    array = data.pixel_array
     if count > 1:
         if wanted.pages is None:
             raise _Refused(f"{count} frames", "say --data_pages bands or frames")
@@ -300,9 +375,15 @@ def _channels_last(array: np.ndarray, wanted: Wanted) -> np.ndarray:
 
 
 def at_known_depth(array: np.ndarray) -> np.ndarray:
-    """Bring values to the smallest known type that holds all of their own type, or to float32."""
+    """Bring values to the smallest known type that holds all of their own type, or to float32.
+
+    Raises:
+        BadImage: If they are no real numbers, or not finite.
+    """
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
+    if array.dtype.kind not in "buif":
+        raise BadImage(f"values of type {array.dtype}, which are no brightness")
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
     depth = next((each for each in DEPTHS if np.can_cast(array.dtype, each)), DEPTHS[-1])

@@ -188,6 +188,8 @@ def collect(root: Path, found: Iterable[Record], classes: tuple[str, ...], wante
     names, records, flat, counts, outlined = [], [], [], [0] * len(classes), 0
     number = {name: place for place, name in enumerate(classes)}
     for image in found:
+        if Path(image.name).is_absolute() or ".." in Path(image.name).parts:
+            raise DataError(f"an annotation for a file elsewhere; {image.name}; give paths below {root}")
         if not (root / image.name).is_file():
             raise DataError(f"an annotation for a missing image; {root / image.name}; add it or take it out")
         objects = []
@@ -307,6 +309,8 @@ def read_voc(root: Path, listed: Path) -> list[Record]:
 def read_xml(root: Path, name: str) -> Record:
     """Read one file of Pascal VOC; see `read_voc`."""
     file = root / "Annotations" / f"{name}.xml"
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(f"an image elsewhere; {name}; list names of files in {root / 'Annotations'}")
     try:
         tree = ElementTree.parse(file).getroot()
         size = [int(float(tree.findtext(f"size/{side}", "0"))) for side in ("height", "width")]

@@ -30,12 +30,14 @@ class HubReader:
         rows: A data set of the library that has this column alone, and does not decode it.
         column: Its name.
         address: What the set is called, for messages.
+        folders: Where files may lie that the column names instead of holding them.
         wanted: What is wanted of its images.
     """
 
     rows: Any
     column: str
     address: str
+    folders: tuple[Path, ...]
     wanted: Wanted
 
     def __call__(self, index: int, reduce: Reduce | None) -> Num[Tensor, "C H W"]:
@@ -44,6 +46,8 @@ class HubReader:
         file = cell and (cell["bytes"] or cell["path"])
         if not file:
             raise BadImage("an empty cell")
+        if not isinstance(file, bytes) and not any(map(Path(file).resolve().is_relative_to, self.folders)):
+            raise BadImage("no image, but the path of a file outside of the set")
         return decode(file, self.wanted, name=f"row {index} of {self.address}", reduce=reduce)
 
 
@@ -68,7 +72,7 @@ def open_hub(data: str, wanted: Wanted) -> dict[str, Source]:
             names=PackedStrings.pack(f"{number:07d}" for number in range(len(rows))),
             classes=classes,
             labels=labels,
-            reader=HubReader(_undecoded(data, rows, column), column, data, wanted),
+            reader=HubReader(_undecoded(data, rows, column), column, data, _folders(name), wanted),
         )
     return found
 
@@ -93,6 +97,7 @@ def _load(data: str, name: str, config: str | None = None, revision: str | None 
         import datasets
     except ImportError:
         raise DataError(f"such sets need the library datasets; {data}; pip install 'dmjd[tables]'") from None
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # before version 4 it would ask whether to run a set's script
     try:
         if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(name)
@@ -104,6 +109,14 @@ def _load(data: str, name: str, config: str | None = None, revision: str | None 
         reason = f"{type(error).__name__}: {_line(error)}"
         raise DataError(f"no set could be opened ({reason}); {data}; check its name and its options") from None
     return loaded if isinstance(loaded, dict) else {"": loaded}
+
+
+def _folders(name: str) -> tuple[Path, ...]:
+    """List where the files of a set may lie: in its folder, and where the library keeps what it downloads."""
+    import datasets
+
+    kept = (datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME)
+    return tuple(Path(folder).expanduser().resolve() for folder in (*kept, *([name] if Path(name).is_dir() else [])))
 
 
 def _undecoded(data: str, rows: Any, column: str) -> Any:

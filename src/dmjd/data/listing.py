@@ -70,7 +70,7 @@ def _scan(
         found = sorted(
             entry.name + "/" * entry.is_dir(follow_symlinks=False)
             for entry in entries
-            if entry.name[0] != "." and not (entry.is_symlink() and entry.is_dir())
+            if entry.name[0] != "." and not _is_linked_folder(entry)
         )
     for name in found:
         if name[-1] == "/":
@@ -79,6 +79,13 @@ def _scan(
             yield below + name
         else:
             passed_over[ending] += 1
+
+
+def _is_linked_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_symlink() and entry.is_dir()
+    except OSError:  # a link to itself; reading the image says so
+        return False
 
 
 def _keep(kept: Path, listing: Listing, folders: dict[str, int]) -> None:

@@ -3,13 +3,12 @@
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tifffile
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
-from dmjd.data.decode import BadImage, orientation
+from dmjd.data.decode import BadImage, open_picture, open_regular, orientation, pages_of
 
 DEPTHS_OF_MODES = {"I": "int32", "F": "float32", "1": "bool"}  # of Pillow; those of 16 bits start with I;16
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how its files begin
@@ -39,7 +38,7 @@ def peek(file: Path) -> Peek:
         BadImage: If there is none that can be read.
     """
     try:
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             head = opened.read(132)
         if head.startswith(TIFF):
             return _tiff(file)
@@ -50,6 +49,8 @@ def peek(file: Path) -> Peek:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _picture(file, head)
+    except BadImage:
+        raise
     except UnidentifiedImageError:
         raise BadImage("not an image of a known format") from None
     except Exception as error:  # decoders fail in every way there is
@@ -57,7 +58,7 @@ def peek(file: Path) -> Peek:
 
 
 def _picture(file: Path, head: bytes) -> Peek:
-    with Image.open(file) as image:
+    with open_regular(file) as opened, open_picture(opened) as image:
         mode = image.mode
     deep = mode.startswith("I;16") or (head.startswith(b"\x89PNG") and head[24] == 16)  # Pillow hides deep colour
     dtype = "uint16" if deep else DEPTHS_OF_MODES.get(mode, "uint8")
@@ -66,9 +67,8 @@ def _picture(file: Path, head: bytes) -> Peek:
 
 
 def _tiff(file: Path) -> Peek:
-    with tifffile.TiffFile(file) as tiff:
-        every: Any = tiff.pages
-        pages = [page for page in every if not page.is_reduced]
+    with open_regular(file) as opened, tifffile.TiffFile(opened) as tiff:
+        pages = pages_of(tiff)
         page = pages[0]
         colour = page.photometric in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.SEPARATED)
         alpha = page.photometric == tifffile.PHOTOMETRIC.RGB and page.samplesperpixel == 4 and page.dtype == np.uint8

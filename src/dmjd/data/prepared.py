@@ -6,15 +6,18 @@ A set is a folder:
   read its size and SHA-256. It is written last.
 * `PART-00000.bin`, `PART-00001.bin`, ...: pixels, one image after the other, each H W C at its own depth and from a
   multiple of 4 bytes on. Channels come last because torch resizes bytes that lie so more than half as fast again.
-* `PART.index.safetensors`: `names` and `ends` (see `PackedStrings`), `places` (n, 5), which are file, offset in bytes,
-  height, width and depth (its place in `DTYPES`), and `labels` (n) where there are classes.
+* `PART.index.safetensors`: `names` and `ends` (see `PackedStrings`), `places` (n, 6), which are file, offset in bytes,
+  height, width, depth (its place in `DTYPES`) and CRC-32, and `labels` (n) where there are classes.
 * `skipped.tsv`: the images that did not decode, with the reasons.
+
+An image whose CRC-32 is another one when it is looked at does not decode. Sets of format 1 have none.
 
 PART is `all` in a set without parts. All numbers are little-endian, as nearly all machines have them.
 """
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,17 +27,18 @@ from typing import Any
 import torch
 from jaxtyping import Int, Num, UInt8
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from dmjd.data.crops import resize
-from dmjd.data.decode import Reduce, Wanted, fit_channels
+from dmjd.data.decode import BadImage, Reduce, Wanted, fit_channels
 from dmjd.data.packed import PackedStrings
 from dmjd.data.source import Opener, Source, has_labels, labels_of, register_source
 from dmjd.data.stored import StoredImages
 from dmjd.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # the first has no CRC-32
 KIND = "images prepared by dmjd"
 SET, JOURNAL = "set.json", "unfinished.jsonl"
 DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.float32)  # in the order of the format
@@ -51,21 +55,28 @@ class PreparedReader:
         stem: How the part's files are called.
         wanted: What is wanted of the images.
         in_chans: Channels that they have.
-        places: File, offset, height, width and depth of each.
+        places: File, offset, height, width, depth and perhaps CRC-32 of each.
     """
 
     root: Path
     stem: str
     wanted: Wanted
     in_chans: int
-    places: Int[Tensor, "n 5"]
+    places: Int[Tensor, "n _"]
 
     def __call__(self, index: int, reduce: Reduce | None) -> Num[Tensor, "C H W"]:
-        """Look at an image where it lies; channels or a range other than its own make a copy."""
-        file, offset, height, width, depth = self.places[index].tolist()
+        """Look at an image where it lies; channels or a range other than its own make a copy.
+
+        Raises:
+            BadImage: If it has changed since it was written.
+        """
+        file, offset, height, width, depth, *crc = self.places[index].tolist()
         kind = DTYPES[depth]
         size = height * width * self.in_chans * kind.itemsize
-        pixels = self._mapped(file)[offset : offset + size].view(kind).view(height, width, self.in_chans)
+        stored = self._mapped(file)[offset : offset + size]
+        if crc and [zlib.crc32(stored.numpy().data)] != crc:
+            raise BadImage("changed since it was prepared")
+        pixels = stored.view(kind).view(height, width, self.in_chans)
         if self.in_chans != self.wanted.in_chans:
             pixels = torch.from_numpy(fit_channels(pixels.numpy(), self.wanted.in_chans))
         image = pixels.permute(2, 0, 1)
@@ -102,17 +113,18 @@ def pack(images: Iterable[Num[Tensor, "C _ _"]]) -> tuple[UInt8[Tensor, " bytes"
     """Lay images of one number of channels one after the other.
 
     Returns:
-        Their pixels, and offset, height, width and depth of each.
+        Their pixels, and offset, height, width, depth and CRC-32 of each.
     """
     content, places = bytearray(), []
     for image in images:
-        places.append([len(content), *image.shape[1:], DTYPES.index(image.dtype)])
-        content += image.permute(1, 2, 0).contiguous().numpy().data.cast("B")
+        pixels = image.permute(1, 2, 0).contiguous().numpy().data.cast("B")
+        places.append([len(content), *image.shape[1:], DTYPES.index(image.dtype), zlib.crc32(pixels)])
+        content += pixels
         content += bytes(-len(content) % ALIGNED)
     return torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8), places
 
 
-def write_index(path: Path, source: Source, kept: Int[Tensor, " n"], places: Int[Tensor, "n 5"]) -> None:
+def write_index(path: Path, source: Source, kept: Int[Tensor, " n"], places: Int[Tensor, "n 6"]) -> None:
     """Write the index of a part.
 
     Args:
@@ -160,7 +172,10 @@ def open_prepared(data: str, wanted: Wanted) -> dict[str, Source]:
     for part, described in content["parts"].items():
         path = root / index_file(stem_of(part))
         try:
-            index = load_file(path)
+            stored = path.read_bytes()
+            if hashlib.sha256(stored).hexdigest() != content["files"][path.name]["sha256"]:
+                raise DataError(f"a file of the set has changed; {path}; {AGAIN}")
+            index = load(stored)
             labels = index.get("labels")
             found[part] = StoredImages(
                 address=data,
@@ -183,9 +198,12 @@ def read_set(root: Path) -> dict[str, Any]:
     path = root / SET
     try:
         content = json.loads(path.read_bytes())
-        if content["format"] != FORMAT:
+        if content["format"] not in READABLE:
             raise DataError(f"format {content['format']}, this version reads {FORMAT}; {path}; {AGAIN}")
         sizes = {root / name: described["bytes"] for name, described in content["files"].items()}
+        classes = {part: described["classes"] for part, described in content["parts"].items()}
+        if any(part != Path(part).name for part in classes) or not isinstance(content["in_chans"], int):
+            raise ValueError(f"parts {', '.join(classes)}, channels {content['in_chans']}")
     except FileNotFoundError:
         raise DataError(f"not a finished set; {root}; run the same dmjd prepare again, which goes on with it") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

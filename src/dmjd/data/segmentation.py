@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Int, Num
-from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from dmjd.data.annotated import turn_of
-from dmjd.data.decode import BadImage, Wanted, turn
+from dmjd.data.decode import BadImage, Wanted, open_picture, open_regular, turn
 from dmjd.data.folder import FolderFiles, image_names
 from dmjd.data.packed import PackedStrings
 from dmjd.errors import DataError
@@ -73,8 +72,11 @@ class SegmentationSet(FolderFiles):
     def labels(self, index: int) -> Int[Tensor, "H W"]:
         """Decode an annotation as its file has it; raises `BadImage`."""
         try:
-            with Image.open(self.annotations / Path(self.names[index]).with_suffix(".png")) as picture:
+            path = self.annotations / Path(self.names[index]).with_suffix(".png")
+            with open_regular(path) as file, open_picture(file, ("PNG",)) as picture:
                 numbers = np.array(picture)
+        except BadImage as bad:
+            raise BadImage(f"annotation: {bad}") from None
         except Exception as error:  # decoders fail in every way there is
             raise BadImage(f"annotation: {type(error).__name__}: {' '.join(str(error).split())}"[:200]) from None
         if numbers.ndim != 2 or numbers.dtype.kind == "f":

@@ -14,7 +14,7 @@ from pathlib import Path
 from jaxtyping import Num
 from torch import Tensor
 
-from dmjd.data.decode import BadImage, Reduce, Wanted, count_pages, decode
+from dmjd.data.decode import MAX_BYTES, BadImage, Reduce, Wanted, count_pages, decode
 from dmjd.data.folder import FolderImages
 from dmjd.data.hub import has_embedded_images, open_hub
 from dmjd.data.packed import PackedStrings
@@ -24,6 +24,8 @@ from dmjd.errors import DataError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ENDINGS = (*DELIMITERS, ".parquet", ".txt")
+# Kinds of URLs that only read a file. Others of fsspec's unpack, cache or interpret what they read.
+PROTOCOLS = frozenset(("abfs", "az", "file", "ftp", "gcs", "gs", "hf", "http", "https", "oci", "oss", "s3", "sftp"))
 
 Columns = dict[str, list[str]]
 
@@ -48,6 +50,8 @@ class ListedImages(FolderImages):
         name = self.names[index]
         if "://" not in name:
             return self.image(index, reduce)
+        if name.startswith("file://"):  # as any other file: no pipe, no device
+            return decode(name.removeprefix("file://"), self.wanted, name=name, reduce=reduce)
         return decode(_fetch(name), self.wanted, name=name, reduce=reduce)
 
 
@@ -169,6 +173,8 @@ def _check_paths(path: Path, names: list[str]) -> None:
         raise DataError(f"{most} is listed {times} times; {path}; list it once")
     if remote := {name.partition("://")[0] for name in names if "://" in name}:
         _check_protocols(remote, path)
+    if chained := [name for name in names if "://" in name and "::" in name]:
+        raise DataError(f"a URL within a URL, {chained[0]}; {path}; download what it leads to")
     listings: dict[str, frozenset[str]] = {}
     missing = []
     for name in names:
@@ -202,6 +208,9 @@ def _check_protocols(protocols: Iterable[str], path: Path) -> None:
     except ImportError:
         raise DataError(f"URLs need fsspec; {path}; pip install 'dmjd[remote]'") from None
     for protocol in sorted(protocols):
+        if protocol not in PROTOCOLS:
+            known = ", ".join(sorted(PROTOCOLS))
+            raise DataError(f"{protocol}:// cannot be read; {path}; the kinds of URLs are {known}")
         try:
             fsspec.get_filesystem_class(protocol)
         except (ImportError, ValueError) as error:
@@ -214,9 +223,12 @@ def _fetch(url: str) -> bytes:
 
     try:
         with fsspec.open(url) as file:
-            return file.read()
+            content: bytes = file.read(MAX_BYTES + 1)
     except Exception as error:  # every file system has errors of its own
         raise BadImage(f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]) from None
+    if len(content) > MAX_BYTES:
+        raise BadImage("a file of more than 512 MiB")
+    return content
 
 
 def _frames(root: Path, columns: Columns) -> Columns:

@@ -113,12 +113,15 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If another version wrote the checkpoint.
     """
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    if state["format"] != FORMAT:
-        raise CheckpointError(
-            f"format {state['format']}, this version reads {FORMAT}; {path}; use the version that wrote it"
-        )
-    return state
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        if state["format"] == FORMAT:
+            return state
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"no state of a run; {path / 'state.json'}; remove this checkpoint") from None
+    raise CheckpointError(
+        f"format {state['format']}, this version reads {FORMAT}; {path}; use the version that wrote it"
+    )
 
 
 def load(path: Path, *, model: nn.Module, trained: nn.Module, optimizer: Optimizer) -> None:
@@ -131,13 +134,14 @@ def load(path: Path, *, model: nn.Module, trained: nn.Module, optimizer: Optimiz
         ours = model.state_dict()
         weights = {name: shared_like(value, ours.get(name, value)) for name, value in read(path / "model").items()}
         model.load_state_dict(weights)
-    except (RuntimeError, SafetensorError) as error:
+        moments, numbers = read(path / "optimizer"), read_state(path)["optimizer"]
+        for group, saved in zip(optimizer.param_groups, numbers["groups"], strict=True):
+            group.update(saved)
+    except (RuntimeError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"the checkpoint does not fit the model: {reason}; {path}; check the settings") from None
-    numbers, states = read_state(path)["optimizer"], dict[str, dict[str, Any]]()
-    for group, saved in zip(optimizer.param_groups, numbers["groups"], strict=True):
-        group.update(saved)
-    for name, value in {**read(path / "optimizer"), **numbers["states"]}.items():
+    states: dict[str, dict[str, Any]] = {}
+    for name, value in {**moments, **numbers["states"]}.items():
         parameter, _, key = name.rpartition(":")
         states.setdefault(parameter, {})[key] = value
     for name, parameter in trained.named_parameters():
@@ -156,7 +160,8 @@ def verify(path: Path) -> bool:
     """Tell whether every file of a checkpoint is what its manifest says."""
     try:
         digests = json.loads((path / MANIFEST).read_text())
-        return bool(digests) and all(sha256(path / name) == digest for name, digest in digests.items())
+        inside = all(Path(name).name == name for name in digests)
+        return bool(digests) and inside and all(sha256(path / name) == digest for name, digest in digests.items())
     except (OSError, ValueError, AttributeError):
         return False
 

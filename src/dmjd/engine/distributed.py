@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dmjd.engine.device import choose_device
-from dmjd.errors import ConfigError
+from dmjd.engine.watch import this_process, watching
+from dmjd.errors import ConfigError, Stopped
 
 T = TypeVar("T")
 Parallel = Literal["ddp", "fsdp"]
@@ -119,10 +120,12 @@ def join_ranks(device: str) -> Iterator[Ranks]:
 
     Raises:
         ConfigError: If the device is unknown, absent, or one for all ranks.
+        Stopped: If another rank has ended before its time.
     """
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if world_size == 1:
-        yield Ranks(choose_device(device))
+        with watching(rank):
+            yield Ranks(choose_device(device))
         return
     if ":" in device:
         raise ConfigError(f"{world_size} processes cannot share a device; --device {device}; leave its number out")
@@ -131,14 +134,22 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         chosen = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', rank)}")
         torch.cuda.set_device(chosen)
     ours = not dist.is_initialized()  # a script that runs several verbs may have begun, and keeps it
-    if ours:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world_size)
-    with ExitStack() as silence:
+    with watching(rank) as processes, ExitStack() as silence:
+        if ours:
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+        ranks = Ranks(chosen, rank, world_size, dist.new_group(backend="gloo"))
+        processes[:] = ranks.gather(this_process(rank))
         if rank:
             nowhere = silence.enter_context(Path(os.devnull).open("w"))
             silence.enter_context(redirect_stdout(nowhere))
             silence.enter_context(redirect_stderr(nowhere))
-        yield Ranks(chosen, rank, world_size, dist.new_group(backend="gloo"))
+        try:
+            yield ranks
+        except RuntimeError as error:
+            if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+                raise
+            reason = " ".join(str(error).split("] ", 1)[-1].split())[:80]
+            raise Stopped(f"stopped, as another process has ended ({reason}); go on with --resume") from None
     if ours:
         dist.destroy_process_group()  # not after an error: others may still wait for this rank, and would be waited for
 

@@ -12,15 +12,27 @@ from typing import Any
 
 import yaml
 
+from dmjd.data.cells import plain_cell
 from dmjd.data.source import Readable, fingerprint
 from dmjd.engine import checkpoint
 from dmjd.engine.distributed import Ranks
 from dmjd.errors import CheckpointError, ConfigError, DataError
 
-MAX_BAD = 0.01  # share of a set's files that may fail to decode before the run stops
 # What may differ between a run and its resumption: none of it changes a loss on the same kind of device.
 MAY_CHANGE = {
-    *("out", "resume", "allow_change", "checkpoint_minutes", "preset", "config", "data", "monitor", "log", "debug"),
+    *(
+        "out",
+        "resume",
+        "allow_change",
+        "checkpoint_minutes",
+        "max_bad",
+        "preset",
+        "config",
+        "data",
+        "monitor",
+        "log",
+        "debug",
+    ),
     *("workers", "device", "parallel", "compile"),
 }
 
@@ -160,17 +172,18 @@ class Run:
         """Record files that did not decode, by name and reason.
 
         Raises:
-            DataError: If they are more than 1 % of the set.
+            DataError: If they are more of the set than the setting `max_bad` permits, 1 % unless it says otherwise.
         """
         if skipped.keys() <= self.skipped.keys():
             return
         self.skipped |= skipped
         rows = "".join(f"{one_cell(path)}\t{reason}\n" for path, reason in sorted(self.skipped.items()))
         self.replace("skipped.tsv", rows)
-        if len(self.skipped) > MAX_BAD * self.count:
+        most = self.settings.get("max_bad", 0.01)
+        if len(self.skipped) > most * self.count:
             raise DataError(
-                f"{len(self.skipped)} of {self.count} images do not decode, more than {MAX_BAD:.0%}; {self.address}; "
-                f"see {self.out / 'skipped.tsv'}"
+                f"{len(self.skipped)} of {self.count} images do not decode, over {100 * most:g} %; {self.address}; "
+                f"see {self.out / 'skipped.tsv'}, or raise --max_bad"
             )
 
     def replace(self, name: str, text: str) -> None:
@@ -200,7 +213,7 @@ def read_lines(metrics: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def one_cell(name: str) -> str:
     """Write a file's name so that it stays in its cell of a table: tabs and line breaks as in Python's strings."""
-    return name.translate({ord(character): repr(character)[1:-1] for character in "\t\n\r"})
+    return plain_cell(name.translate({ord(character): repr(character)[1:-1] for character in "\t\n\r"}))
 
 
 def tensorboard(out: Path) -> Any:

@@ -15,6 +15,7 @@ from dmjd.errors import StorageError
 from dmjd.targets import Teacher
 
 PAGE = 4096  # bytes; a larger target takes whole pages, smaller ones share them
+DIGEST = 8  # bytes of the hash that stands before a target
 
 
 class TargetCache:
@@ -22,6 +23,7 @@ class TargetCache:
 
     The file is an SQLite database: a run may be killed at any moment, several runs may share it, and a crop's target is
     found whatever the order. Keys are hashes of the pixels, so on a GPU the images of a batch come back once a step.
+    Before every target stands a hash of it; one that has changed on the disk is computed again.
 
     Args:
         teacher: Whose targets are kept; to be its `cache`.
@@ -47,7 +49,7 @@ class TargetCache:
 
     def bytes_for(self, num_crops: int) -> int:
         """Estimate the size of the file when it holds so many crops."""
-        size = self.num_tokens * self.dim * 2
+        size = DIGEST + self.num_tokens * self.dim * 2
         return num_crops * (64 + (PAGE * math.ceil(size / (PAGE - 4)) if size > PAGE else int(1.2 * size)))
 
     def reserve(self, num_crops: int) -> str:
@@ -70,24 +72,34 @@ class TargetCache:
         """Read the targets of images of 0..255; `compute` makes those that are not there yet, and they are kept.
 
         Raises:
-            StorageError: If they cannot be written.
+            StorageError: If they cannot be written, or the database is broken.
         """
         keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images.cpu().numpy()]
         marks = ",".join("?" * len(keys))
-        found = dict(self.database.execute(f"SELECT crop, target FROM targets WHERE crop IN ({marks})", keys))
+        try:
+            rows = self.database.execute(f"SELECT crop, target FROM targets WHERE crop IN ({marks})", keys).fetchall()
+        except sqlite3.Error as error:
+            raise StorageError(f"no usable cache of targets ({error}); {self.path}; remove it") from None
+        found = {key: row[DIGEST:] for key, row in rows if isinstance(row, bytes) and row == signed(key, row[DIGEST:])}
         missing = [place for place, key in enumerate(keys) if key not in found]
         if missing:
             targets = compute(images[missing]).half().cpu().numpy()
-            rows = [(keys[place], target.tobytes()) for place, target in zip(missing, targets, strict=True)]
+            computed = {keys[place]: target.tobytes() for place, target in zip(missing, targets, strict=True)}
+            rows = [(key, signed(key, target)) for key, target in computed.items()]
             try:
                 self.database.execute("BEGIN")
-                self.database.executemany("INSERT OR IGNORE INTO targets VALUES (?, ?)", rows)
+                self.database.executemany("INSERT OR REPLACE INTO targets VALUES (?, ?)", rows)
                 self.database.execute("COMMIT")
             except sqlite3.Error as error:
                 raise StorageError(f"targets cannot be kept ({error}); {self.path}; free some space") from None
-            found |= dict(rows)
+            found |= computed
         tokens = torch.frombuffer(bytearray(b"".join(found[key] for key in keys)), dtype=torch.float16)
         return tokens.view(len(keys), self.num_tokens, self.dim).to(images.device, torch.float32)
+
+
+def signed(key: bytes, target: bytes) -> bytes:
+    """Put a hash of a target, and of the crop that it belongs to, before it."""
+    return hashlib.blake2b(key + target, digest_size=DIGEST).digest() + target
 
 
 def cache_targets(model: nn.Module, folder: Path, *, precision: str) -> list[TargetCache]:

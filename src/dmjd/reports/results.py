@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dmjd.data.cells import plain_cell
 from dmjd.engine.checkpoint import write_atomically
 from dmjd.reports.curves import draw_curves, read_metrics
 from dmjd.reports.page import write_page
@@ -37,7 +38,8 @@ def write_results(
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, fieldnames=list(rows[0]))
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow({key: plain_cell(cell) if isinstance(cell, str) else cell for key, cell in row.items()})
     write_atomically(out / "per_class.csv", table.getvalue())
     write_atomically(out / "result.json", json.dumps(summary, indent=1))
     common = {
