@@ -34,7 +34,6 @@ from dmjd.config.doctor import DoctorSettings
 from dmjd.config.prepare import PrepareSettings
 from dmjd.config.pretrain import PretrainSettings
 from dmjd.config.rules import PRESETS, nearest
-from dmjd.engine.watch import is_from_torchrun
 
 PATIENCE = 10.0  # seconds that the first process has to say the same error
 
@@ -248,7 +247,7 @@ def say_error(message: str) -> None:
     speak only if the first has nothing to say.
     """
     rank = os.environ.get("RANK", "0")
-    if rank != "0" and is_from_torchrun():
+    if rank != "0" and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started it
         time.sleep(PATIENCE)
     print(f"error{'' if rank == '0' else f' (process {rank})'}: {message}", file=sys.stderr)
 

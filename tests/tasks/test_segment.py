@@ -146,7 +146,7 @@ def test_segment__a_bad_annotation_stops_a_small_run_and_is_named(scenes, backbo
     ("flags", "code", "said"),
     [
         ("--batch_size 1", 2, "BatchNorm needs two images"),
-        ("--crop_size 12xa", 2, "neither a number nor HEIGHTxWIDTH"),
+        ("--crop_size 12xa", 2, "neither SIDE nor HEIGHTxWIDTH"),
         ("--inference slide --stride 50", 2, "leaves gaps"),
         ("--scale 2 1", 2, "low before high"),
         ("--layer_decay 1.5", 2, "layer_decay 1.5 is out of range"),

@@ -24,6 +24,7 @@ def claim(out: Path, *, resume: bool, ranks: Ranks) -> Iterator[None]:
         Stopped: When a signal comes; the message says whether the run can go on from a checkpoint.
     """
     locks: list[IO[str]] = []
+    missing = [folder for folder in (out, *out.parents) if ranks.is_main and not folder.exists()]
     ranks.on_main(lambda: locks.extend(_take(out, resume=resume)))
     try:
         if ranks.on_main((out / "config.yaml").exists) and not resume:
@@ -36,7 +37,11 @@ def claim(out: Path, *, resume: bool, ranks: Ranks) -> Iterator[None]:
         raise
     finally:
         for lock in locks:
-            _release(out, lock)
+            (out / LOCK).unlink(missing_ok=True)
+            lock.close()
+        with suppress(OSError):  # nothing is left of a run that was refused
+            for folder in missing:
+                folder.rmdir()
 
 
 def _take(out: Path, *, resume: bool) -> list[IO[str]]:
@@ -69,12 +74,3 @@ def _take(out: Path, *, resume: bool) -> list[IO[str]]:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return [file]
-
-
-def _release(out: Path, lock: IO[str]) -> None:
-    """Let go of the directory, and leave nothing in it that was not there, had nothing else been written."""
-    with suppress(OSError):
-        (out / LOCK).unlink()
-    lock.close()
-    with suppress(OSError):
-        out.rmdir()  # only if it is empty
