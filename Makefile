@@ -14,10 +14,10 @@ test: .venv/installed
 	$(MAKE) --jobs 2 --output-sync=target test-processes test-rest
 
 test-processes:
-	$(BIN)/python -m pytest -m "not slow" $(PROCESSES)
+	$(BIN)/python -m pytest -m "not slow" --durations 12 $(PROCESSES)
 
 test-rest:
-	$(BIN)/python -m pytest -m "not slow" $(addprefix --ignore=,$(PROCESSES))
+	$(BIN)/python -m pytest -m "not slow" --durations 12 $(addprefix --ignore=,$(PROCESSES))
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest

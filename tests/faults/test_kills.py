@@ -18,7 +18,7 @@ from dmjd.engine import checkpoint
 
 STEPS = 24
 SAVES = {"ema": "--monitor.saves", "finetune": "--log.saves", "segment": "--log.saves", "detect": "--log.saves"}
-SPAN = 4.0  # seconds after which a run that has claimed its directory is killed at the latest
+SPAN = 2.5  # seconds after which a run that has claimed its directory is killed at the latest
 
 
 @pytest.fixture(scope="module")
