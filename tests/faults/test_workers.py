@@ -19,10 +19,11 @@ from PIL import Image
 from dmjd.data.crops import RandomCrop, center_crop
 from dmjd.data.decode import Reduce, Wanted
 from dmjd.data.folder import folder_images
-from dmjd.data.loader import LOOK, read_batches, train_batches
+from dmjd.data.loader import read_batches, train_batches
 from dmjd.data.masked import MaskedSamples
 from dmjd.data.sampler import StepSampler
 from dmjd.data.source import View
+from dmjd.data.workers import LOOK
 from dmjd.errors import ConfigError, DataError
 
 IN_TIME = 30  # seconds

@@ -7,7 +7,7 @@ no folders share, `listing` finds files, `packed` keeps millions of texts in one
 `memory` holds the decoded images of a small set.
 Images: `decode` (any file to a tensor at its depth), `peek` (what its header says), `levels` and `statistics` (what its
 values range over), `crops`.
-Training: `sampler` (which samples, when), `loader` (worker processes), and for each kind of sample its batch and how it
+Training: `sampler` (which samples, when), `loader` and its `workers`, and for each kind of sample its batch and how it
 is collated: `masked` for pretraining, `labelled` for classification, `annotated` for `segmentation` and `detection`.
 Looking a set over: `checkup`, `duplicates`.
 """

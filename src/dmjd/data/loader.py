@@ -1,35 +1,20 @@
-"""Worker processes: they decode ahead of the network, and change nothing about what it sees.
-
-One that is killed or stopped ends the run within seconds; none outlives the process that started it.
-"""
+"""Batches of images, for training and for looking at; who loads them changes nothing about what the network sees."""
 
 import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import connection, resource_tracker
-from multiprocessing.context import SpawnContext, SpawnProcess
-from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Num
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from dmjd.data.decode import BadImage
 from dmjd.data.sampler import StepSampler
 from dmjd.data.source import Readable, Source
-from dmjd.errors import ConfigError, UserError
+from dmjd.data.workers import load_batches
 
 FEW = 512  # images that are read sooner than workers start
-LOOK = 5  # seconds of waiting for a batch after which the workers are looked at
-# What schedulers and terminals send to all processes of a run: the main one answers, and needs its workers to the end.
-TO_THE_GROUP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 @runtime_checkable
@@ -72,7 +57,7 @@ def train_batches(
         workers = 0
     elif workers is None:
         workers = _spare_cores()
-    return _load(samples, sampler, collate or _as_is, workers=workers, pin_memory=pin_memory and not in_place)
+    return load_batches(samples, sampler, collate or _as_is, workers=workers, pin_memory=pin_memory and not in_place)
 
 
 def read_batches(
@@ -105,7 +90,7 @@ def read_batches(
         workers = _spare_cores()
     chunks = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
     reading, generator = _Reading(source, transform), Generator()  # the loader draws a seed: not from the global one
-    return iter(_load(reading, chunks, _stack, workers=workers, pin_memory=pin_memory, generator=generator))
+    return iter(load_batches(reading, chunks, _stack, workers=workers, pin_memory=pin_memory, generator=generator))
 
 
 @dataclass(frozen=True)
@@ -132,29 +117,6 @@ def _stack(read: list[tuple[Tensor | None, int]]) -> tuple[Tensor, list[int]]:
     return torch.stack(images), list(indices)
 
 
-def _load(
-    samples: Any,
-    keys: Iterable[list[Any]],
-    collate: Callable[[list[Any]], Any],
-    *,
-    workers: int,
-    pin_memory: bool,
-    generator: Generator | None = None,
-) -> Iterable[Any]:
-    loader = DataLoader(
-        cast("Dataset[Any]", _Excused(samples) if workers else samples),
-        batch_sampler=keys,
-        collate_fn=partial(_collate_excused, collate) if workers else collate,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        generator=generator,
-        timeout=LOOK if workers else 0,
-        multiprocessing_context=_Context() if workers else None,
-        worker_init_fn=partial(_set_up_worker, parent=os.getpid()) if workers else None,
-    )
-    return _Watched(loader) if workers else loader
-
-
 def _as_is(batch: Any) -> Any:
     """Take samples that come as a batch."""
     return batch
@@ -164,150 +126,3 @@ def _spare_cores() -> int:
     """Count the cores that the main process leaves to workers: 1 to 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(min(cores - 1, 16), 1)
-
-
-# -- workers -----------------------------------------------------------------------------------------------------------
-
-
-class _Worker(SpawnProcess):
-    """A process that nothing less ends: SIGTERM is for the whole group, and blocked in it."""
-
-    def terminate(self) -> None:
-        """End it; this is what torch calls where a worker does not leave by itself."""
-        self.kill()
-
-
-class _Context(SpawnContext):
-    """Starts workers as new processes: fork deadlocks beside threads (CPython gh-112275)."""
-
-    Process = _Worker
-
-
-@contextmanager
-def _blocked() -> Iterator[None]:
-    """Start processes that signals to the whole group never reach: they inherit what is blocked. Ours come later."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_THE_GROUP)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _set_up_worker(worker: int, parent: int) -> None:
-    """Keep workers from competing for each other's cores, and from outliving the process `parent`."""
-    torch.set_num_threads(1)
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-
-
-def _leave_with(parent: int) -> None:
-    """End this process soon after its parent. torch's own watch misses a parent that goes while workers start."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-@dataclass(frozen=True)
-class _Excused:
-    """Samples of a worker, where a user's error is handed over as it is: torch would add a traceback to its message."""
-
-    samples: Any
-
-    def __getitem__(self, key: Any) -> Any:
-        try:
-            return self.samples[key]
-        except UserError as error:
-            return error
-
-    def __getitems__(self, keys: list[Any]) -> Any:
-        if not hasattr(self.samples, "__getitems__"):
-            return [self[key] for key in keys]
-        try:
-            return self.samples.__getitems__(keys)
-        except UserError as error:
-            return [error]
-
-
-def _collate_excused(collate: Callable[[list[Any]], Any], samples: Any) -> Any:
-    error = next((each for each in samples if isinstance(each, UserError)), None)
-    return collate(samples) if error is None else error
-
-
-@dataclass(frozen=True)
-class _Watched:
-    """Batches of workers that are looked at whenever a batch does not come."""
-
-    loader: DataLoader[Any]
-
-    def __iter__(self) -> Iterator[Any]:
-        # torch would raise an error about a worker that ended from wherever the main process is at that moment.
-        before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-        with _blocked():  # Python's own helper process would say at length that it was ended
-            resource_tracker.ensure_running()
-        with _blocked():
-            batches: Any = iter(self.loader)
-        if before is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, before)
-        stopped: set[int] = set()  # pids
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except (RuntimeError, OSError, EOFError) as error:  # a dead worker's batch cannot be received
-                stopped = _look_at(batches._workers, error, stopped)
-                continue
-            if isinstance(batch, UserError):
-                raise batch
-            stopped.clear()
-            yield batch
-
-
-def _look_at(workers: Sequence[SpawnProcess], error: Exception, stopped: set[int]) -> set[int]:
-    """Find out why no batch came.
-
-    A worker counts as stopped if it was at two looks in a row; one that waits for slow storage is not.
-
-    Args:
-        workers: The processes.
-        error: What waiting for the batch raised.
-        stopped: Workers that were stopped at the last look.
-
-    Returns:
-        Workers that are stopped now, if there is nothing to do but to wait on.
-
-    Raises:
-        ConfigError: If one was killed, has failed, or stays stopped.
-    """
-    waited = f"timed out after {LOOK} seconds" in str(error)
-    # One whose batch cannot be received is perhaps about to end.
-    connection.wait([worker.sentinel for worker in workers], timeout=0 if waited else 1)
-    for worker in workers:
-        if worker.exitcode:
-            killed = worker.exitcode < 0
-            how = f"was killed by signal {-worker.exitcode}" if killed else f"ended with exit code {worker.exitcode}"
-            why = ", perhaps for want of memory" if worker.exitcode == -9 else ""
-            raise ConfigError(
-                f"a process that loads images {how}{why}; process {worker.pid}, {worker.name}; give fewer --workers"
-            ) from None
-    if not waited:
-        raise error
-    now = {worker.pid for worker in workers if worker.pid and _is_stopped(worker.pid)}
-    for worker in workers:
-        if worker.pid in now & stopped:
-            worker.kill()  # nothing less ends a stopped process, and all would wait for it
-            raise ConfigError(
-                f"a process that loads images was stopped by a signal, and is ended; process {worker.pid}, "
-                f"{worker.name}; let it run, or give --workers 0"
-            )
-    return now
-
-
-def _is_stopped(pid: int) -> bool:
-    """Tell whether a process is stopped, by a signal or a debugger; False where the system does not say."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
-    except OSError:
-        return False
