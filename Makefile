@@ -3,21 +3,26 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-processes test-rest test-all check docs format clean
+.PHONY: demo test test-processes test-faults test-rest test-all check docs format clean
 
 demo: .venv/installed
 	$(BIN)/dmjd pretrain --preset quick --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-# Two processes side by side: what starts processes of its own, and everything else.
-PROCESSES := tests/engine tests/equality tests/faults tests/readme tests/test_extending.py
+# Three processes side by side: what starts processes of its own, and often waits for them, and everything else.
+PROCESSES := tests/engine tests/equality tests/readme tests/test_extending.py
+FAULTS := tests/faults
+PYTEST := $(BIN)/python -m pytest -m "not slow" --durations 12
 test: .venv/installed
-	$(MAKE) --jobs 2 --output-sync=target test-processes test-rest
+	$(MAKE) --jobs 3 --output-sync=target test-processes test-faults test-rest
 
 test-processes:
-	$(BIN)/python -m pytest -m "not slow" --durations 12 $(PROCESSES)
+	$(PYTEST) $(PROCESSES)
+
+test-faults:
+	$(PYTEST) $(FAULTS)
 
 test-rest:
-	$(BIN)/python -m pytest -m "not slow" --durations 12 $(addprefix --ignore=,$(PROCESSES))
+	$(PYTEST) $(addprefix --ignore=,$(PROCESSES) $(FAULTS))
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest

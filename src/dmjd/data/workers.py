@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dmjd.errors import ConfigError, UserError
 
-LOOK = 5  # seconds of waiting for a batch after which the workers are looked at
+LOOK = 5  # seconds between two looks at the workers
 # What schedulers and terminals send to all processes of a run: the main one answers, and needs its workers to the end.
 TO_THE_GROUP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
@@ -53,7 +53,6 @@ def load_batches(
         num_workers=workers,
         pin_memory=pin_memory,
         generator=generator,
-        timeout=LOOK if workers else 0,
         multiprocessing_context=_Context() if workers else None,
         worker_init_fn=partial(_set_up_worker, parent=os.getpid()) if workers else None,
     )
@@ -128,7 +127,7 @@ def _collate_excused(collate: Callable[[list[Any]], Any], samples: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Watched:
-    """Batches of workers that are looked at whenever a batch does not come."""
+    """Batches of workers that are looked at every few seconds."""
 
     loader: DataLoader[Any]
 
@@ -141,59 +140,54 @@ class _Watched:
             batches: Any = iter(self.loader)
         if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, before)
-        stopped: set[int] = set()  # pids
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except (RuntimeError, OSError, EOFError) as error:  # a dead worker's batch cannot be received
-                stopped = _look_at(batches._workers, error, stopped)
-                continue
-            if isinstance(batch, UserError):
-                raise batch
-            stopped.clear()
-            yield batch
+        stopped, over = set[int](), threading.Event()
+        threading.Thread(target=_watch, args=(batches._workers, stopped, over), daemon=True).start()
+        try:
+            while True:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                except (RuntimeError, OSError, EOFError) as error:  # a dead worker's batch cannot be received
+                    raise _reason(batches._workers, stopped, error) from None
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        finally:
+            over.set()
 
 
-def _look_at(workers: Sequence[SpawnProcess], error: Exception, stopped: set[int]) -> set[int]:
-    """Find out why no batch came.
+def _watch(workers: Sequence[SpawnProcess], stopped: set[int], over: threading.Event) -> None:
+    """End workers that were stopped at two looks in a row, and note their pids; nothing less ends them.
 
-    A worker counts as stopped if it was at two looks in a row; one that waits for slow storage is not.
-
-    Args:
-        workers: The processes.
-        error: What waiting for the batch raised.
-        stopped: Workers that were stopped at the last look.
-
-    Returns:
-        Workers that are stopped now, if there is nothing to do but to wait on.
-
-    Raises:
-        ConfigError: If one was killed, has failed, or stays stopped.
+    The main process may wait for one in a system call without a limit, for a batch or for the memory that one is in.
+    A worker that waits for slow storage is not stopped.
     """
-    waited = f"timed out after {LOOK} seconds" in str(error)
-    # One whose batch cannot be received is perhaps about to end.
-    connection.wait([worker.sentinel for worker in workers], timeout=0 if waited else 1)
+    before: set[int] = set()
+    while not over.wait(LOOK):
+        now = {worker.pid for worker in workers if worker.pid and _is_stopped(worker.pid)}
+        stopped |= now & before
+        for worker in workers:
+            if worker.pid in stopped:
+                worker.kill()
+        before = now
+
+
+def _reason(workers: Sequence[SpawnProcess], stopped: set[int], error: Exception) -> Exception:
+    """Find out why no batch came: a worker that was ended because it was stopped, was killed or has failed, or none."""
+    connection.wait([worker.sentinel for worker in workers], timeout=1)  # one is perhaps about to end
     for worker in workers:
-        if worker.exitcode:
-            killed = worker.exitcode < 0
-            how = f"was killed by signal {-worker.exitcode}" if killed else f"ended with exit code {worker.exitcode}"
+        if not worker.exitcode:
+            continue
+        if worker.pid in stopped:
+            how, todo = "was stopped by a signal, and is ended", "let it run, or give --workers 0"
+        elif worker.exitcode < 0:
             why = ", perhaps for want of memory" if worker.exitcode == -9 else ""
-            raise ConfigError(
-                f"a process that loads images {how}{why}; process {worker.pid}, {worker.name}; give fewer --workers"
-            ) from None
-    if not waited:
-        raise error
-    now = {worker.pid for worker in workers if worker.pid and _is_stopped(worker.pid)}
-    for worker in workers:
-        if worker.pid in now & stopped:
-            worker.kill()  # nothing less ends a stopped process, and all would wait for it
-            raise ConfigError(
-                f"a process that loads images was stopped by a signal, and is ended; process {worker.pid}, "
-                f"{worker.name}; let it run, or give --workers 0"
-            )
-    return now
+            how, todo = f"was killed by signal {-worker.exitcode}{why}", "give fewer --workers"
+        else:
+            how, todo = f"ended with exit code {worker.exitcode}", "give fewer --workers"
+        return ConfigError(f"a process that loads images {how}; process {worker.pid}, {worker.name}; {todo}")
+    return error
 
 
 def _is_stopped(pid: int) -> bool:
