@@ -175,7 +175,8 @@ def _watch(workers: Sequence[SpawnProcess], stopped: set[int], over: threading.E
 
 def _reason(workers: Sequence[SpawnProcess], stopped: set[int], error: Exception) -> Exception:
     """Find out why no batch came: a worker that was ended because it was stopped, was killed or has failed, or none."""
-    connection.wait([worker.sentinel for worker in workers], timeout=1)  # one is perhaps about to end
+    # What cannot be received is that of a worker about to end, which takes a while where it has much memory.
+    connection.wait([worker.sentinel for worker in workers], timeout=10)
     for worker in workers:
         if not worker.exitcode:
             continue
