@@ -7,6 +7,7 @@ Says what is missing. The protocol is docs/results/protocol.md.
 
 import argparse
 import statistics
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -175,7 +176,7 @@ def write(study: Study) -> None:
     if write_figure(study, runs):
         lines.append(f"![accuracy over time]({study.name}.png)\n")
     waiting = ", ".join(job.name for job in missing) or "nothing"
-    lines.append(f"Missing now: {waiting}.\n")
+    lines.append(textwrap.fill(f"Missing now: {waiting}.", 118, break_long_words=False, break_on_hyphens=False) + "\n")
     study.folder.with_suffix(".md").write_text("\n".join(lines))
     print(f"{study.name}: {done} of {asked} runs; missing now: {waiting}")
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import study as studies
 import study_tables
 
 from dmjd.cli import application, layers_of
+from dmjd.config.pretrain import PretrainSettings
 
 TOY = {
     "question": "Does it run?",
@@ -54,15 +56,19 @@ def put(study: studies.Study, job: studies.Job, linear: float) -> None:
     path.write_text(json.dumps({"rate": job.rate, "measures": {"linear": {"top1": linear}}}))
 
 
+def parsed(settings: dict[str, Any], folder: Path) -> PretrainSettings:
+    """Read the settings of a run as `dmjd pretrain --config` does."""
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    words = ["pretrain", "--config", str(config)]
+    _, bound, _ = application(layers_of(words)).parse_args(words, exit_on_error=False, print_error=False)
+    return bound.arguments["settings"]
+
+
 def test_settings__give_every_arm_the_same_rows_and_the_rate_that_was_searched(toy: Path, tmp_path: Path) -> None:
     study = studies.Study(toy)
     for arm in TOY["arms"]:
-        wanted = study.settings(studies.Job(arm, 4, 0, 3e-3, False))
-        config = tmp_path / f"{arm}.yaml"
-        config.write_text(yaml.safe_dump(wanted))
-        words = ["pretrain", "--config", str(config)]
-        _, bound, _ = application(layers_of(words)).parse_args(words)
-        settings = bound.arguments["settings"]
+        settings = parsed(study.settings(studies.Job(arm, 4, 0, 3e-3, False)), tmp_path)
         assert settings.lr == pytest.approx(3e-3)
         assert settings.run.batch_size * settings.masking.num_views == TOY["rows"]
         assert settings.run.steps == 4 * 16 / 8
@@ -110,7 +116,7 @@ def test_verdict__of_an_interval_and_a_margin() -> None:
     assert (low, high) == pytest.approx((2 - 2.484, 2 + 2.484), abs=1e-3)  # t of 2 degrees: 4.303
 
 
-def test_studies__of_the_project_name_arms_that_they_describe() -> None:
+def test_studies__of_the_project_name_arms_that_they_describe_and_dmjd_takes(tmp_path: Path) -> None:
     for path in sorted((ROOT / "benchmarks" / "studies").glob("*.yaml")):
         study = studies.Study(path)
         cells = {f"{arm}@{budget:g}" for arm, budget, _ in study.cells()}
@@ -118,7 +124,7 @@ def test_studies__of_the_project_name_arms_that_they_describe() -> None:
         assert set(study.arms) == set(study.asked["arms"]), path
         assert named <= cells, path
         for arm in study.arms:
-            study.settings(studies.Job(arm, 1, 0, 1e-3, False))
+            assert parsed(study.settings(studies.Job(arm, 1, 0, 1e-3, False)), tmp_path).lr == pytest.approx(1e-3)
 
 
 def test_toy_study__runs_from_images_to_tables_and_does_not_run_twice(

@@ -110,18 +110,6 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("data") / "images", 64)
-
-
-@pytest.fixture(scope="session")
-def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "unbroken"
-    assert main(flags(data, out)) == 0
-    return out
-
-
 @pytest.fixture
 def run(unbroken: Path, tmp_path: Path) -> Path:
     """A copy of the finished run, to be spoilt."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_faults import STEPS, backbone, curve, flags, resumption, start, wait_for_save, write_images
+from test_faults import STEPS, backbone, curve, flags, resumption, start, wait_for_save
 
 import dmjd.tasks.pretrain
 from dmjd import DMJD
@@ -23,18 +23,6 @@ from dmjd.engine.loop import step_if
 from dmjd.engine.trainer import Trainer
 from dmjd.evaluation import monitor
 from dmjd.method import Losses
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("data") / "images", 64)
-
-
-@pytest.fixture(scope="session")
-def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "unbroken"
-    assert main(flags(data, out)) == 0
-    return out
 
 
 def at_call(number: int, work: Callable[[], object], original: Callable[..., Any]) -> Callable[..., Any]:

@@ -95,8 +95,8 @@ def test_train_batches__a_worker_stopped_for_a_moment_goes_on(data: Path) -> Non
     worker.suspend()
     time.sleep(LOOK / 2)
     worker.resume()
-    for _ in range(20):
-        next(batches)
+    assert len([next(batches) for _ in range(20)]) == 20
+    assert alive([worker])
 
 
 class SlowDisk(View):

@@ -443,4 +443,5 @@ def test_presets__are_within_all_bounds() -> None:
     for path in sorted(PRESETS.rglob("*.yaml")):
         verb = path.parent.name if path.parent != PRESETS else "pretrain"
         words = [verb, *NEEDED[verb].split(), "--preset", path.stem]
-        application(layers_of(words)).parse_args(words, exit_on_error=False, print_error=False)
+        _, bound, _ = application(layers_of(words)).parse_args(words, exit_on_error=False, print_error=False)
+        assert bound.arguments["settings"].run.preset == path.stem
