@@ -176,8 +176,10 @@ def _watch(workers: Sequence[SpawnProcess], stopped: set[int], over: threading.E
 def _reason(workers: Sequence[SpawnProcess], stopped: set[int], error: Exception) -> Exception:
     """Find out why no batch came: a worker that was ended because it was stopped, was killed or has failed, or none."""
     # What cannot be received is that of a worker about to end, which takes a while where it has much memory.
-    connection.wait([worker.sentinel for worker in workers], timeout=10)
+    ended = connection.wait([worker.sentinel for worker in workers], timeout=10)
     for worker in workers:
+        if worker.sentinel in ended:
+            worker.join(10)  # its files are closed, which the sentinel tells, before its exit code is there
         if not worker.exitcode:
             continue
         if worker.pid in stopped:
