@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: demo test test-processes test-faults test-rest test-all check docs format clean
 
 demo: .venv/installed
-	$(BIN)/dmjd pretrain --preset quick --out runs/demo-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/dmjd pretrain --preset quick --data shapes --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 # Three processes side by side: what starts processes of its own, and often waits for them, and everything else.
 PROCESSES := tests/engine tests/equality tests/readme tests/test_extending.py
@@ -33,10 +33,10 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(MAKE) test
 
-# Reference of the Python interface, from the docstrings: site/index.html
+# Guides, tables and the reference from the docstrings: site/index.html
 docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
-	$(BIN)/pdoc --docformat google --output-directory site $(addprefix dmjd.,masking losses heads method targets backbones data engine evaluation networks reports config registry factory reference)
+	$(BIN)/mkdocs build --strict --quiet
 
 format: .venv/installed
 	$(BIN)/ruff format .

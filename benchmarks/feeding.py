@@ -178,7 +178,19 @@ def start(folder: str, count: int, workers: int) -> None:
             os.link(root / name, place / f"{number:07d}{Path(name).suffix}")
         for again in ("first time", "again"):
             out = Path(made) / again.replace(" ", "-")
-            words = ["pretrain", "--data", str(links), "--out", str(out), "--steps", "2", "--workers", str(workers)]
+            words = [
+                "pretrain",
+                "--preset",
+                "quick",
+                "--data",
+                str(links),
+                "--out",
+                str(out),
+                "--steps",
+                "2",
+                "--workers",
+                str(workers),
+            ]
             words += ["--monitor.log_every", "1", "--monitor.evals", "0", "--monitor.max_images", "1"]
             environment = os.environ | {"DMJD_DATA": f"{made}/cache"}
             began, peak = time.perf_counter(), 0

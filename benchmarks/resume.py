@@ -107,7 +107,7 @@ def kill(line: Sequence[str], caches: Path, kept: str) -> None:
         assert process.stderr is not None
         for text in process.stderr:
             said.append(text)
-            if text.startswith(f"step {KILLED_AFTER}:"):
+            if text.startswith(f"step {KILLED_AFTER}/") and text.endswith("saved\n"):
                 break
         process.kill()
     if process.returncode != -signal.SIGKILL:

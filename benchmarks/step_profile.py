@@ -30,8 +30,8 @@ from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_optimizer
 from dmjd.engine.run import Run
 from dmjd.engine.trainer import Trainer
-from dmjd.factory import from_settings
-from dmjd.tasks.pretrain import masks_of, training_samples
+from dmjd.factory import from_settings, masks_of
+from dmjd.tasks.pretrain import training_samples
 
 PARTS = ("forward", "backward", "optimizer", "images", "rest")
 
@@ -82,7 +82,7 @@ def main() -> None:
     sections = settings.run.plan | settings.monitor.plan | settings.optim.plan
     plan = Plan(**sections | {"steps": arguments.steps + 1, "lr": settings.lr, "warmup_epochs": 0.0})
     trainer = Trainer(
-        Run(out, to_dict(settings), images, batch_size=plan.batch_size, ranks=ranks),
+        Run(out, to_dict(settings), images, batch_size=plan.batch_size, ranks=ranks, held_out=0, defaults={}),
         ParallelModel(model, ranks),
         optimizer,
         plan,

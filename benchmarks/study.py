@@ -407,11 +407,12 @@ def training_step(study: Study, arm: str, images: Path, device: str) -> Any:
     from dmjd.data.decode import Wanted
     from dmjd.data.source import open_source
     from dmjd.engine.optim import create_optimizer
-    from dmjd.tasks.pretrain import create, masks_of
+    from dmjd.factory import masks_of
+    from dmjd.tasks.pretrain import create
 
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:
         yaml.safe_dump(study.settings(Job(arm, 1, 0, 1e-3, True)), config)
-        words = ["pretrain", "--config", config.name]
+        words = ["pretrain", "--data", str(images), "--config", config.name]
         _, bound, _ = application(layers_of(words)).parse_args(words)
     settings = bound.arguments["settings"]
     network = create(settings).to(device)

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from prefork import Dmjd
 
 from dmjd.backbones.convvit import create_convvit
 from dmjd.backbones.files import save_backbone
@@ -123,13 +123,7 @@ def interrupt() -> Callable[[Sequence[str]], None]:
     """Run a command in a process of its own and stop it by a signal after its first checkpoint."""
 
     def interrupted(arguments: Sequence[str]) -> None:
-        with subprocess.Popen(
-            [sys.executable, "-m", "dmjd.cli", *arguments],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        ) as run:
+        with Dmjd([*arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as run:
             next(line for line in run.stderr if line.endswith("saved\n"))
             run.send_signal(signal.SIGTERM)
             run.communicate(timeout=120)

@@ -1,11 +1,13 @@
 """A command line does what it says, or says in one line what is wrong with it."""
 
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,24 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+import dmjd
 from dmjd.cli import VERBS, application, layers_of, main
+from dmjd.cli import settings_of as resolved
 from dmjd.config import downstream
 from dmjd.config.pretrain import MonitorSettings, PretrainSettings
 from dmjd.config.rules import PRESETS, to_dict, to_yaml
+from dmjd.errors import ConfigError
 
 RECIPES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 NAMES = [*(verb.name for verb in VERBS), "report"]
-NEEDED = {verb.name: ["--backbone", "b.safetensors"] for verb in VERBS if verb.name != "pretrain"}
+NEEDED = {verb.name: ["--data", "d", "--backbone", "b.safetensors"] for verb in VERBS}
+NEEDED["pretrain"] = ["--data", "d"]
 NEEDED["embed"] += ["--out", "f.npy"]
+NEEDED["predict"] += ["--out", "p.csv"]
+NEEDED["search"] = ["--features", "f.npy", "--out", "s", "--duplicates"]
+NEEDED["export"] = ["r", "--to", "timm", "--out", "o"]
 NEEDED["prepare"] = ["--data", "d", "--out", "s"]
 NEEDED["doctor"] = ["--data", "d"]
-for dense in ("segment", "detect"):
-    NEEDED[dense] += ["--data", "d"]
 
 
 def settings_of(*arguments: object) -> Any:
@@ -61,6 +68,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 # -- usage -------------------------------------------------------------------------------------------------------------
 
+WITH_DATA = ("pretrain", "knn", "linear", "finetune", "embed")  # what a line leaves out, so that it is short
 BAD = {  # command line: what its error line has to say
     "pretrian": 'Did you mean "pretrain"?',
     "pretrian --help": 'Did you mean "pretrain"?',
@@ -191,8 +199,17 @@ def test_main__a_bad_command_line_is_one_line_and_exit_code_2(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert BAD[line] in error_of(line.split(), 2, capsys)
+    verb, *words = line.split()
+    data = ["--data", "shapes"] if verb in WITH_DATA and "--data" not in words else []
+    assert BAD[line] in error_of([verb, *data, *words], 2, capsys)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", WITH_DATA)
+def test_main__without_data_it_says_so_and_how_to_see_the_demo(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [word for word in NEEDED[verb] if word not in ("--data", "d")]
+    said = error_of([verb, *words], 2, capsys)
+    assert said.startswith("error: no data; --data; give a folder of images, or --data shapes for the built-in demo")
 
 
 BAD_FILES = {  # content of --config: what the error line has to say
@@ -215,13 +232,13 @@ def test_main__a_bad_configuration_is_one_line_that_names_the_file_and_exit_code
 ) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text(content, errors="surrogateescape")
-    error = error_of(["pretrain", "--out", str(tmp_path / "run"), "--config", str(file)], 2, capsys)
+    error = error_of(["pretrain", "--data", "d", "--out", str(tmp_path / "run"), "--config", str(file)], 2, capsys)
     assert BAD_FILES[content] in error
     if not content.startswith(("preset", "model: {patch")):  # a value that is wrong wherever it comes from
         assert str(file) in error
 
 
-@pytest.mark.parametrize("line", ["pretrain --epocs 3", "knn --backbone x --k 0"])
+@pytest.mark.parametrize("line", ["pretrain --epocs 3", "knn --data d --backbone x --k 0"])
 def test_main__a_bad_command_line_shows_no_traceback_from_a_shell(line: str) -> None:
     done = python("-m", "dmjd.cli", *line.split())
     assert done.returncode == 2
@@ -244,7 +261,7 @@ def test_main__another_process_than_the_first_says_which_it_is(
     rank: str, start: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", rank)
-    assert main(["pretrain", "--steps", "0"]) == 2
+    assert main(["pretrain", "--data", "d", "--steps", "0"]) == 2
     assert capsys.readouterr().err.startswith(start)
 
 
@@ -274,9 +291,10 @@ def test_main__a_backbone_that_is_none_is_exit_code_4(tmp_path: Path, capsys: py
     (tmp_path / "folder").mkdir()
     save_file({"weight": torch.zeros(1)}, tmp_path / "bare")
     for name in ("nowhere", "text", "folder", "bare"):
-        assert name in error_of(["knn", "--backbone", str(tmp_path / name)], 4, capsys)
+        assert name in error_of(["knn", "--data", "shapes", "--backbone", str(tmp_path / name)], 4, capsys)
     for name in ("timm:no_such_model", "timm:"):
-        assert name in error_of(["embed", "--backbone", name, "--out", str(tmp_path / "f.npy")], 4, capsys)
+        words = ["--data", "shapes", "--backbone", name, "--out", str(tmp_path / "f.npy")]
+        assert name in error_of(["embed", *words], 4, capsys)
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------
@@ -286,12 +304,12 @@ def test_settings__flags_over_file_over_preset_over_defaults(tmp_path: Path) -> 
     file = tmp_path / "mine.yaml"
     file.write_text("preset: mae\nbatch_size: 64\nmodel: {size: small, depth: 3}\n")
     preset = yaml.safe_load((PRESETS / "mae.yaml").read_text())
-    settings = settings_of("pretrain", "--config", file, "--model.depth", 2)
+    settings = settings_of("pretrain", "--data", "d", "--config", file, "--model.depth", 2)
     assert settings.model.depth == 2
     assert (settings.run.batch_size, settings.model.size) == (64, "small")
     assert (settings.run.epochs, settings.masking.block) == (preset["epochs"], preset["masking"]["block"])
     assert settings.monitor == MonitorSettings()
-    other = settings_of("pretrain", "--config", file, "--preset", "dmjd")
+    other = settings_of("pretrain", "--data", "d", "--config", file, "--preset", "dmjd")
     assert (other.run.batch_size, other.masking.num_views, other.run.preset) == (64, 2, "dmjd")
 
 
@@ -307,12 +325,13 @@ def test_settings__every_preset_loads_through_the_command_line(verb: str, path: 
         assert str(loaded[name]) == str(value) or loaded[name] == value, name
 
 
-def test_settings__without_a_preset_the_quick_one_holds() -> None:
-    assert settings_of("pretrain") == settings_of("pretrain", "--preset", "quick")
+def test_settings__without_a_preset_auto_holds() -> None:
+    assert settings_of("pretrain", "--data", "d") == settings_of("pretrain", "--data", "d", "--preset", "auto")
 
 
 def test_settings__flags_take_a_value_after_a_space_or_an_equals_sign() -> None:
-    assert settings_of("pretrain", "--preset=dm", "--seed=3") == settings_of("pretrain", "--preset", "dm", "--seed", 3)
+    joined = settings_of("pretrain", "--data=d", "--preset=dm", "--seed=3")
+    assert joined == settings_of("pretrain", "--data", "d", "--preset", "dm", "--seed", 3)
 
 
 def test_settings__a_section_given_in_part_keeps_the_defaults_of_its_verb(tmp_path: Path) -> None:
@@ -328,7 +347,7 @@ def test_settings__a_section_given_in_part_keeps_the_defaults_of_its_verb(tmp_pa
 
 
 def test_settings__the_learning_rate_follows_the_batch() -> None:
-    paper = settings_of("pretrain", "--preset", "dmjd")
+    paper = settings_of("pretrain", "--data", "d", "--preset", "dmjd")
     assert paper.lr == pytest.approx(6e-4 * 512 * (1.0 / 0.6) / 256)
     for verb in ("finetune", "segment", "detect"):
         flags = ["--batch_size", 64, "--optim.blr", 1e-3]
@@ -340,12 +359,11 @@ def test_settings__the_learning_rate_follows_the_batch() -> None:
     ("flags", "steps"), [(["--epochs", 2], 20), (["--epochs", 0.01], 1), (["--epochs", 0], 1), (["--steps", 7], 7)]
 )
 def test_settings__steps_come_from_epochs_or_are_given(flags: list[object], steps: int) -> None:
-    assert settings_of("pretrain", "--batch_size", 10, *flags).run.num_steps(100) == steps
+    assert settings_of("pretrain", "--data", "d", "--batch_size", 10, *flags).run.num_steps(100) == steps
 
 
-CHANGED = (
-    "--model.image_size 64x32 --model.embed_dim 48 --crop.scale 0.2 0.9 --crop.no-flip --optim.blr 1e-5 --data 007"
-)
+CHANGED = """--preset quick --model.image_size 64x32 --model.embed_dim 48 --crop.scale 0.2 0.9 --crop.no-flip
+--optim.blr 1e-5 --data 007"""
 
 
 def test_config_yaml__reads_back_to_equal_settings(tmp_path: Path) -> None:
@@ -389,7 +407,7 @@ def test_config_yaml__an_unknown_preset_is_refused_when_a_run_is_resumed(
 
 
 def test_config_yaml__holds_every_setting_that_is_set(tmp_path: Path) -> None:
-    settings = settings_of("pretrain")
+    settings = settings_of("pretrain", "--data", "d")
     written = dict(leaves(yaml.safe_load(to_yaml(settings))))
     unset = {name for name, value in walk(settings) if value is None}
     assert set(written) == {name for name, _ in walk(settings)} - unset
@@ -427,12 +445,15 @@ def test_help__every_setting_has_a_text() -> None:
 def test_help__settings_stand_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
     groups = {
         "pretrain": "Run Model Masking Masked Visible HOG Teachers Decoder Crops Optimizer Monitoring",
-        "knn": "Run Backbone Task",
+        "knn": "Run Backbone Labels Task",
         "linear": "Run Backbone Labels Task Log",
         "finetune": "Run Backbone Labels Fine-tuning Augmentation Optimizer Log",
         "segment": "Run Backbone Images Task Fine-tuning Optimizer Log",
         "detect": "Run Backbone Images Task Fine-tuning Optimizer Log",
-        "embed": "Run Backbone",
+        "predict": "Run Backbone Task",
+        "embed": "Run Backbone Task",
+        "search": "Run Backbone Task",
+        "export": "Run",
         "prepare": "Run Images",
         "doctor": "Run Images",
     }
@@ -464,3 +485,106 @@ def test_help__prints_in_under_a_second_without_torch(verb: str) -> None:
     assert all(name in shown for name in NAMES) if not verb else "--" in shown
     if verb == "pretrain":
         assert all(f"--{name} " in shown for name, value in walk(PretrainSettings()) if not isinstance(value, bool))
+
+
+def defaults_shown(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
+    """What the help of a command line has as defaults, by setting."""
+    assert main([*words, "--help"]) == 0
+    lines = [line.strip("│* ") for line in capsys.readouterr().out.splitlines() if "[default: " in line]
+    return {line.split()[0].removeprefix("--"): line.partition("[default: ")[2].partition("]")[0] for line in lines}
+
+
+@pytest.mark.parametrize(
+    ("words", "preset"),
+    [
+        (["pretrain"], "auto"),
+        (["pretrain", "--preset", "mae"], "mae"),
+        (["finetune", "--preset=large"], "finetune/large"),
+        (["segment"], "segment/camvid"),
+    ],
+)
+def test_help__shows_the_values_in_force(
+    words: list[str], preset: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    shown = defaults_shown(capsys, *words)
+    recipe = dict(leaves(yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())))
+    assert shown["preset"] == Path(preset).name
+    for name, value in recipe.items():
+        assert shown[name] == (f"({', '.join(map(str, value))})" if isinstance(value, list) else str(value)), name
+
+
+def test_help__shows_the_values_of_a_file_over_those_of_the_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    (tmp_path / "mine.yaml").write_text("preset: mae\nbatch_size: 24\n")
+    shown = defaults_shown(capsys, "pretrain", "--config", str(tmp_path / "mine.yaml"))
+    assert (shown["preset"], shown["batch_size"], shown["epochs"]) == ("mae", "24", "1600")
+
+
+# -- settings in force -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", [verb.name for verb in VERBS])
+def test_print_config__prints_what_every_verb_would_do_and_does_nothing(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*NEEDED[verb], *(["--preset", "quick"] if verb == "pretrain" else [])]  # auto would look at the images
+    assert main([verb, *words, "--print_config"]) == 0
+    assert capsys.readouterr().out == to_yaml(settings_of(verb, *words))
+    assert not list(tmp_path.iterdir())
+
+
+def test_print_config__has_flags_over_file_over_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text("preset: mae\nseed: 4\nmodel: {size: small}\n")
+    words = ["--data", "d", "--config", str(tmp_path / "mine.yaml"), "--model.size", "tiny"]
+    assert main(["pretrain", *words, "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["model"]["size"], printed["seed"], printed["epochs"]) == ("tiny", 4, 1600)
+
+
+def test_settings_of__python_gives_what_the_command_line_gives() -> None:
+    words = ["--data", "d", "--preset", "mae", "--model.size", "tiny", "--crop.scale", 0.3, 0.9, "--crop.no-flip"]
+    expected = settings_of("pretrain", *words, "--seed", 3)
+    given = {"data": "d", "preset": "mae", "seed": 3, "steps": None}
+    crop = {"scale": (0.3, 0.9), "flip": False}
+    assert resolved("pretrain", **given, model={"size": "tiny"}, crop=crop) == expected
+    assert resolved("pretrain", **given, model__size="tiny", crop__scale=[0.3, 0.9], crop__flip=False) == expected
+    assert resolved("pretrain", data="d", preset="quick").run.epochs == 4
+    assert resolved("segment", backbone="b", predict=Path("x")).dense.predict == Path("x")  # also called as a verb is
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"modl__size": "tiny"}, "Did you mean --model.size"),
+        ({"preset": "dmj"}, "did you mean dmjd"),
+        ({"steps": 1.5}, "steps"),
+        ({"data": None}, "--data shapes for the built-in demo"),
+        ({"model": {"depth": 0}}, "model.depth 0"),
+        ({"preset": "quick", "model__size": "tiny"}, "has a size of its own"),
+    ],
+)
+def test_settings_of__a_mistake_is_one_line(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)) as raised:
+        resolved("pretrain", **{"data": "d", **given})
+    assert "\n" not in str(raised.value)
+
+
+# -- the program -------------------------------------------------------------------------------------------------------
+
+
+def test_version__is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == dmjd.__version__ == version("dmjd")
+
+
+def test_completion__is_written_for_the_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["--install-completion", "--shell", "bash"]) == 0
+    (script,) = (path for path in tmp_path.rglob("*") if path.is_file() and path.name == "dmjd")
+    assert all(word in script.read_text() for word in (*NAMES, "--model.image_size"))

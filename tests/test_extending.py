@@ -68,7 +68,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def pretrain(*arguments: str) -> Path:
     """Pre-train in this process; the directory of the run."""
-    assert cli.main(["pretrain", *arguments, *TINY, "--out", "run"]) == 0
+    assert cli.main(["pretrain", "--preset", "quick", *arguments, *TINY, "--out", "run"]) == 0
     return Path("run")
 
 
@@ -117,7 +117,7 @@ def test_extending__a_data_source_is_one_file(folder: Path, capsys: pytest.Captu
     assert (summary["num_images"], summary["data"], summary["labels"]) == (23, "images.sqlite", False)
     Path("other.sqlite").touch()
     capsys.readouterr()
-    assert cli.main(["pretrain", "--data", "other.sqlite", *TINY, "--out", "other"]) == 3
+    assert cli.main(["pretrain", "--preset", "quick", "--data", "other.sqlite", *TINY, "--out", "other"]) == 3
     assert "no table of images (no such table: images); other.sqlite" in capsys.readouterr().err
 
 

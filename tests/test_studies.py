@@ -60,7 +60,7 @@ def parsed(settings: dict[str, Any], folder: Path) -> PretrainSettings:
     """Read the settings of a run as `dmjd pretrain --config` does."""
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(settings))
-    words = ["pretrain", "--config", str(config)]
+    words = ["pretrain", "--data", "d", "--config", str(config)]
     _, bound, _ = application(layers_of(words)).parse_args(words, exit_on_error=False, print_error=False)
     return bound.arguments["settings"]
 

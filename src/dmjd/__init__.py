@@ -1,34 +1,91 @@
-"""Disjoint masking with joint distillation: efficient masked image modelling (arXiv 2301.00230)."""
+"""Masked image modelling: a folder of unlabelled images in, a vision backbone for timm out.
+
+Disjoint masking with joint distillation (arXiv 2301.00230), MAE, MaskFeat, ConvMAE and their kin:
+
+    run = dmjd.pretrain("photos", "runs/photos", minutes=10)
+    run.numbers["verdict"]                     # what the features are worth
+    dmjd.knn(run.backbone, "labelled").numbers["top1"]
+    model = run.load()                         # a timm model
+
+The verbs of the command line are functions: pretrain, knn, linear, finetune, segment, detect, predict, embed, search,
+export, prepare, doctor, report. Their settings have the names of the flags (`dmjd VERB --help`), with two underscores
+for the dot of a section: `model__size="small"`. The others are the parts that these are made of.
+"""
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dmjd.api import (
+        Outcome,
+        TrainingOutcome,
+        detect,
+        doctor,
+        embed,
+        export,
+        finetune,
+        knn,
+        linear,
+        predict,
+        prepare,
+        pretrain,
+        report,
+        search,
+        segment,
+    )
     from dmjd.backbones.files import load_backbone
-    from dmjd.factory import build
+    from dmjd.factory import build, load_pretrained
     from dmjd.masking import block_masks, disjoint_masks
     from dmjd.method import DMJD
     from dmjd.reference import load_reference
     from dmjd.targets.hog import hog
 
-__all__ = ["DMJD", "block_masks", "build", "disjoint_masks", "hog", "load_backbone", "load_reference"]
+__all__ = [
+    "DMJD",
+    "Outcome",
+    "TrainingOutcome",
+    "block_masks",
+    "build",
+    "detect",
+    "disjoint_masks",
+    "doctor",
+    "embed",
+    "export",
+    "finetune",
+    "hog",
+    "knn",
+    "linear",
+    "load_backbone",
+    "load_pretrained",
+    "load_reference",
+    "predict",
+    "prepare",
+    "pretrain",
+    "report",
+    "search",
+    "segment",
+]
 
-_HOME = {
+_ELSEWHERE = {  # all others are in dmjd.api
     "DMJD": "dmjd.method",
     "block_masks": "dmjd.masking",
     "build": "dmjd.factory",
     "disjoint_masks": "dmjd.masking",
     "hog": "dmjd.targets.hog",
     "load_backbone": "dmjd.backbones.files",
+    "load_pretrained": "dmjd.factory",
     "load_reference": "dmjd.reference",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import public names on first use: torch takes seconds, and the command line's help shall not."""
-    if name not in _HOME:
+    if name == "__version__":
+        return version("dmjd")
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_ELSEWHERE.get(name, "dmjd.api")), name)
 
 
 def __dir__() -> list[str]:

@@ -7,13 +7,12 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple
 
 import yaml
 from cyclopts import (
@@ -25,16 +24,27 @@ from cyclopts import (
     Parameter,
     UnknownOptionError,
 )
-from cyclopts.config import Yaml
+from cyclopts.config import Dict, Yaml
+from cyclopts.help import DefaultFormatter, HelpPanel
 from safetensors import SafetensorError
 
 from dmjd import errors
 from dmjd.config import downstream
+from dmjd.config.common import group
 from dmjd.config.doctor import DoctorSettings
+from dmjd.config.export import ExportSettings
+from dmjd.config.load import by_flag, layers, read_yaml
+from dmjd.config.predict import PredictSettings
 from dmjd.config.prepare import PrepareSettings
 from dmjd.config.pretrain import PretrainSettings
-from dmjd.config.rules import PRESETS, nearest
+from dmjd.config.rules import PRESETS, nearest, plain, to_yaml
+from dmjd.config.search import SearchSettings
 
+PRINT_CONFIG = Annotated[
+    bool,
+    group("Run"),
+    Parameter(negative="", show_default=False, help="Print the settings in force as YAML, and do nothing else."),
+]
 PATIENCE = 10.0  # seconds that the first process has to say the same error
 
 
@@ -75,7 +85,10 @@ VERBS = (
         "Train a backbone and Faster or Mask R-CNN on images with boxes, or predict with them.",
         PRESETS / "detect",
     ),
+    Verb("predict", PredictSettings, "Let a trained classifier, segmenter or detector look at images."),
     Verb("embed", downstream.EmbedSettings, "Write the features of images to a file."),
+    Verb("search", SearchSettings, "Find the nearest images of others, or near-duplicates, by their features."),
+    Verb("export", ExportSettings, "Write a network of a run for timm, Hugging Face, ONNX or torch.export."),
     Verb("prepare", PrepareSettings, "Decode images once, make them smaller and pack them for the other verbs."),
     Verb("doctor", DoctorSettings, "Say what is in a set of images, a run or a backbone, and what is wrong with it."),
 )
@@ -89,47 +102,97 @@ def verbs() -> tuple[Verb, ...]:
 def command(verb: Verb) -> Callable[..., None]:
     """Make the function that the command line calls for a verb, whose settings' fields become its flags."""
 
-    def run_verb(settings: Any = None) -> None:
+    def run_verb(settings: Any = None, *, print_config: bool = False) -> None:
+        settings = verb.settings() if settings is None else settings
+        if print_config:
+            print(to_yaml(settings), end="")
+            return
         # torch takes seconds to import: only a verb that runs waits for it.
-        task = getattr(import_module(f"{verb.package}.{verb.name}"), verb.name)
-        task(verb.settings() if settings is None else settings)
+        getattr(import_module(f"{verb.package}.{verb.name}"), verb.name)(settings)
 
     needed = any(setting.default is setting.default_factory is MISSING for setting in fields(verb.settings))
     default = inspect.Parameter.empty if needed else verb.settings()
     kind = Annotated[verb.settings, Parameter(name="*")]
     described: Any = run_verb  # cyclopts reads the signature, the annotations and the docstring
     described.__signature__ = inspect.Signature(
-        [inspect.Parameter("settings", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind)]
+        [
+            inspect.Parameter("settings", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind),
+            inspect.Parameter("print_config", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=PRINT_CONFIG),
+        ]
     )
-    described.__annotations__ = {"settings": kind}
+    described.__annotations__ = {"settings": kind, "print_config": PRINT_CONFIG}
     described.__doc__ = verb.does
     return described
 
 
-def report(run: Path, /, *, debug: bool = False) -> None:
-    """Write RUN/report.html anew from what the run has recorded.
+def report(run: Path, /, *others: Path, out: Path | None = None, debug: bool = False) -> None:
+    """Write the page of a run anew from what the run has recorded, or that of several runs side by side.
 
     Args:
         run: Directory of a pre-training run.
+        others: Those of other runs, to compare it with: seven at most.
+        out: Where the page goes. Default: RUN/report.html for one run, comparison.html for several.
         debug: Show the traceback of an error.
     """
     from dmjd.tasks.report import report
 
-    report(run)
+    report([run, *others], out)
 
 
-def application(layers: Sequence[Path] = ()) -> App:
-    """Make the command line; `layers` are YAML files, the first one has the last word after the flags."""
+def application(
+    below: Sequence[Path] = (),
+    known: Sequence[Verb] | None = None,
+    given: Mapping[str, Any] | None = None,
+    chosen: Mapping[str, Any] | None = None,
+) -> App:
+    """Make the command line.
+
+    Args:
+        below: YAML files below the flags, of which the first one has the last word.
+        known: Its verbs, if not all.
+        given: Settings by their flags, over those of the files.
+        chosen: Settings by their flags, over those of the last file: what `--preset auto` has chosen.
+    """
+    files: list[Any] = [Yaml(path, use_commands_as_keys=False) for path in below]
+    if chosen:
+        files.insert(-1, Dict(dict(chosen), use_commands_as_keys=False, source="--preset auto"))
     app = App(
         name="dmjd",
         help="Masked image modelling: a folder of images in, a timm backbone out.",
         default_parameter=Parameter(name_transform=lambda name: name),
-        config=[*(Yaml(path, use_commands_as_keys=False) for path in layers), whole_numbers],
+        config=[Dict(dict(given or {}), use_commands_as_keys=False, source="what is given"), *files, whole_numbers],
+        help_formatter=InForce(below),
     )
-    for verb in verbs():
+    for verb in verbs() if known is None else known:
         app.command(command(verb), name=verb.name)
     app.command(report, name="report")
+    app.register_install_completion_command(help="Make the shell complete verbs and flags.")
     return app
+
+
+class InForce(DefaultFormatter):
+    """Writes the help with the defaults that are in force: those of files below the flags, where they have one.
+
+    Args:
+        below: The files; the first one has the last word.
+    """
+
+    def __init__(self, below: Sequence[Path]):
+        super().__init__()
+        self.below = below
+
+    def __call__(self, console: Any, options: Any, panel: HelpPanel) -> None:
+        """Write a group of settings."""
+        values: dict[str, Any] = {}
+        for path in reversed(self.below):
+            values |= by_flag(read_yaml(path)) | ({"preset": path.stem} if path.is_relative_to(PRESETS) else {})
+        entries = []
+        for entry in panel.entries:
+            name = next((name.removeprefix("--") for name in entry.positive_names), "")
+            value = values.get(name)
+            said = f"({', '.join(map(str, value))})" if isinstance(value, list) else str(value)
+            entries.append(entry if value is None else entry.copy(default=said, required=False))
+        super().__call__(console, options, panel.copy(entries=entries))
 
 
 def whole_numbers(app: App, commands: Sequence[str], arguments: ArgumentCollection) -> None:
@@ -146,31 +209,14 @@ def whole_numbers(app: App, commands: Sequence[str], arguments: ArgumentCollecti
 
 
 def layers_of(arguments: Sequence[str]) -> list[Path]:
-    """Find the YAML files below the flags: a run to resume, else --config, else --preset (or the default preset)."""
+    """Find the YAML files below the flags of a command line; the first one has the last word after the flags."""
     verb = next((verb for verb in verbs() if arguments and verb.name == arguments[0]), None)
-    if verb is None or verb.presets is None or "--help" in arguments:
+    if verb is None or verb.presets is None:
         return []
-    kinds = get_type_hints(verb.settings)
-    defaults: Any = kinds["run"]
-    sections = [name for name, kind in kinds.items() if hasattr(kind, "SECTION")]
-    given = {name: flag_value(arguments, name) for name in ("--preset", "--config", "--out")}
-    file = [Path(given["--config"])] if given["--config"] else []
-    named = next((read_yaml(path, sections).get("preset") for path in file), None)
-    preset = str(given["--preset"] or named or defaults.preset)
-    names = sorted(path.stem for path in verb.presets.glob("*.yaml"))
-    if preset not in names:
-        nearest = get_close_matches(preset, names, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(names)}"
-        raise errors.ConfigError(f"no preset of this name; --preset {preset}; {hint}")
-    path = verb.presets / f"{preset}.yaml"
-    saved = Path(given["--out"] or defaults.out) / "config.yaml"
-    if "--resume" in arguments and saved.is_file():
-        read_yaml(saved, sections)
-        # What is given again is compared with what was saved, not ignored.
-        return [*file, *([path] if given["--preset"] else []), saved]
-    if flag_value(arguments, "--model.size") and "embed_dim" in read_yaml(path).get("model", {}):
-        raise errors.ConfigError(f"preset {preset} has a size of its own; --model.size; name another --preset")
-    return [*file, path]
+    given: dict[str, Any] = {
+        name: flag_value(arguments, f"--{name}") for name in ("preset", "config", "out", "model.size")
+    }
+    return layers(verb.settings, verb.presets, given | {"resume": "--resume" in arguments})
 
 
 def flag_value(arguments: Sequence[str], name: str) -> str | None:
@@ -183,37 +229,64 @@ def flag_value(arguments: Sequence[str], name: str) -> str | None:
     return None
 
 
-def read_yaml(path: Path, sections: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a YAML file of settings.
+def settings_of(verb: str, **given: Any) -> Any:
+    """Resolve settings that Python gives as the command line does: defaults < preset < file < these.
+
+    Args:
+        verb: Whose settings.
+        given: Settings by the names of their flags, those of a section as a mapping, or each with the section and two
+            underscores in front: `model={"size": "small"}` or `model__size="small"`. None stands for the default.
 
     Raises:
-        ConfigError: If there is none, it holds no settings, or one of the sections is a single value.
+        ConfigError: If one is wrong, or a required one is missing.
     """
-    if not path.is_file():
-        raise errors.ConfigError(f"no configuration file; {path}; check --config")
+    row = next(each for each in verbs() if each.name == verb)
+    values = {name.replace("__", "."): plain(value) for name, value in by_flag(given).items() if value is not None}
+    below = layers(row.settings, row.presets, values) if row.presets else []
+
+    def resolve(chosen: Mapping[str, Any]) -> Any:
+        return parsed(application(below, (row,), values, chosen), [verb])
+
     try:
-        content = yaml.safe_load(path.read_text("utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise errors.ConfigError(f"not YAML ({' '.join(str(error).split())}); {path}; correct the file") from None
-    if not isinstance(content, dict):
-        raise errors.ConfigError(f"no settings but a {type(content).__name__}; {path}; write `name: value` lines")
-    for name in sections:
-        if not isinstance(content.get(name) or {}, dict):
-            raise errors.ConfigError(f"{name} is a section, not a value; {path}; write `{name}: {{name: value}}`")
-    for name, value in content.items():
-        for key, each in value.items() if isinstance(value, dict) else [(name, value)]:
-            named = key if key is name else f"{name}.{key}"
-            items = each if isinstance(each, list) else [each]
-            if not all(isinstance(item, str | int | float | None) and "\0" not in str(item) for item in items):
-                raise errors.ConfigError(f"{named} is neither a value nor a list of values; {path}; correct the file")
-            if not (isinstance(name, str) and isinstance(key, str)):
-                raise errors.ConfigError(f"{named} is no name of a setting; {path}; correct the file")
-    return content
+        return resolve(choice(below, resolve))
+    except CycloptsError as error:
+        raise errors.ConfigError(usage(error)) from None
+
+
+def parsed(app: App, arguments: Sequence[str]) -> Any:
+    """Parse the arguments of a verb, without doing what they say; its settings."""
+    _, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    return bound.arguments["settings"]
+
+
+def choice(below: Sequence[Path], resolve: Callable[[Mapping[str, Any]], Any]) -> Mapping[str, Any]:
+    """Let `--preset auto` choose what is left open, where it is the lowest layer; a resumed run has chosen before.
+
+    Args:
+        below: The files below the flags.
+        resolve: Makes settings with a choice above the lowest layer.
+    """
+    if not below or below[-1] != PRESETS / "auto.yaml":
+        return {}
+    from dmjd.automatic import choose  # imports torch
+
+    return plain_flags(choose(resolve({}), lambda chosen: resolve(plain_flags(chosen))))
+
+
+def plain_flags(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Write settings by their flags, as files have them."""
+    return {name: plain(value) for name, value in by_flag(values).items()}
 
 
 def run(arguments: Sequence[str]) -> None:
     """Parse the arguments and do what they say; errors are raised."""
-    application(layers_of(arguments))(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    # A verb that is meant is alone: in files, the parser would take settings of the names of others for theirs.
+    meant = [verb for verb in verbs() if arguments and verb.name == arguments[0]]
+    below, chosen = layers_of(arguments), dict[str, Any]()
+    if not {"--help", "-h", "--version"} & {*arguments}:
+        chosen |= choice(below, lambda chosen: parsed(application(below, meant, None, chosen), arguments))
+    app = application(below, meant or None, None, chosen)
+    app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -281,12 +354,14 @@ def usage(error: CycloptsError) -> str:
         # A group without a section has no name that a user could type: say which of its flags is missing.
         error.argument = next(flag for flag in error.argument.children if flag.required and not flag.has_tokens)
     message = re.sub(r"\[(\w+)\]\[(\w+)\]", r"\1.\2", " ".join(str(error).split())).rstrip(".")
+    if isinstance(error, MissingArgumentError) and error.argument and error.argument.name == "--data":
+        return "no data; --data; give a folder of images, or --data shapes for the built-in demo"
     if isinstance(error, UnknownOptionError):
         names = [name for argument in error.argument_collection if argument.parse for name in argument.names]
         wrong = re.sub(r"[^\w-]+", ".", (error.token.keyword or error.token.value).partition("=")[0]).strip(".-")
         meant = nearest(wrong, [name.removeprefix("--") for name in names])
-        hint = " Did you mean " + " or ".join(f"--{name}" for name in meant) + "?" if meant else ""
-        return message.partition(" Did you mean ")[0] + hint
+        hint = ". Did you mean " + " or ".join(f"--{name}" for name in meant) + "?" if meant else ""
+        return message.partition(" Did you mean ")[0].rstrip(".") + hint
     if isinstance(error, CoercionError) and error.argument and error.argument.name.strip("-") not in message:
         return f"{error.argument.name}: {message}"
     return message

@@ -1,21 +1,25 @@
 """From settings to a model."""
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import yaml
+from jaxtyping import Bool, Int
+from torch import Tensor
 
 from dmjd.backbones import Encoder, encoder_of, register_encoder
-from dmjd.backbones.files import create_network, open_backbone
+from dmjd.backbones.files import create_network, read_file, read_task, save_backbone
 from dmjd.backbones.normalize import Normalize, default_statistics
 from dmjd.config.pretrain import ModelSettings, PretrainSettings
-from dmjd.config.rules import PRESETS
-from dmjd.errors import CheckpointError
+from dmjd.config.rules import PRESETS, to_dict
 from dmjd.heads import Decoder, LinearHead, MisalignedProjector, Projector
-from dmjd.masking import mask_counts
+from dmjd.initialization import StartingWeights
+from dmjd.masking import mask_counts, seeded_masks
 from dmjd.method import DMJD
 from dmjd.targets import TargetRequest, create_target
 
@@ -43,31 +47,81 @@ def build(preset: str, size: str | None = None, *, image_size: int | tuple[int, 
         names = sorted(file.stem for file in PRESETS.glob("*.yaml"))
         raise ValueError(f"there is no preset {preset!r}; choose one of {', '.join(names)}")
     recipe = yaml.safe_load(path.read_text())
-    values: dict[str, dict[str, Any]] = {
-        section: {
-            key: tuple(value) if isinstance(value, list) else value for key, value in recipe.get(section, {}).items()
-        }
-        for section in SECTIONS
-    }
+    values = sections_of(recipe)
     size = size or recipe["model"]["size"]
     if size != recipe["model"]["size"]:  # another size than the preset's: what the preset changes of its own goes
         values["model"] = {key: value for key, value in values["model"].items() if key not in SHAPE}
     side = image_size if isinstance(image_size, int) else "x".join(map(str, image_size))
-    kinds = {section: type(getattr(PretrainSettings(), section)) for section in SECTIONS}
-    places = setting_places(kinds)
+    places = setting_places()
     for name, value in {"size": size, "image_size": str(side), **overrides}.items():
         if name not in places:
             nearest = get_close_matches(name, places, n=1)
             raise ValueError(f"there is no setting {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
         section, key = places[name]
         values[section][key] = value
-    return from_settings(PretrainSettings(**{section: kind(**values[section]) for section, kind in kinds.items()}))
+    return from_settings(model_settings(values))
 
 
-def setting_places(kinds: dict[str, Any]) -> dict[str, tuple[str, str]]:
+def save_pretrained(path: Path, network: DMJD, settings: PretrainSettings, value_range: tuple[float, float]) -> None:
+    """Write a pre-trained network whole, but for frozen teachers: encoder, decoder, projector, and what they are like.
+
+    Args:
+        path: The file.
+        network: What `from_settings` made.
+        settings: What it was made of.
+        value_range: What of deep images became 0 and 1.
+    """
+    encoder, plain = network.encoder, to_dict(replace(settings, teacher=replace(settings.teacher, cache=None)))
+    assert encoder.architecture
+    save_backbone(
+        path,
+        encoder.backbone,
+        encoder.architecture,
+        *network.normalize.statistics,
+        value_range=value_range,
+        around=network,
+        task={"name": "pretrain", "settings": {section: plain[section] for section in SECTIONS}},
+    )
+
+
+def load_pretrained(path: str | Path) -> DMJD:
+    """Load a `pretrained.safetensors`: the network with its decoder, projector and targets, to predict or train on.
+
+    Teachers among the targets are loaded from where they were.
+
+    Raises:
+        CheckpointError: If the file is missing, broken or another one, or a teacher does not load.
+    """
+    task = read_task(path, "pretrain")
+    config = json.loads(read_file(path)[0]["pretrained_cfg"])
+    settings = replace(model_settings(sections_of(task["settings"])), init=str(path))
+    return from_settings(settings, (config["mean"], config["std"]))
+
+
+def section_kinds() -> dict[str, Any]:
+    """List the classes of the sections that a model is made of."""
+    return {section: type(getattr(PretrainSettings(), section)) for section in SECTIONS}
+
+
+def sections_of(plain: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Read sections from plain values, whose lists are tuples of settings."""
+    return {
+        section: {
+            key: tuple(value) if isinstance(value, list) else value for key, value in plain.get(section, {}).items()
+        }
+        for section in SECTIONS
+    }
+
+
+def model_settings(values: Mapping[str, Mapping[str, Any]]) -> PretrainSettings:
+    """Make the settings of a model from its sections."""
+    return PretrainSettings(**{section: kind(**values[section]) for section, kind in section_kinds().items()})
+
+
+def setting_places() -> dict[str, tuple[str, str]]:
     """Find the section and the name of every setting by its bare name and by SECTION_NAME; the first section wins."""
     places: dict[str, tuple[str, str]] = {}
-    for section, kind in kinds.items():
+    for section, kind in section_kinds().items():
         for setting in fields(kind):
             places[f"{section}_{setting.name}"] = (section, setting.name)
             places.setdefault(setting.name, (section, setting.name))
@@ -77,7 +131,7 @@ def setting_places(kinds: dict[str, Any]) -> dict[str, tuple[str, str]]:
 def from_settings(
     settings: PretrainSettings, statistics: tuple[Sequence[float], Sequence[float]] | None = None
 ) -> DMJD:
-    """Build the model that settings describe, untrained, or with the backbone of `settings.init`.
+    """Build the model that settings describe, untrained, or with what fits of `settings.init`.
 
     Args:
         settings: What to build.
@@ -85,16 +139,10 @@ def from_settings(
 
     Raises:
         ValueError: If the settings do not go together.
-        CheckpointError: If the backbone to start from, or a teacher, does not load.
+        CheckpointError: If the weights to start from, or a teacher, do not load.
     """
     model, masking = settings.model, settings.masking
-    mask_counts(
-        model.grid,
-        block=masking.block,
-        num_views=masking.num_views,
-        mask_ratio=masking.mask_ratio,
-        predict_ratio=masking.predict_ratio,
-    )  # raises where no such masks exist
+    mask_counts(model.grid, **asdict(masking))  # raises where no such masks exist
     encoder = create_encoder(model)
     mean, std = statistics or default_statistics(model.in_chans)
     request = TargetRequest(
@@ -104,8 +152,9 @@ def from_settings(
         normalize=Normalize(mean, std),
         options={"hog": asdict(settings.hog), "teacher": asdict(settings.teacher)},
     )
-    if settings.init:
-        initialize(encoder, settings.init)
+    start = StartingWeights(settings.init) if settings.init else None
+    if start:
+        start.into_backbone(encoder)  # before targets are made, which may be its copies
     target, visible = create_target(settings.masked.target, request), settings.visible
     differs = visible.weight and visible.target not in (None, settings.masked.target)
     visible_target = create_target(visible.target, request) if differs and visible.target else None
@@ -114,7 +163,7 @@ def from_settings(
     if visible.weight:
         branch = Projector if visible.aligned else MisalignedProjector
         projector = branch(encoder.embed_dim, (visible_target or target).dim, embed_dim=settings.decoder.embed_dim)
-    return DMJD(
+    network = DMJD(
         encoder,
         target,
         decoder=decoder,
@@ -126,6 +175,22 @@ def from_settings(
         beta=visible.beta,
         mean=mean,
         std=std,
+    )
+    if start:
+        start.into_heads(network)
+    return network
+
+
+def masks_of(settings: PretrainSettings, seeds: Int[Tensor, " B"]) -> Bool[Tensor, "B V L"]:
+    """Draw the masks of samples, True = hidden, by their seeds."""
+    masking = settings.masking
+    return seeded_masks(
+        seeds,
+        settings.model.grid,
+        block=masking.block,
+        num_views=masking.num_views,
+        mask_ratio=masking.mask_ratio,
+        predict_ratio=masking.predict_ratio,
     )
 
 
@@ -163,24 +228,3 @@ def create_encoder(model: ModelSettings) -> Encoder:
             f"model.patch_size {model.patch_size}, but {model.backbone} has tokens of {encoder.patch_size} px"
         )
     return encoder
-
-
-def initialize(encoder: Encoder, name: str) -> None:
-    """Load the weights of a backbone, by its file or as timm:NAME, into an encoder of the same architecture.
-
-    Raises:
-        CheckpointError: If it does not load, or is of another architecture; the message names the first keys.
-    """
-    network, _ = open_backbone(name)
-    theirs, ours = network.state_dict(), encoder.backbone.state_dict()
-    if "fc_norm.weight" in theirs.keys() - ours.keys():  # fine-tuned: its norm is of pooled tokens, ours stays new
-        theirs = {key: value for key, value in theirs.items() if not key.startswith("fc_norm.")}
-        theirs |= {key: value for key, value in ours.items() if key.startswith("norm.")}
-    wrong = [
-        key
-        for key in {**ours, **theirs}
-        if key not in ours or key not in theirs or ours[key].shape != theirs[key].shape
-    ]
-    if wrong:
-        raise CheckpointError(f"another architecture: {', '.join(wrong[:3])}; --init {name}; see --model.backbone")
-    encoder.backbone.load_state_dict(theirs)

@@ -13,7 +13,8 @@ from dmjd.backbones.files import open_backbone, put_head, save_backbone
 from dmjd.backbones.pyramid import Pyramid
 from dmjd.backbones.vit import create_vit
 from dmjd.config.pretrain import ModelSettings
-from dmjd.factory import create_encoder, initialize
+from dmjd.factory import create_encoder
+from dmjd.initialization import StartingWeights
 
 TINY = {"image_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
@@ -76,7 +77,7 @@ def test_tuned_vit__pre_training_goes_on_from_it_with_a_new_norm_of_tokens(tuned
     kind = {"backbone": str(path)} if by_file else {"backbone": "vit", "class_token": True, "embed_dim": 16}
     kind |= {} if by_file else {"depth": 2, "num_heads": 2}
     encoder = create_encoder(ModelSettings(size="tiny", image_size="32", patch_size=8, **kind))
-    initialize(encoder, str(path))
+    StartingWeights(str(path)).into_backbone(encoder)
     ours, theirs = encoder.backbone.state_dict(), model.state_dict()
     assert (ours.pop("norm.weight") == 1).all()
     assert (ours.pop("norm.bias") == 0).all()

@@ -90,7 +90,7 @@ def test_archive__class_folders_are_labels(tmp_path, ending):
 def test_archive__other_files_are_passed_over_and_counted(tmp_path, ending, capsys):
     data = packed(tmp_path / f"x{ending}", {"a.png": png(), "notes.txt": b"", "README": b""})
     assert names(data) == ["a.png"]
-    assert capsys.readouterr().err == f"passed over: 1 without an ending, 1 .txt; {data}; no images by their endings\n"
+    assert capsys.readouterr().err == f"1 images; ignored: 1 without an ending, 1 .txt; {data}\n"
 
 
 @both

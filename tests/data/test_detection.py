@@ -67,6 +67,28 @@ def found(root: Path, **options: object):
     return open_detection(str(root), Wanted(3), **options)
 
 
+@pytest.mark.parametrize("kind", ["coco", "voc"])
+def test_open__the_held_out_part_may_be_named(kind, tmp_path):
+    if kind == "coco":
+        write_coco(tmp_path, [annotation(0, [5, 6, 10, 10]), annotation(1, [0, 0, 4, 5])])
+        content = json.loads((tmp_path / "annotations" / "instances_train2017.json").read_text())
+        (tmp_path / "annotations" / "instances_test2017.json").write_text(json.dumps(content))
+        (tmp_path / "train2017").rename(tmp_path / "images")
+        expected = {"val": "val2017", "test": "test2017"}
+    else:
+        write_voc(tmp_path, ("cat", (6, 7, 15, 16), 0), ("cat", (1, 1, 5, 6), 0))
+        lists = tmp_path / "ImageSets" / "Main"
+        (lists / "test.txt").write_text((lists / "train.txt").read_text())
+        expected = {"val": "val", "test": "test"}
+    assert [found(tmp_path, part=part)[1].part for part in (None, "val", "test")] == [
+        expected["val"],
+        *expected.values(),
+    ]
+    assert [sum(found(tmp_path, part=part)[1].counts) for part in ("val", "test")] == [1, 2]
+    with pytest.raises(DataError):
+        found(tmp_path, part="dev")
+
+
 # -- COCO --------------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dmjd.data import listing
 from dmjd.data.decode import Wanted
-from dmjd.data.folder import folder_images
+from dmjd.data.folder import folder_images, ignored_files
 from dmjd.data.listing import list_files
 
 ENDINGS = frozenset([".png", ".jpg"])
@@ -48,10 +48,19 @@ def test_list_files__others_are_counted_by_ending(tmp_path: Path) -> None:
     assert (len(found.names), found.passed_over) == (1, {"": 1, ".txt": 2})
 
 
-def test_folder_images__says_what_was_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_images__says_what_was_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder_images(touch(tmp_path, "a.png", "b.txt", "deep/c.txt", "README"), Wanted())
-    said = capsys.readouterr().err
-    assert said == f"passed over: 1 without an ending, 2 .txt; {tmp_path}; no images by their endings\n"
+    assert capsys.readouterr().err == f"1 images; ignored: 2 .txt, 1 without an ending; {tmp_path}\n"
+
+
+def test_folder_images__names_five_kinds_of_ignored_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder_images(touch(tmp_path, "a.png", *(f"x.{ending}" for ending in "abcdef"), "y.f", "g"), Wanted())
+    assert "ignored: 2 .f, 1 without an ending, 1 .a, 1 .b, 1 .c, 2 of other kinds; " in capsys.readouterr().err
+
+
+def test_ignored_files__are_those_of_folders_of_images(tmp_path: Path) -> None:
+    assert ignored_files(str(touch(tmp_path, "a.png", "b.heic", "deep/c.heic"))) == {".heic": 2}
+    assert ignored_files("shapes") == {}
 
 
 @pytest.mark.parametrize("change", ["new", "gone", "renamed", "deep"])

@@ -56,6 +56,14 @@ def test_open__counts_the_classes_of_the_training_part(root):
     assert (image[0] == labels * 20).all()
 
 
+def test_open__the_held_out_part_may_be_named(root):
+    write(root, "test", "only", stripes(0, 1))
+    assert (found(root)[1].part, len(found(root)[1])) == ("val", 2)
+    assert (found(root, part="test")[1].part, len(found(root, part="test")[1])) == ("test", 1)
+    with pytest.raises(DataError, match="no folder images/dev"):
+        found(root, part="dev")
+
+
 def test_open__names_may_be_given(root):
     assert found(root, classes=("a", "b", "c", "d"))[1].classes == ("a", "b", "c", "d")
 

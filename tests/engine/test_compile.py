@@ -12,7 +12,19 @@ from dmjd.cli import main
 def test_compile__gives_the_losses_of_the_plain_run(tmp_path, colours):
     losses = []
     for name, flags in (("plain", []), ("compiled", ["--compile"])):
-        line = ["pretrain", "--data", str(colours), "--steps", "3", "--batch_size", "8", "--out", str(tmp_path / name)]
+        line = [
+            "pretrain",
+            "--preset",
+            "quick",
+            "--data",
+            str(colours),
+            "--steps",
+            "3",
+            "--batch_size",
+            "8",
+            "--out",
+            str(tmp_path / name),
+        ]
         assert main([*line, *flags, "--device", "cpu", "--monitor.log_every", "1", "--model.depth", "1"]) == 0
         lines = [json.loads(text) for text in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if "loss" in line])

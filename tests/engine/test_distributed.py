@@ -238,7 +238,19 @@ def start_rank(rank, port, arguments):
 
 @pytest.mark.parametrize("signalled", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_sigterm_to_one_rank__all_save_and_leave_with_143(images, tmp_path, signalled, free_tcp_port):
-    arguments = ["pretrain", "--data", images, "--epochs", "100000", "--batch_size", "8", "--device", "cpu"]
+    arguments = [
+        "pretrain",
+        "--preset",
+        "quick",
+        "--data",
+        images,
+        "--epochs",
+        "100000",
+        "--batch_size",
+        "8",
+        "--device",
+        "cpu",
+    ]
     arguments += ["--workers", "0", "--out", str(tmp_path / "run"), "--monitor.saves", "20000"]
     ranks = [start_rank(rank, free_tcp_port, arguments) for rank in (0, 1)]
     try:
@@ -263,7 +275,18 @@ def test_sigterm_to_one_rank__all_save_and_leave_with_143(images, tmp_path, sign
 )
 def test_two_ranks__an_error_ends_both_with_its_code_and_a_line(images, tmp_path, free_tcp_port, broken, code, message):
     (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
-    arguments = ["pretrain", "--data", images, "--device", "cpu", "--out", str(tmp_path / "run"), *broken]
+    arguments = [
+        "pretrain",
+        "--preset",
+        "quick",
+        "--data",
+        images,
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "run"),
+        *broken,
+    ]
     ranks = [start_rank(rank, free_tcp_port, arguments) for rank in (0, 1)]
     errors = [process.communicate(timeout=120)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [code, code], errors

@@ -37,9 +37,30 @@ def commands(data, root):
         ["knn", *classes, *start, "--out", f"{root}/knn", "--batch_size", "5"],
         ["embed", *classes, *start, "--out", f"{root}/features.npy", "--batch_size", "5"],
         *trained.values(),
+        [
+            "predict",
+            *classes,
+            *start[2:],
+            "--backbone",
+            f"{root}/linear/linear.safetensors",
+            "--out",
+            f"{root}/seen.csv",
+        ],
+        ["search", "--features", f"{root}/features.npy", "--query", f"{data}/classes/val", "--out", f"{root}/near"],
         *spread_out(trained, root),
         [
-            *("pretrain", *classes, "--batch_size", "8", "--optim.clip_grad", "1.0", "--parallel", "fsdp"),
+            *(
+                "pretrain",
+                "--preset",
+                "quick",
+                *classes,
+                "--batch_size",
+                "8",
+                "--optim.clip_grad",
+                "1.0",
+                "--parallel",
+                "fsdp",
+            ),
             *("--monitor.log_every", "1", "--out", f"{root}/pretrain", *SHORT),
         ],
     ]
@@ -66,6 +87,18 @@ def test_ranks__features_are_those_of_one_in_the_same_order(outputs):
     one, two, _ = outputs
     np.testing.assert_allclose(np.load(one / "features.npy"), np.load(two / "features.npy"), rtol=1e-5, atol=1e-6)
     assert (one / "features.csv").read_text() == (two / "features.csv").read_text()
+
+
+def test_ranks__predictions_and_neighbours_are_of_the_same_images_in_the_same_order(outputs):
+    one, two = (
+        [
+            [line.split(",")[0] for line in (folder / name).read_text().splitlines()]
+            for name in ("seen.csv", "near/neighbours.csv")
+        ]
+        for folder in outputs[:2]
+    )
+    assert one == two
+    assert all(len(lines) > 8 for lines in one)
 
 
 def test_ranks__knn_is_that_of_one(outputs):
@@ -113,5 +146,7 @@ def test_ranks__pretraining_by_the_command_line_gives_the_losses_of_one(outputs)
 
 def test_ranks__only_the_first_speaks(outputs):
     lines = outputs[2].splitlines()
-    assert sum(line.startswith("{") for line in lines) == 10, "one line of JSON for each verb that judges or embeds"
+    assert sum(line.startswith("{") for line in lines) == 12, (
+        "one line of JSON for each verb that judges, embeds or looks"
+    )
     assert sum(line.startswith("done in") for line in lines) == 1

@@ -23,7 +23,17 @@ VIT = str(FIXTURES / "vit.safetensors")
 
 # `{}` stands for the folder of `paint`.
 COMMANDS: dict[str, list[str]] = {
-    "quick": ["pretrain", "--preset", "quick", "--monitor.log_every", "1", "--monitor.max_images", "20"],
+    "quick": [
+        "pretrain",
+        "--preset",
+        "quick",
+        "--data",
+        "shapes",
+        "--monitor.log_every",
+        "1",
+        "--monitor.max_images",
+        "20",
+    ],
     "quick-convmae": [
         *("pretrain", "--preset", "quick-convmae", "--data", "{}/classes"),
         *("--batch_size", "16", "--optim.accumulation", "2"),

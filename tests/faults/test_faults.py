@@ -9,7 +9,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from prefork import Dmjd
 from safetensors.torch import load_file
 from torch import nn
 
@@ -70,9 +70,7 @@ def resumption(data: Path, out: Path) -> list[str]:
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "dmjd.cli", *arguments]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    return Dmjd(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
 
 def wait_for_save(process: subprocess.Popen[str]) -> None:
@@ -104,7 +102,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     """The last line on stderr, the only one that is no progress, no warning and no traceback."""
     said = capsys.readouterr().err.splitlines()
-    lines = [line for line in said if not line.endswith(", saved") and not line.startswith("warning: ")]
+    lines = [line for line in said if not line.endswith(", saved") and not line.startswith(("warning: ", "training: "))]
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     return lines[0]

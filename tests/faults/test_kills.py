@@ -1,6 +1,5 @@
 """Killed at random moments and resumed, a run of every verb that trains ends as if nobody had killed it."""
 
-import os
 import random
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from prefork import Dmjd
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "equality"))
 from runs import COMMANDS, paint, read
@@ -36,13 +36,7 @@ def line(verb: str, drawn: Path, out: Path) -> list[str]:
 
 def kill_at_random(words: list[str], out: Path, delay: float) -> int:
     """Start a run, kill it so long after it has claimed its directory, and return its exit code."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dmjd.cli", *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Dmjd(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     owner = f"process {process.pid} "
     while process.poll() is None and not ((out / ".lock").exists() and owner in (out / ".lock").read_text()):
         time.sleep(0.02)

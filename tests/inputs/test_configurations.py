@@ -16,16 +16,20 @@ from dmjd.config.rules import PRESETS
 
 SECONDS = 5.0  # of this process, until the line is there; a busy machine takes longer
 NEEDED = {
-    "pretrain": "",
-    "knn": "--backbone b",
-    "linear": "--backbone b",
-    "finetune": "--backbone b",
+    "pretrain": "--data d",
+    "knn": "--data d --backbone b",
+    "linear": "--data d --backbone b",
+    "finetune": "--data d --backbone b",
     "segment": "--backbone b --data d",
     "detect": "--backbone b --data d",
-    "embed": "--backbone b --out f.npy",
+    "predict": "--data d --backbone b --out p.csv",
+    "embed": "--data d --backbone b --out f.npy",
+    "search": "--features f.npy --out s --duplicates",
+    "export": "r --to timm --out o",
     "prepare": "--data d --out s",
     "doctor": "--data d",
 }
+WITH_DATA = ("pretrain", "knn", "linear", "finetune", "embed")  # what a line leaves out, so that it is short
 
 
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -218,8 +222,9 @@ BAD = {  # command line: what its error line has to say, each of the parts
 def test_flags__what_is_wrong_is_one_line_that_names_the_key_and_the_range(
     line: str, colours: Path, empty: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = line.format(colours=colours).split()
-    said = error_of([*words, *(["--out", "run"] if words[0] == "pretrain" else [])], capsys)
+    verb, *words = line.format(colours=colours).split()
+    data = ["--data", "d"] if verb in WITH_DATA and "--data" not in words else []
+    said = error_of([verb, *data, *words, *(["--out", "run"] if verb == "pretrain" else [])], capsys)
     for part in BAD[line].split(" | "):
         assert part in said
     assert not outside(empty)
@@ -327,7 +332,8 @@ def test_config__what_is_wrong_in_a_file_is_one_line(
     content: str, empty: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (empty / "mine.yaml").write_text(content, errors="surrogateescape")
-    assert BAD_FILES[content] in error_of(["pretrain", "--config", "mine.yaml"], capsys)
+    data = [] if content.startswith("data") else ["--data", "d"]
+    assert BAD_FILES[content] in error_of(["pretrain", *data, "--config", "mine.yaml"], capsys)
     assert not outside(empty)
 
 
@@ -336,7 +342,7 @@ def test_config__that_is_no_file_is_named(empty: Path, capsys: pytest.CaptureFix
     (empty / "folder.yaml").mkdir()
     (empty / "looped.yaml").symlink_to("looped.yaml")
     for name in ("missing.yaml", "folder.yaml", "pipe.yaml", "looped.yaml", "/dev/zero"):
-        assert name in error_of(["pretrain", "--config", name], capsys)
+        assert name in error_of(["pretrain", "--data", "d", "--config", name], capsys)
 
 
 @pytest.mark.parametrize("verb", ["linear", "finetune", "segment", "detect"])
@@ -352,7 +358,7 @@ def test_config__of_every_verb_that_trains_is_checked(
 def test_config__of_a_run_to_resume_is_checked_as_well(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (empty / "run").mkdir()
     (empty / "run" / "config.yaml").write_text("masking: {num_views: 100000}")
-    assert "masking.num_views 100000" in error_of(["pretrain", "--out", "run", "--resume"], capsys)
+    assert "masking.num_views 100000" in error_of(["pretrain", "--data", "d", "--out", "run", "--resume"], capsys)
 
 
 # -- afterwards --------------------------------------------------------------------------------------------------------
@@ -409,9 +415,9 @@ def test_out__after_a_refusal_of_finetune_the_corrected_command_starts(
 # -- from a shell ------------------------------------------------------------------------------------------------------
 
 SHELL = (
-    "pretrain --monitor.saves 2000000000",
-    "pretrain --seed 1180591620717411303424",
-    "finetune --backbone b --augment.auto_augment nonsense",
+    "pretrain --data d --monitor.saves 2000000000",
+    "pretrain --data d --seed 1180591620717411303424",
+    "finetune --data d --backbone b --augment.auto_augment nonsense",
     "pretrain --size tiny",
 )
 

@@ -52,7 +52,8 @@ def flags(data: Path, out: Path) -> list[str]:
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.endswith(", saved")]
+    said = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in said if not line.endswith(", saved") and not line.startswith("training: ")]
     return line
 
 

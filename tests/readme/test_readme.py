@@ -1,4 +1,4 @@
-"""What the README and docs/recipes.md tell a newcomer to type works as it stands there."""
+"""What the README, docs/recipes.md and the guides tell a newcomer to type works as it stands there."""
 
 import json
 import os
@@ -7,12 +7,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+import dmjd
 from dmjd.cli import VERBS, main
 from dmjd.config.rules import PRESETS
 from dmjd.data.source import register_source
@@ -21,12 +24,18 @@ from dmjd.targets import register_target
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 RECIPES = (ROOT / "docs" / "recipes.md").read_text()
+GUIDES = {path.name: path.read_text() for path in sorted((ROOT / "docs" / "guides").glob("*.md"))}
+# In this order: guides use what the README and the recipes have made, and have many of their commands.
+DOCUMENTS = (README, RECIPES, (ROOT / "docs" / "index.md").read_text(), *GUIDES.values())
+SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 # The runs there take minutes to weeks; these flags change how much is trained, not what is done.
 FINE = shlex.split("--steps 2 --batch_size 4 --workers 0 --device cpu")
 SMALL = shlex.split("--monitor.evals 0 --decoder.embed_dim 16 --decoder.num_heads 2 --decoder.depth 1")
 SHAPE = shlex.split(
     "--model.image_size 64 --model.patch_size 8 --model.embed_dim 32 --model.depth 1 --model.num_heads 2"
 )
+
+SHORT = {flag.removeprefix("--"): value for flag, value in zip(*[iter([*FINE, *SMALL, *SHAPE])] * 2, strict=True)}
 
 
 def blocks(text, language):
@@ -40,9 +49,16 @@ def commands(text):
 
 def shortened(words):
     """The command with flags that make it short; a network of timm has a shape of its own."""
-    if words[0] == "pretrain":
+    if words[0] == "pretrain" and not needs_network(words) and "--print_config" not in words:
         return [*words, *FINE, *SMALL, *([] if any(word.startswith("timm:") for word in words) else SHAPE)]
+    if needs_network(words):
+        return [*words, "--print_config"]
     return [*words, *(FINE if words[0] in ("finetune", "segment", "detect") else [])]
+
+
+def needs_network(words):
+    """Weights of timm are downloaded; such commands are only parsed."""
+    return any(flag in ("--init", "--backbone") and value.startswith("timm:") for flag, value in pairwise(words))
 
 
 def rows(text, heading):
@@ -73,24 +89,33 @@ def workplace(tmp_path_factory):
         }
         (folder / "cells" / "annotations").mkdir(exist_ok=True)
         (folder / "cells" / "annotations" / f"instances_{part}.json").write_text(json.dumps(content))
+    (folder / "plates").mkdir()
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 4096, (5, 64, 64), dtype=np.uint16)
+        np.save(folder / "plates" / f"{number}.npy", pixels)
     return folder
 
 
 def test_readme__every_command_does_what_it_says(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
-    typed = [shlex.split(line)[1:] for line in commands(README) + commands(RECIPES) if line.startswith("dmjd ")]
+    lines = dict.fromkeys(line for document in DOCUMENTS for line in commands(document) if line.startswith("dmjd "))
+    typed = [shlex.split(line)[1:] for line in lines]
     assert {words[0] for words in typed} == {verb.name for verb in VERBS} | {"report"}
     for words in typed:
         assert main(shortened(words)) == 0, " ".join(words) + capsys.readouterr().err
     for name in ("backbone.safetensors", "report.html", "metrics.jsonl", "config.yaml", "summary.json"):
         assert (workplace / "runs" / "photos" / name).stat().st_size > 0
     assert np.load(workplace / "features.npy").shape == (24, 32)
-    for block in blocks(README, "python"):
-        exec(compile(block, "README.md", "exec"), {})
+    for name, document in {"README.md": README, **GUIDES}.items():
+        for block in blocks(document, "python"):
+            exec(
+                compile(block.replace("minutes=10", "minutes=10, **SHORT"), name, "exec"),
+                {"dmjd": dmjd, "SHORT": SHORT},
+            )
 
 
 def test_readme__torchrun_trains_on_several_processes(workplace):
-    (line,) = (line for line in commands(README) if line.startswith("torchrun "))
+    (line,) = {line for document in DOCUMENTS for line in commands(document) if line.startswith("torchrun ")}
     launch, _, command = line.partition(" -m dmjd ")
     assert re.fullmatch(r"torchrun --nproc-per-node \d+", launch)
     torchrun = shlex.split("-m torch.distributed.run --nproc-per-node 2 --standalone -m dmjd")
@@ -105,18 +130,41 @@ def test_readme__torchrun_trains_on_several_processes(workplace):
     assert done.stdout.count("look at runs/dmjd-8/report.html") == 1
 
 
+def test_guides__the_command_of_the_script_for_slurm_is_one(capsys):
+    (script,) = blocks(GUIDES["several-gpus.md"], "bash")
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    words = shlex.split(script.partition(" -m dmjd ")[2])
+    assert main([*words, "--print_config"]) == 0, capsys.readouterr().err
+    assert yaml.safe_load(capsys.readouterr().out)["resume"]
+
+
+def test_guides__fit_a_screen_and_are_in_the_site_and_its_first_page():
+    assert all(len(guide.splitlines()) <= 45 for guide in GUIDES.values())
+    listed = next(part["Guides"] for part in SITE["nav"] if "Guides" in part)
+    assert sorted(listed) == [f"guides/{name}" for name in GUIDES]
+    linked = re.findall(r"\]\(guides/([\w-]+\.md)\)", (ROOT / "docs" / "index.md").read_text())
+    assert sorted(linked) == list(GUIDES)
+
+
 def test_readme__every_command_is_run_by_a_test_or_is_a_target_of_make():
     targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    for line in commands(README) + commands(RECIPES):
+    for line in (line for document in DOCUMENTS for line in commands(document)):
         program, *words = line.split()
-        assert program in ("dmjd", "torchrun") or (program == "make" and words[0] in targets), line
+        known = program in ("dmjd", "torchrun") or (program == "make" and words[0] in targets)
+        assert known or line == "pip install dmjd", line
 
 
-def test_readme__make_docs_describes_modules_that_exist():
-    (names,) = re.findall(r"addprefix dmjd\.,([\w. ]+)\)", (ROOT / "Makefile").read_text())
-    for name in names.split():
-        place = ROOT / "src" / "dmjd" / name
-        assert place.is_dir() or place.with_suffix(".py").is_file(), name
+def test_site__describes_modules_that_exist():
+    names = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "reference.md").read_text(), flags=re.MULTILINE)
+    places = [ROOT / "src" / name.replace(".", "/") for name in names]
+    assert names
+    assert [place for place in places if not (place.is_dir() or place.with_suffix(".py").is_file())] == []
+
+
+def test_site__has_the_pages_of_its_navigation():
+    parts = [part if isinstance(part, dict) else {"": [part]} for part in SITE["nav"]]
+    pages = [page for part in parts for listed in part.values() for page in listed]
+    assert [page for page in pages if not (ROOT / "docs" / page).is_file()] == []
 
 
 def test_recipes__every_preset_is_in_the_table():
@@ -133,6 +181,6 @@ def test_recipes__every_target_and_every_source_is_in_a_table():
 
 
 def test_documents__every_link_leads_somewhere():
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "guides").glob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"

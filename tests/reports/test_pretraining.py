@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dmjd.errors import CheckpointError, ConfigError
+from dmjd.reports.nearest_pictures import NearestPictures, write_nearest
 from dmjd.reports.pretraining import key_numbers, write_report
-from dmjd.reports.token_pictures import write_samples
+from dmjd.reports.token_pictures import Samples, write_samples
 
-ALWAYS = ["Key numbers", "Curves", "Settings", "How to reproduce", "What next"]
-WITH_SAMPLES = ["Held-out images", "How often each token was predicted"]
+ALWAYS = ["Key numbers", "Curves", "Settings", "How to reproduce", "How to cite", "What next"]
+WITH_SAMPLES = ["Held-out images", "What is alike", "How often each token was predicted"]
 NUMBERS = {
     "untrained": {"knn_top1": 0.2714, "linear_top1": 0.3341},
     "trained": {"knn_top1": 0.6127, "linear_top1": 0.7253},
@@ -89,18 +91,38 @@ def add_samples(
         return torch.randint(0, most, shape, generator=generator)
 
     times = noise(40, tokens, most=views + 1)
-    write_samples(
-        run / "samples.safetensors",
+    masked = torch.stack([torch.arange(tokens).roll(image) % 5 < 3 for image in range(3)])[:, None]
+    samples = Samples(
         images=noise(3, channels, height, width).byte(),
-        masked=torch.stack([torch.arange(tokens).roll(image) % 5 < 3 for image in range(3)])[:, None].repeat(
-            1, views, 1
-        ),
+        masked=masked.repeat(1, views, 1),
         target=noise(3, drawn, height, width).byte(),
         predicted=noise(3, views, drawn, height, width).byte(),
+        errors=torch.rand(3, views, tokens, generator=generator),
+        patch_colours=noise(3, 3, *grid).byte(),
         times_hidden=times,
-        metadata={"grid": f"{grid[0]} {grid[1]}", "target": "mine", "caption": "A caption.", "backdrop": backdrop},
     )
+    about = {"grid": f"{grid[0]} {grid[1]}", "target": "mine", "caption": "A caption.", "backdrop": backdrop}
+    write_samples(run / "samples.safetensors", samples, about)
     return times
+
+
+def add_neighbours(run: Path, *, channels: int = 3, name: str = "a.png") -> None:
+    """Write two images, each with three neighbours of both kinds, all pictures of noise."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 256, (*shape, channels, 96, 64), generator=generator).byte()
+
+    similar = torch.tensor([[0.99, 0.5, -0.25]]).repeat(2, 1)
+    pictures = NearestPictures(
+        queries=noise(2),
+        by_features=noise(2, 3),
+        features_similarity=similar,
+        by_pixels=noise(2, 3),
+        pixels_similarity=similar.clone(),
+    )
+    names = {"queries": [name, "b.png"], "by_features": [["c", "d", "e"]] * 2, "by_pixels": [["f", "g", name]] * 2}
+    write_nearest(run / "neighbours.safetensors", pictures, names | {"compared": 1234})
 
 
 def complete_run(run: Path, **settings: str) -> Path:
@@ -111,8 +133,10 @@ def complete_run(run: Path, **settings: str) -> Path:
         "skipped": 3,
         "command": "dmjd pretrain --data /data/leaves --out r",
     }
+    summary |= {"environment": {"torch": "9.9.1", "device": "abacus", "cores": 3}}
     write_run(run, metric_lines(), summary=summary, **settings)
     add_samples(run, (6, 6))
+    add_neighbours(run)
     return run
 
 
@@ -148,13 +172,15 @@ def test_write_report__says_what_was_trained_and_all_four_numbers(report: Path) 
     )
     assert page.all("td") == ["27.1%", "61.3%", "+34.1 points", "33.4%", "72.5%", "+39.1 points"]
     assert page.all("h2") == [*ALWAYS[:2], *WITH_SAMPLES, *ALWAYS[2:]]
+    assert {"9.9.1", "abacus", "3"} <= {*page.all("dd")}
+    assert any(text.startswith("@article{") and "2301.00230" in text for text in page.all("pre"))
     assert "dmjd pretrain --data /data/leaves --out r" in page.all("pre")
     assert any(text.startswith("dmjd knn --backbone") and text.endswith("/data/leaves") for text in page.all("pre"))
 
 
 def test_write_report__every_picture_has_words(report: Path) -> None:
     pictures = [attributes for tag, attributes in Page(report).tags if tag == "img"]
-    assert len(pictures) == 3 * (2 + 2 * 2)
+    assert len(pictures) == 3 * (3 + 2 * 3) + 2 * (1 + 3 + 3)
     assert all(attributes.get("alt") for attributes in pictures)
     assert len({attributes["alt"] for attributes in pictures}) == len(pictures)
     drawings = [attributes for tag, attributes in Page(report).tags if tag == "svg"]
@@ -217,6 +243,7 @@ def test_write_report__escapes_what_it_shows(tmp_path: Path) -> None:
     run = write_run(
         tmp_path / "a<b>&c", metric_lines(), config=f"data: {evil}\n", summary={"data": evil, "command": evil}
     )
+    add_neighbours(run, name=evil)
     path = write_report(run)
     assert "<script" not in path.read_text("utf-8")
     page = Page(path)
@@ -233,7 +260,9 @@ def test_write_report__leaves_the_page_of_another_verb_alone(tmp_path: Path) -> 
     run = write_run(tmp_path / "run", metric_lines())
     for name in ("result.json", "report.html"):
         (run / name).write_text("{}")
-    with pytest.raises(ConfigError, match=r"not a pre-training run; .*; its page is report\.html, written by the verb"):
+    with pytest.raises(
+        ConfigError, match=r"not a pre-training run; .*; its page report\.html stands as the verb wrote it"
+    ):
         write_report(run)
     assert (run / "report.html").read_text() == "{}"
 
@@ -261,6 +290,45 @@ def test_write_report__names_broken_pictures(tmp_path: Path) -> None:
         write_report(run)
 
 
+def test_write_report__names_broken_neighbours(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", metric_lines())
+    (run / "neighbours.safetensors").write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match=r"broken pictures.*neighbours\.safetensors"):
+        write_report(run)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_write_report__shows_neighbours_with_their_names_and_likeness(tmp_path: Path, channels: int) -> None:
+    run = write_run(tmp_path / "run", metric_lines())
+    add_neighbours(run, channels=channels)
+    page = Page(write_report(run))
+    assert any("the nearest of 1,234 training images" in text for text in page.all("p"))
+    named = [attributes["title"] for tag, attributes in page.tags if tag == "img"]
+    assert named == ["a.png", "c", "d", "e", "f", "g", "a.png", "b.png", "c", "d", "e", "f", "g", "a.png"]
+    assert (run / "report.html").read_text().count("<figcaption>-0.250</figcaption>") == 4
+
+
+def test_write_report__a_run_of_before_without_errors_and_features_is_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", metric_lines())
+    add_samples(run, (4, 4))
+    path = run / "samples.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({k: v for k, v in load_file(path).items() if k not in ("errors", "patch_colours")}, path, metadata)
+    page = Page(write_report(run))
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == 3 * (2 + 2 * 2)
+    assert not any(text.startswith(("Error:", "Features:")) for text in page.all("p"))
+
+
+@pytest.mark.parametrize(
+    ("config", "flag"), [("epochs: 40.0", "--epochs 80"), ("epochs: 40.0\nsteps: 5", "--steps 10"), ("{}", "--epochs")]
+)
+def test_write_report__says_how_to_train_a_finished_run_for_longer(tmp_path: Path, config: str, flag: str) -> None:
+    run = write_run(tmp_path / "run", metric_lines(), summary=NUMBERS, config=config)
+    (command,) = (text for text in Page(write_report(run)).all("pre") if "--resume" in text)
+    assert f"--resume {flag}" in command
+
+
 def test_write_report__names_pictures_of_another_version(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", metric_lines())
     save_file({"images": torch.zeros(1, 3, 8, 8)}, run / "samples.safetensors", {"grid": "2 2"})
@@ -278,6 +346,7 @@ def test_write_report__sends_a_run_without_labels_to_other_images_for_knn(tmp_pa
 def test_write_report__stays_small_for_long_runs_and_many_pictures(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", metric_lines(20_000), summary=NUMBERS)
     add_samples(run, (24, 24), views=4, backdrop="image")
+    add_neighbours(run)
     assert write_report(run).stat().st_size < 2_000_000
 
 
@@ -330,7 +399,7 @@ def test_report__in_a_browser_fits_and_shows_every_picture(report: Path, tmp_pat
     assert found["window"] == size[0]
     assert found["wide"] <= found["window"]
     assert found["headings"] == [*ALWAYS[:2], *WITH_SAMPLES, *ALWAYS[2:]]
-    assert (found["pictures"], found["broken"], found["squeezed"]) == (18, 0, 0)
+    assert (found["pictures"], found["broken"], found["squeezed"]) == (41, 0, 0)
 
 
 @browser

@@ -12,7 +12,7 @@ from dmjd.reports.classification import write_classification
 from dmjd.reports.dense import write_dense
 
 SUMMARY = {"top1": 0.75, "top1_low": 0.6, "top1_high": 0.85, "top5": 1.0, "mean_class_accuracy": 0.7, "images": 1234}
-COUNTS = {"train_images": 5678, "seconds": 90.0}
+COUNTS = {"train_images": 5678, "part": "val", "seconds": 90.0}
 
 
 def classify(out: Path, count: int = 2, **more: float) -> str:
@@ -45,7 +45,7 @@ def test_write_classification__leaves_numbers_a_table_a_picture_and_a_page(tmp_p
     with Image.open(out / "confusion.png") as image:
         assert min(image.size) > 200
     assert "Report of dmjd knn" in text
-    assert "75.0% of 1,234 held-out images are classified right" in text
+    assert "75.0% of 1,234 held-out images (val) are classified right" in text
     assert "k: 20" in text
     assert "data:image/png;base64," in text
     assert "Best on the way" not in text

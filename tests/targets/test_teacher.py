@@ -280,7 +280,7 @@ def test_pretrain__with_a_teacher_on_one_branch_it_learns_resumes_and_reports(te
     --decoder.embed_dim 16 --decoder.depth 1 --decoder.num_heads 2 --batch_size 8 --workers 0 --device cpu
     --optim.warmup_epochs 0 --monitor.log_every 1 --visible.loss cosine --optim.blr 0.1 --steps 8"""
     out = tmp_path / "run"
-    words = ["pretrain", *flags.split(), "--data", str(tmp_path / "photos"), "--out", str(out)]
+    words = ["pretrain", "--preset", "quick", *flags.split(), "--data", str(tmp_path / "photos"), "--out", str(out)]
     assert main([*words, "--masked.target", str(teacher_file), "--visible.target", "hog"]) == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -336,7 +336,7 @@ def test_pretrain__with_its_own_mean_a_stopped_run_resumes_to_the_last_bit(tmp_p
     --decoder.embed_dim 16 --decoder.depth 1 --decoder.num_heads 2 --batch_size 8 --workers 0 --device cpu --steps 6
     --optim.warmup_epochs 0 --monitor.log_every 1 --monitor.saves 3 --masked.target ema --teacher.decay 0.5 0.9
     --teacher.layers 0 --teacher.layers 1"""
-    words = ["pretrain", *flags.split(), "--data", str(tmp_path / "photos"), "--out"]
+    words = ["pretrain", "--preset", "quick", *flags.split(), "--data", str(tmp_path / "photos"), "--out"]
     runs = [tmp_path / "unbroken", tmp_path / "stopped"]
     assert all(main([*words, str(out)]) == 0 for out in runs)
     # As if killed after step 4: what came later is gone.

@@ -32,6 +32,7 @@ KEYS = {
     "mean_class_accuracy",
     "images",
     "train_images",
+    "part",
     "seconds",
 }
 
@@ -64,7 +65,7 @@ def by_hand() -> ClassificationResult:
 def write(result: ClassificationResult, out: Path) -> None:
     """Write what a verb writes."""
     settings = to_yaml(KnnSettings(start=StartSettings(backbone="b.safetensors"), out=out))
-    summary = result.summary() | {"train_images": 9, "seconds": 1.0}
+    summary = result.summary() | {"train_images": 9, "part": "val", "seconds": 1.0}
     write_classification(out, verb="knn", settings=settings, summary=summary, **result.tables)
 
 
@@ -85,7 +86,8 @@ def test_write_classification__the_page_needs_no_other_file_and_escapes_names(tm
     write(by_hand(), tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert_self_contained(page)
-    assert "http" not in page
+    assert "http:" not in page
+    assert "https:" not in page
     assert escape("<i>cat</i> & co") in page
     assert "<i>cat" not in page
     table = page[page.index("hardest first") :]

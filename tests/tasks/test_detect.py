@@ -55,7 +55,7 @@ def test_detect__trains_judges_and_predicts(name, masks, flags, backbones, tmp_p
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said.keys() >= {"map", "map50", "map75", "map_small", "map_medium", "map_large", "images", "seconds"}
     assert ("mask_map" in said) == masks
-    assert (said["images"], said["train_images"]) == (4, 4)
+    assert (said["images"], said["train_images"], said["part"]) == (4, 4, "val")
     assert {"loss", "loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"} <= lines(out)[0].keys()
     assert ("loss_mask" in lines(out)[0]) == masks
     assert (out / "report.html").read_text().count("data:image/jpeg") == 12
@@ -133,7 +133,7 @@ def test_predict__an_empty_folder_twins_and_a_broken_image(backbones, tmp_path, 
     (tmp_path / "empty").mkdir()
     assert main([*command, str(tmp_path / "empty")]) == 3
     assert main([*command, str(tmp_path / "nowhere")]) == 3
-    assert "no such image or folder" in capsys.readouterr().err
+    assert "no such data" in capsys.readouterr().err
     (data / "images" / "a.jpg").write_bytes((data / "images" / "a.png").read_bytes())
     assert main([*command, str(data / "images")]) == 3
     assert "two images of the same name" in capsys.readouterr().err

@@ -173,7 +173,7 @@ def test_fitting_size__is_a_multiple_of_a_patch(short: int, size: int, patch: in
 @pytest.fixture(scope="module")
 def trained(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    assert main(["pretrain", "--data", str(colours), "--out", str(out), *shlex.split(TINY)]) == 0
+    assert main(["pretrain", "--preset", "quick", "--data", str(colours), "--out", str(out), *shlex.split(TINY)]) == 0
     return out
 
 

@@ -1,18 +1,27 @@
 """What a backbone's features are worth, and the features themselves."""
 
 import csv
+import io
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
 from dmjd import load_backbone
 from dmjd.cli import main
+from dmjd.data.cells import cell_text, plain_cell
 from dmjd.data.crops import center_crop
 from dmjd.data.decode import Wanted, decode
+from dmjd.evaluation.feature_file import FeatureWriter
 from dmjd.evaluation.knn import knn_top1
 from dmjd.evaluation.rank import rankme
 
@@ -156,3 +165,128 @@ def test_embed__without_a_good_image_is_a_data_error(
     assert main(["embed", "--backbone", str(backbone), "--data", str(tmp_path / "images"), "--out", str(out)]) == 3
     assert capsys.readouterr().err.startswith("error: none of 1 images decodes")
     assert not out.exists()
+
+
+def test_embed__its_file_is_what_numpy_writes(backbone: Path, data: Path, tmp_path: Path) -> None:
+    features, _ = embedded(backbone, data, tmp_path / "f.npy")
+    expected = io.BytesIO()
+    np.save(expected, features)
+    assert (tmp_path / "f.npy").read_bytes() == expected.getvalue()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.csv", "f.json", "f.npy"]
+
+
+def embed(backbone: Path, data: Path, out: Path, flags: str = "") -> int:
+    words = ["--backbone", backbone, "--data", data, "--out", out, "--workers", "0", "--device", "cpu", *flags.split()]
+    return main(["embed", *map(str, words)])
+
+
+def test_embed__layers_are_joined_as_knn_joins_them_and_halves_are_halves(
+    backbone: Path, data: Path, tmp_path: Path
+) -> None:
+    assert embed(backbone, data, tmp_path / "two.npy", "--layers 0 --layers -1") == 0
+    assert embed(backbone, data, tmp_path / "last.npy", "--layers -1 --dtype float16") == 0
+    two, last = np.load(tmp_path / "two.npy"), np.load(tmp_path / "last.npy")
+    assert (two.shape[1], last.shape[1], last.dtype) == (32, 16, np.float16)
+    np.testing.assert_array_equal(two[:, 16:].astype(np.float16), last)
+    assert embed(backbone, data, tmp_path / "none.npy", "--layers 9") == 2
+
+
+def test_embed__tokens_are_those_of_the_models_last_norm_row_by_row(backbone: Path, data: Path, tmp_path: Path) -> None:
+    assert embed(backbone, data, tmp_path / "t.npy", "--tokens --batch_size 7") == 0
+    assert embed(backbone, data, tmp_path / "f.npy", "--layers -1 --tokens") == 0
+    tokens = np.load(tmp_path / "t.npy")
+    assert tokens.shape == np.load(tmp_path / "f.npy").shape == (51, 16, 16)
+    model = load_backbone(backbone)
+    with (tmp_path / "t.csv").open(newline="") as file:
+        path = [*csv.reader(file)][1][0]
+    mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    image = center_crop(decode(data / path, Wanted(3)), (32, 32))
+    with torch.inference_mode():
+        expected = model.forward_features(((image / 255 - mean) / std)[None])[0, model.num_prefix_tokens :]
+    np.testing.assert_allclose(tokens[0], expected.numpy(), rtol=1e-4, atol=1e-5)
+    pooled = torch.from_numpy(tokens).mean(dim=1)  # the pooled output of this backbone is the mean of its tokens
+    embed(backbone, data, tmp_path / "p.npy")
+    np.testing.assert_allclose(pooled.numpy(), np.load(tmp_path / "p.npy"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("flags", ["", "--dtype float16", "--tokens"])
+def test_embed__parquet_has_the_same_numbers_and_the_names_themselves(
+    backbone: Path, tmp_path: Path, flags: str
+) -> None:
+    for kind in ("rows", "dots"):
+        write_image(tmp_path / "images" / kind / '=1+1, or "so".png', kind, 1)
+    assert embed(backbone, tmp_path / "images", tmp_path / "f.npy", flags) == 0
+    assert embed(backbone, tmp_path / "images", tmp_path / "f.parquet", flags) == 0
+    table = parquet.read_table(tmp_path / "f.parquet")
+    assert table.column_names == ["path", "label", "feature"]
+    assert table["label"].to_pylist() == ["dots", "rows"]
+    assert table["path"].to_pylist() == [f'{kind}/=1+1, or "so".png' for kind in ("dots", "rows")]
+    np.testing.assert_array_equal(np.array(table["feature"].to_pylist()), np.load(tmp_path / "f.npy"))
+    assert sorted(path.name for path in tmp_path.glob("f.*")) == ["f.csv", "f.json", "f.npy", "f.parquet"]
+
+
+@pytest.mark.parametrize("name", ["=1+1", "'=1+1", "-5", "plain", "'quoted'", " @x", "''"])
+def test_cells__their_text_comes_back(name: str) -> None:
+    assert plain_cell(cell_text(plain_cell(name))) == plain_cell(name)
+    assert cell_text(plain_cell(name)) == (name if name != "'=1+1" else "=1+1")  # the one that cannot be told apart
+
+
+def left_after(seconds: float, state: Path) -> dict[str, object]:
+    """What a run has written down of itself by the time that some rows are there."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if state.exists() and (left := json.loads(state.read_text()))["rows"] >= 20:
+            return left
+        time.sleep(0.001)
+    raise AssertionError("nothing was written")
+
+
+def test_embed__killed_and_resumed_it_writes_the_same_bytes(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images.npy"
+    np.save(images, np.random.default_rng(0).integers(0, 256, (250, 9, 9, 3), dtype=np.uint8))
+    (tmp_path / "whole").mkdir()
+    assert embed(backbone, images, tmp_path / "whole" / "f.npy", "--batch_size 2") == 0
+    words = ["embed", "--backbone", backbone, "--data", images, "--out", tmp_path / "f.npy", "--batch_size", 2]
+    command = [sys.executable, "-m", "dmjd.cli", *map(str, words), "--workers", "0", "--device", "cpu"]
+    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) as run:
+        left_after(60, tmp_path / "f.json.partial")
+        run.kill()
+    assert not (tmp_path / "f.npy").exists()
+    with (tmp_path / "f.npy.partial").open("ab") as file:
+        file.write(b"half a row")  # a kill comes at any moment
+    assert embed(backbone, images, tmp_path / "f.npy", "--batch_size 4 --resume") == 4
+    assert "another batch_size than the rows that are there" in capsys.readouterr().err
+    before = (tmp_path / "f.npy.partial").stat().st_size
+    assert embed(backbone, images, tmp_path / "f.npy", "--batch_size 2 --resume") == 0
+    assert before > 1000
+    for name in ("f.npy", "f.csv", "f.json"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_embed__goes_on_in_the_part_where_it_stopped_and_counts_all_that_it_left_out(
+    backbone: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(data, tmp_path / "images")
+    for name in ("train/dots/03.png", "val/rows/01.png"):
+        (tmp_path / "images" / name).write_text("no image")
+    (tmp_path / "whole").mkdir()
+    assert embed(backbone, tmp_path / "images", tmp_path / "whole" / "f.npy", "--batch_size 4") == 0
+    expected = last_line(capsys)
+    whole, calls = FeatureWriter.append, []
+
+    def append(self: FeatureWriter, *given: object) -> None:
+        calls.append(given)
+        if len(calls) == 11:  # in the second part
+            raise KeyboardInterrupt
+        whole(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureWriter, "append", append)
+        assert embed(backbone, tmp_path / "images", tmp_path / "f.npy", "--batch_size 4") == 130
+    assert embed(backbone, tmp_path / "images", tmp_path / "f.npy", "--batch_size 4 --resume") == 0
+    assert last_line(capsys) | {"seconds": 0, "out": ""} == expected | {"seconds": 0, "out": ""}
+    assert expected["skipped"] == 2
+    assert (tmp_path / "f.npy").read_bytes() == (tmp_path / "whole" / "f.npy").read_bytes()

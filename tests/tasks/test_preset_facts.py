@@ -12,7 +12,7 @@ ADAMW = (0.9, 0.95)
 
 
 def settings_of(preset, *flags):
-    words = ["pretrain", "--preset", preset, *flags]
+    words = ["pretrain", "--data", "d", "--preset", preset, *flags]
     _, bound, _ = application(layers_of(words)).parse_args(words, exit_on_error=False, print_error=False)
     return bound.arguments["settings"]
 

@@ -22,7 +22,7 @@ TINY = shlex.split(
 
 
 def pretrain(data: Path, out: Path, *words: str) -> int:
-    return main(["pretrain", "--data", str(data), "--out", str(out), *TINY, *words])
+    return main(["pretrain", "--preset", "quick", "--data", str(data), "--out", str(out), *TINY, *words])
 
 
 def lines(out: Path) -> list[dict[str, float]]:

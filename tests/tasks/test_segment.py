@@ -65,14 +65,15 @@ def test_segment__trains_judges_and_predicts(name, scenes, backbones, tmp_path, 
     assert main(words(backbones[name], scenes, out, "--auxiliary_weight 0.4 --inference slide")) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said.keys() >= {"miou", "pixel_accuracy", "mean_class_accuracy", "images", "train_images", "seconds"}
-    assert (said["images"], said["train_images"]) == (3, 8)
+    assert (said["images"], said["train_images"], said["part"]) == (3, 8, "val")
     assert json.loads((out / "result.json").read_text()) == said
     assert {"loss", "loss_auxiliary", "lr", "grad_norm"} <= lines(out)[0].keys()
     assert (out / "per_class.csv").read_text().splitlines()[0] == "class,pixels,accuracy,iou"
     page = (out / "report.html").read_text()
     assert page.count("data:image/jpeg") == 9
     assert "mIoU" in page
-    assert "http" not in page.replace("http://www.w3.org", "")
+    assert "http:" not in page.replace("http://www.w3.org", "")
+    assert "https:" not in page
 
     images, seen = scenes / "images" / "val", tmp_path / "seen"
     assert (

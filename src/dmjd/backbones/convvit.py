@@ -53,7 +53,7 @@ class Layout:
     """Where the rows of a stage lie in the maps of N views; map positions without a row are zero."""
 
     places: Int[Tensor, " S"]
-    num_maps: int
+    num_maps: int | torch.SymInt  # a symbol while a graph is made of the network
     height: int
     width: int
 
@@ -62,8 +62,8 @@ class Layout:
         """Lay out the positions of the given tokens of every map."""
         height, width = grid[0] * side, grid[1] * side
         positions_NKs = nested_positions(grid, side, tokens.device)[tokens]
-        maps_N = height * width * torch.arange(len(tokens), device=tokens.device)
-        return cls((positions_NKs + maps_N[:, None, None]).flatten(), len(tokens), height, width)
+        maps_N = height * width * torch.arange(tokens.shape[0], device=tokens.device)
+        return cls((positions_NKs + maps_N[:, None, None]).flatten(), tokens.shape[0], height, width)
 
     def to_map(self, rows: Float[Tensor, "S D"]) -> Float[Tensor, "N D H W"]:
         """Scatter rows over maps of zeros (channels last in memory)."""
@@ -278,7 +278,7 @@ class ConvViT(nn.Module):
         """
         grid = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
         num_tokens = grid[0] * grid[1]
-        (num_rows, _), batch_size = tokens.shape, len(images)
+        num_rows, batch_size = tokens.shape[0], images.shape[0]
         layout1, layout2 = Layout.of(tokens, grid, 4), Layout.of(tokens, grid, 2)
         embedded = self.patch_embed1(images)  # once per image, in raster order
         size1 = layout1.height * layout1.width
@@ -305,7 +305,7 @@ class ConvViT(nn.Module):
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"an image of {height} x {width} px does not consist of tokens of {self.patch_size} px")
         num_tokens = (height // self.patch_size) * (width // self.patch_size)
-        return torch.arange(num_tokens, device=images.device).expand(len(images), -1)
+        return torch.arange(num_tokens, device=images.device).expand(images.shape[0], -1)
 
     def forward_features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         """Compute the map of stage 3."""

@@ -25,6 +25,7 @@ from dmjd.errors import CheckpointError, ConfigError
 
 DIGEST = "sha256"
 METADATA = {"architecture", "model_args", "pretrained_cfg", "value_range", "task", "backbone_prefix", DIGEST, "format"}
+FOREIGN = {".pth", ".pt", ".bin", ".tar", ".ckpt"}  # endings of files that are no safetensors
 OVERLAY = {"input_size", "num_classes", "mean", "std"}
 # Arguments of networks. Those of `timm.create_model` and its helpers are not among them: some would open files.
 ARGUMENTS = {*inspect.signature(VisionTransformer).parameters, *inspect.signature(ConvViT).parameters}
@@ -45,8 +46,8 @@ def save_backbone(
 
     These are the mean and standard deviation of every channel, 0 to 1 of `value_range`, which deep images had.
 
-    A network `around` it, which `task` describes, has its weights written instead: `read_task` and `load_around` read
-    such a file whole, `load_backbone` the backbone in it.
+    `task` says what the network was trained for, by its `name`, and its `classes`: `task_of` reads it. Of a network
+    `around` the model all weights are written: `load_around` reads such a file whole, `load_backbone` the model in it.
     """
     name, arguments = architecture
     default: Any = model.pretrained_cfg
@@ -64,11 +65,13 @@ def save_backbone(
         ),
     }
     metadata["value_range"] = json.dumps(value_range)
+    if task is not None:
+        metadata["task"] = json.dumps(dict(task))
     if around is not None:
         place = next(name for name, module in around.named_modules() if module is model)
-        metadata |= {"task": json.dumps(dict(task or {})), "backbone_prefix": f"{place}."}
+        metadata["backbone_prefix"] = f"{place}."
     weights = {key: value.contiguous() for key, value in (around or model).state_dict().items()}
-    content = save(weights, metadata | {DIGEST: digest(weights, metadata)})
+    content = save(weights, metadata | {DIGEST: digest(weights, metadata), "format": "pt"})  # transformers asks for it
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
         file.write(content)
@@ -105,17 +108,23 @@ def read_file(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     return metadata, tensors
 
 
+def task_of(path: str | Path) -> dict[str, Any]:
+    """Read what the network of a file was trained for: nothing for a backbone alone, or what is no file of ours."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            task = json.loads((file.metadata() or {}).get("task", "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return {}
+    return task if isinstance(task, dict) else {}
+
+
 def read_task(path: str | Path, name: str) -> dict[str, Any]:
     """Read what describes the network around a backbone.
 
     Raises:
         CheckpointError: If the file holds no network for the task of this name.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            task = json.loads((file.metadata() or {}).get("task", "{}"))
-    except (SafetensorError, OSError, ValueError):
-        task = {}
+    task = task_of(path)
     if task.get("name") != name:
         raise CheckpointError(f"no network of dmjd {name}; {path}; give the last.safetensors of such a run")
     return task
@@ -249,7 +258,10 @@ def _read(
     except FileNotFoundError:
         raise CheckpointError(f"no such backbone; {path}; give a run's backbone.safetensors") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"not a backbone file ({error}); {path}; give a run's backbone.safetensors") from None
+        what, todo = f"not a backbone file ({error})", "give a run's backbone.safetensors"
+        if Path(path).suffix in FOREIGN:
+            what, todo = "weights of another program", f"{todo}; dmjd pretrain --init takes such weights to start from"
+        raise CheckpointError(f"{what}; {path}; {todo}") from None
     register_encoder.names()  # what other distributions offer may register models with timm
     _refuse_unknown(name, arguments, overlay, path)
     try:

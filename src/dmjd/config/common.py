@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from cyclopts import Group, Parameter
 
@@ -10,6 +10,7 @@ from dmjd.config.rules import within
 from dmjd.errors import ConfigError
 
 Precision = Literal["auto", "fp32", "bf16"]
+LogTo = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 SEEDS = 2**63 - 1  # the largest one
 
 # Groups of the help, in this order.
@@ -49,7 +50,7 @@ def flat(name: str) -> Parameter:
 class DeviceSettings:
     """Where a verb reads and computes."""
 
-    data: str
+    data: Annotated[str, Parameter(required=True)] = ""
     """Folder of images; list of them (FILE.csv, .tsv, .parquet, .txt); FILE.zip, FILE.tar or tar shards; FILE.npy;
     hf:NAME; or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""
     data_pages: Literal["bands", "frames"] | None = None
@@ -110,6 +111,9 @@ class RunSettings(DeviceSettings):
     """Longest time between two checkpoints."""
     max_bad: float = 0.01
     """Share of the images that may fail to decode before the run stops."""
+    log_to: tuple[LogTo, ...] = ()
+    """Program that shows the numbers of metrics.jsonl, too; give the flag once for each. It has to be installed, and
+    has its own ways to be told where: TensorBoard's file is in --out, wandb and the others have accounts or servers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,7 +143,6 @@ class RunSettings(DeviceSettings):
 class ReadSettings(DeviceSettings):
     """What every verb that only looks at images has."""
 
-    data: str = "shapes"
     batch_size: int = 256
     """Images at a time."""
 
@@ -175,8 +178,17 @@ class StartSettings(BackboneSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelSubset:
-    """How many labels are used."""
+class PartSettings:
+    """Which images a network is judged by."""
+
+    part: str | None = None
+    """Part of the set that is judged by, such as test. Default: val, validation or test, the first that there is, else
+    images held out by seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSubset(PartSettings):
+    """Which labels are used."""
 
     fraction: float = 1.0
     """Share of the training images of every class whose labels are used, at least one; larger shares hold smaller."""

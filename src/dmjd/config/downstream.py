@@ -5,12 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+from cyclopts import Parameter
+
 from dmjd.config.common import (
     SEEDS,
     BackboneSettings,
     LabelSubset,
     LogSettings,
     OptimSettings,
+    PartSettings,
     ReadSettings,
     RunSettings,
     StartSettings,
@@ -27,6 +30,7 @@ class KnnSettings:
 
     run: Annotated[ReadSettings, flat("Run")] = field(default_factory=ReadSettings)
     start: Annotated[StartSettings, flat("Backbone")]
+    labels: Annotated[PartSettings, flat("Labels")] = field(default_factory=PartSettings)
     out: Annotated[Path | None, group("Run")] = None
     """Directory of the report; without it, only the line of JSON is printed."""
     seed: Annotated[int, group("Run")] = 0
@@ -53,14 +57,29 @@ class EmbedSettings:
     run: Annotated[ReadSettings, flat("Run")] = field(default_factory=ReadSettings)
     start: Annotated[BackboneSettings, flat("Backbone")]
     out: Annotated[Path, group("Run")]
-    """Features go to this .npy file, the images' paths and labels to the .csv beside it."""
+    """F.npy: features, row by row, with the images' paths and labels in F.csv and what made them in F.json.
+    F.parquet: paths, labels and features in one table. In F.csv, names that a spreadsheet would take for formulas have
+    a ' before them."""
+    resume: Annotated[bool, group("Run")] = False
+    """Go on with what a run of the same settings has left, if there is any."""
+    layers: Annotated[tuple[int, ...], group("Task")] = ()
+    """Blocks whose mean-pooled tokens are joined, by number, negative ones from the end; give the flag once for each.
+    Default: the pooled output."""
+    tokens: Annotated[bool, group("Task")] = False
+    """Write features of every patch, (N, L, D) for L patches, instead of one row for an image: those of --layers, or of
+    the last block after the last norm."""
+    dtype: Annotated[Literal["float32", "float16"], group("Task")] = "float32"
+    """Type of the numbers; float16 halves the file."""
+
+    def __post_init__(self) -> None:
+        within(-1000, 1000, self, "layers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearRun(RunSettings):
     """Where, how long and on what `dmjd linear` computes."""
 
-    data: str = "shapes"
+    data: Annotated[str, Parameter(required=True)] = ""
     """Folder of labelled images, or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""
     out: Path = Path("runs/linear")
     """Directory of the results."""
@@ -169,7 +188,7 @@ def tuning_lr(run: RunSettings, optim: OptimSettings) -> float:
 class FinetuneRun(RunSettings):
     """Where, how long and on what `dmjd finetune` computes."""
 
-    data: str = "shapes"
+    data: Annotated[str, Parameter(required=True)] = ""
     """Folder of labelled images, or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""
     out: Path = Path("runs/finetune")
     preset: str = "quick"
@@ -202,7 +221,7 @@ class FinetuneSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseSettings:
+class DenseSettings(PartSettings):
     """What segmentation and detection have in common."""
 
     predict: Path | None = None

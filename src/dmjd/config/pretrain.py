@@ -252,11 +252,13 @@ class MonitorSettings(LogSettings):
 class PretrainRun(RunSettings):
     """Where, how long and on what `dmjd pretrain` computes."""
 
-    data: str = "shapes"
     out: Path = Path("runs/pretrain")
-    preset: str = "quick"
-    """Recipe: mae, maskfeat, convmae, fastconvmae, dm, dmjd, dmjd-large, dmjd-clip, dmjd-dino, data2vec; for 2 cores
-    quick and quick-convmae, -fastconvmae, -dmjd, -teacher."""
+    preset: str = "auto"
+    """Recipe: auto chooses by the images, the machine and --minutes; published are mae, maskfeat, convmae, fastconvmae,
+    dm, dmjd, dmjd-large, dmjd-clip, dmjd-dino, data2vec; to try things on 2 cores quick and quick-convmae,
+    -fastconvmae, -dmjd, -teacher."""
+    minutes: float = 30.0
+    """Time that --preset auto plans for, unless --epochs or --steps are given."""
     data_statistics: str = "auto"
     """Mean and standard deviation that images are normalised by: imagenet, or a JSON file as dmjd doctor writes it;
     auto takes ImageNet's for 3 channels and measures those of a sample for any other number."""
@@ -267,6 +269,10 @@ class PretrainRun(RunSettings):
     """Passes over the images; an epoch shows each image num_views times to the encoder."""
     batch_size: int = 512
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within(0.01, 1_000_000, self, "minutes")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainSettings:
@@ -274,7 +280,9 @@ class PretrainSettings:
 
     run: Annotated[PretrainRun, flat("Run")] = field(default_factory=PretrainRun)
     init: Annotated[str | None, group("Model")] = None
-    """Weights to start from: a backbone.safetensors or timm:NAME, of the same architecture. Default: random ones."""
+    """Weights to start from, of the same width and depth: a run, a file of one, an export, timm:NAME, or a checkpoint
+    of MAE, ConvMAE or DMJD. Channels, patches and positions are adapted; what is taken is said on stderr. Default:
+    random ones."""
     model: Annotated[ModelSettings, group("Model")] = field(default_factory=ModelSettings)
     masking: Annotated[MaskingSettings, group("Masking")] = field(default_factory=MaskingSettings)
     masked: Annotated[MaskedSettings, group("Masked branch")] = field(default_factory=MaskedSettings)

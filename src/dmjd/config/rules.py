@@ -1,11 +1,11 @@
 """Rules of single settings, and settings as YAML. Nothing in this package imports torch: `--help` is instant."""
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -99,14 +99,17 @@ def is_flat(kind: Any) -> bool:
     return get_origin(kind) is not None and any(getattr(each, "name", None) == ("*",) for each in kind.__metadata__)
 
 
-def flags_of(kind: Any, prefix: str = "") -> Iterator[str]:
-    """List the names of all settings of a verb as its flags have them: `data`, `optim.blr`."""
-    for name, hint in get_type_hints(kind, include_extras=True).items():
+def flags_of(kind: Any, prefix: str = "") -> dict[str, Any]:
+    """List all settings of a verb by the names of their flags (`data`, `optim.blr`), with their defaults, if any."""
+    hints, found = get_type_hints(kind, include_extras=True), dict[str, Any]()
+    for setting in fields(kind):
+        hint = hints[setting.name]
         group = get_args(hint)[0] if get_origin(hint) is Annotated else hint
         if is_dataclass(group):
-            yield from flags_of(group, prefix if is_flat(hint) else f"{prefix}{name}.")
-        elif get_origin(hint) is not ClassVar and hint is not KW_ONLY:
-            yield f"{prefix}{name}"
+            found |= flags_of(group, prefix if is_flat(hint) else f"{prefix}{setting.name}.")
+        else:
+            found[f"{prefix}{setting.name}"] = None if setting.default is MISSING else plain(setting.default)
+    return found
 
 
 def nearest(name: str, known: Sequence[str]) -> list[str]:
@@ -119,19 +122,22 @@ def nearest(name: str, known: Sequence[str]) -> list[str]:
     return by_last.get(name.rpartition(".")[2]) or [each for key in close for each in spelt[key]]
 
 
+def plain(value: Any) -> Any:
+    """Turn the value of a setting into what YAML has."""
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+
+
 def to_dict(settings: Any) -> dict[str, Any]:
     """Turn settings into plain YAML values, as a file of settings has them; those left at None are left out."""
-    plain: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     kinds = get_type_hints(type(settings), include_extras=True)
     for setting in fields(settings):
         value = getattr(settings, setting.name)
         if is_dataclass(value):
-            plain |= to_dict(value) if is_flat(kinds[setting.name]) else {setting.name: to_dict(value)}
+            found |= to_dict(value) if is_flat(kinds[setting.name]) else {setting.name: to_dict(value)}
         elif value is not None:
-            plain[setting.name] = (
-                list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-            )
-    return plain
+            found[setting.name] = plain(value)
+    return found
 
 
 def to_yaml(settings: Any) -> str:

@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import struct
-import sys
 import tarfile
 import time
 import zipfile
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 from dmjd.data.builtin import download_folder
 from dmjd.data.decode import EXTENSIONS, MAX_BYTES, BadImage, Reduce, Wanted, decode
-from dmjd.data.listing import SETTLED
+from dmjd.data.listing import SETTLED, say_ignored
 from dmjd.data.packed import PackedStrings
 from dmjd.data.source import Opener, Source, register_source
 from dmjd.data.stored import PARTS, StoredImages, classes_of, classes_of_folders, refuse_frames
@@ -174,9 +173,7 @@ def _images(path: Path, members: Iterable[tuple[str, Place]]) -> dict[str, Place
             passed_over[ending] += 1
     if not images:
         raise DataError(f"no images; {path}; images end in {', '.join(sorted(EXTENSIONS))}")
-    if passed_over:
-        others = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in sorted(passed_over.items()))
-        print(f"passed over: {others}; {path}; no images by their endings", file=sys.stderr)
+    say_ignored(len(images), passed_over, path)
     return images
 
 

@@ -10,3 +10,9 @@ def plain_cell(text: str) -> str:
     except ValueError:
         return f"'{text}" if text.lstrip().startswith(FORMULA) else text
     return text
+
+
+def cell_text(cell: str) -> str:
+    """Take the ' away that `plain_cell` has put before a text."""
+    text = cell.removeprefix("'")
+    return text if plain_cell(text) == cell else cell

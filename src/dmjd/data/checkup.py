@@ -6,6 +6,7 @@ Nothing stops here: a file that does not decode, or has other channels than the 
 import hashlib
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +23,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmjd.data.crops import RandomCrop
-from dmjd.data.decode import BadImage
+from dmjd.data.decode import BadImage, Wanted
 from dmjd.data.duplicates import Outline, exact_copies, near_copies, outline
 from dmjd.data.levels import BYTES, levels_of
 from dmjd.data.peek import Peek, peek
-from dmjd.data.source import Source
+from dmjd.data.prepared import SET, read_set
+from dmjd.data.source import Source, open_parts
 from dmjd.data.statistics import Statistics, statistics_of
 from dmjd.errors import DataError
 
@@ -87,6 +89,30 @@ def headers(parts: Mapping[str, Source], count: int = 64) -> list[Peek]:
                 with suppress(BadImage):
                     found.append(peek(file))
     return found
+
+
+def open_as_most(
+    data: str, in_chans: int | None, pages: Literal["bands", "frames"] | None
+) -> tuple[dict[str, Source], Wanted]:
+    """Open a set as most of its files want to be opened: with their channels, and pages as frames if they have some.
+
+    Args:
+        data: What to open.
+        in_chans: Channels, if they are known.
+        pages: What pages are, if that is known.
+
+    Raises:
+        DataError: If there is nothing of the name, or no image in it.
+    """
+    stored = read_set(Path(data))["in_chans"] if (Path(data) / SET).is_file() else 3
+    wanted = Wanted(in_chans=in_chans or stored, pages=pages)
+    parts = open_parts(data, wanted)
+    seen = headers(parts)
+    channels, numbers = (Counter(getattr(each, name) for each in seen) for name in ("channels", "pages"))
+    usual = channels.most_common(1)[0][0] if channels else stored
+    several = bool(numbers) and numbers[1] < numbers.total() / 2
+    fitting = Wanted(in_chans=in_chans or usual, pages=pages or ("frames" if several else None))
+    return (parts if fitting == wanted else open_parts(data, fitting)), fitting
 
 
 def chosen(parts: Mapping[str, Source], count: int, seed: int) -> list[tuple[str, int]]:

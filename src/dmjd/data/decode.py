@@ -1,11 +1,13 @@
 """Safe decoding: any file becomes a tensor of the wanted channels at its own depth, or one reason why not."""
 
+import ctypes
 import logging
 import math
 import os
 import stat
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -17,7 +19,7 @@ import simplejpeg
 import tifffile
 import torch
 from jaxtyping import Num
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
 from torch import Tensor
 
 from dmjd.data.levels import Levels
@@ -41,7 +43,13 @@ PNG = b"\x89PNG"
 PLAIN = (2, 5, 6)  # RGB, CMYK and YCbCr among the photometric interpretations of a TIFF
 DEPTHS = tuple(map(np.dtype, ("uint8", "uint16", "int16", "float32")))  # of the values that an image may have
 
-logging.getLogger("tifffile").addHandler(logging.NullHandler())  # a broken file has one reason, which we give
+# A broken file has one reason, which we give: loggers, and libtiff, which writes to stderr itself, are silent.
+for _name in ("PIL", "tifffile"):
+    logging.getLogger(_name).addHandler(logging.NullHandler())
+with suppress(OSError, AttributeError):  # not every system finds libtiff through Pillow's library
+    _libtiff = ctypes.CDLL(_imaging.__file__)
+    _libtiff.TIFFSetErrorHandler(None)
+    _libtiff.TIFFSetWarningHandler(None)
 
 Reduce = Callable[[int, int], int]  # from height and width to how many times smaller an image will do: 1, 2, 4 or 8
 

@@ -11,7 +11,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -57,11 +57,13 @@ class DetectionSet(FolderFiles):
     """A numbered set of images with objects.
 
     Attributes:
+        part: What the set is called.
         records: Size and objects of each image, as JSON.
         masks: Whether objects have masks.
         counts: Objects of every class that count.
     """
 
+    part: str
     records: PackedStrings
     masks: bool
     counts: tuple[int, ...]
@@ -142,7 +144,7 @@ def is_compressed(segmentation: Any) -> bool:
 
 
 def open_detection(
-    data: str, wanted: Wanted, *, classes: tuple[str, ...] | None = None
+    data: str, wanted: Wanted, *, classes: tuple[str, ...] | None = None, part: str | None = None
 ) -> tuple[DetectionSet, DetectionSet]:
     """Find the training and the held-out part of a set with boxes.
 
@@ -153,6 +155,7 @@ def open_detection(
         data: Folder of the set.
         wanted: What is wanted of its images.
         classes: Names of the classes. Default: COCO's categories by their numbers, VOC's names of the training part.
+        part: Name of the held-out part. Default: that of COCO_PARTS or VOC_PARTS which there is.
 
     Raises:
         DataError: If files are missing or broken, objects are of an unknown class, or a part has no object.
@@ -164,22 +167,24 @@ def open_detection(
     root = Path(data)
     if (root / "ImageSets" / "Main").is_dir():
         folder = root / "JPEGImages"
-        lists = [[root / "ImageSets" / "Main" / f"{name}.txt" for name in names] for names in VOC_PARTS]
+        pairs = [(name, part) for name in ("train", "trainval")] if part else VOC_PARTS
+        lists = [[root / "ImageSets" / "Main" / f"{name}.txt" for name in names] for names in pairs]
         pair = next((files for files in lists if all(file.is_file() for file in files)), lists[0])
-        parts = [(folder, read_voc(root, file)) for file in pair]
-        named = classes or tuple(sorted({each["class"] for found in parts[0][1] for each in found.objects}))
+        parts = [(folder, file.stem, read_voc(root, file)) for file in pair]
+        named = classes or tuple(sorted({each["class"] for found in parts[0][2] for each in found.objects}))
     else:
-        files = [coco_file(root, names) for names in COCO_PARTS]
+        wanted_parts = (COCO_PARTS[0], (part,) if part else COCO_PARTS[1])
+        files = [coco_file(root, names) for names in wanted_parts]
         read = [read_coco(file) for file in files]
         parts = [
-            (coco_images(root, (file.stem.rpartition("_")[2], *names), found), found)
-            for file, names, (_, found) in zip(files, COCO_PARTS, read, strict=True)
+            (coco_images(root, (stem := file.stem.rpartition("_")[2], *names), found), stem, found)
+            for file, names, (_, found) in zip(files, wanted_parts, read, strict=True)
         ]
         named = classes or read[0][0]
-    train, held_out = (collect(folder, found, named, wanted) for folder, found in parts)
-    for part, (folder, _) in zip((train, held_out), parts, strict=True):
-        if not sum(part.counts):
-            raise DataError(f"no objects; {folder}; both parts need some")
+    train, held_out = (replace(collect(folder, found, named, wanted), part=name) for folder, name, found in parts)
+    for images in (train, held_out):
+        if not sum(images.counts):
+            raise DataError(f"no objects; {images.root}; both parts need some")
     return train, held_out
 
 
@@ -212,6 +217,7 @@ def collect(root: Path, found: Iterable[Record], classes: tuple[str, ...], wante
         print(f"warning: {len(flat)} boxes without area left out, such as in {flat[0]}; {root}", file=sys.stderr)
     return DetectionSet(
         root=root,
+        part="",
         names=PackedStrings.pack(names),
         classes=classes,
         wanted=wanted,

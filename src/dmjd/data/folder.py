@@ -4,7 +4,6 @@ A part has labels if every image lies in a folder of its class: PART/CLASS/IMAGE
 """
 
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from dmjd.data.builtin import download_folder
 from dmjd.data.decode import EXTENSIONS, Reduce, Wanted, count_pages, decode
-from dmjd.data.listing import list_files
+from dmjd.data.listing import list_files, say_ignored
 from dmjd.data.packed import PackedStrings
-from dmjd.data.source import HELD_OUT_PARTS, Opener, Source, register_source
+from dmjd.data.source import HELD_OUT_PARTS, Opener, Source, opener_of, register_source
 from dmjd.errors import DataError
 
 
@@ -98,10 +97,15 @@ def image_names(root: Path) -> PackedStrings:
         raise DataError(f"{error.strerror}; {error.filename}; check its permissions") from None
     if not len(listing.names):
         raise DataError(f"no images; {root}; images end in {', '.join(sorted(EXTENSIONS))}")
-    if listing.passed_over:
-        others = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in listing.passed_over.items())
-        print(f"passed over: {others}; {root}; no images by their endings", file=sys.stderr)
+    say_ignored(len(listing.names), listing.passed_over, root)
     return listing.names
+
+
+def ignored_files(data: str) -> dict[str, int]:
+    """Count the files of a folder that are no images by their endings; nothing where `data` is no folder of images."""
+    if opener_of(data) is not FOLDER:
+        return {}
+    return list_files(Path(data), EXTENSIONS, download_folder() / "listings").passed_over
 
 
 def folder_images(root: Path, wanted: Wanted) -> FolderImages:
@@ -155,4 +159,4 @@ def open_folder(data: str, wanted: Wanted) -> dict[str, Source]:
     return found
 
 
-register_source("folder")(Opener(lambda data: Path(data).is_dir(), open_folder))
+FOLDER = register_source("folder")(Opener(lambda data: Path(data).is_dir(), open_folder))

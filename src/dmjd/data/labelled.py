@@ -177,7 +177,7 @@ def labelled_parts(parts: Parts, *, address: str, seed: int, fraction: float = 1
         raise DataError(f"held-out classes without training images: {', '.join(unknown)}; {address}; add some")
     if fraction == 1.0 and shots is None:
         return parts
-    return Parts(Subset(train, label_subset(labels, seed, fraction=fraction, shots=shots)), held_out)
+    return Parts(Subset(train, label_subset(labels, seed, fraction=fraction, shots=shots)), held_out, parts.part)
 
 
 def label_subset(labels: Sequence[int], seed: int, *, fraction: float = 1.0, shots: int | None = None) -> list[int]:

@@ -6,9 +6,10 @@ no folder below has changed since: a folder's time changes whenever a file in it
 
 import hashlib
 import os
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,23 @@ def list_files(root: Path, endings: frozenset[str], cache: Path | None = None) -
     if kept and len(names) >= MANY and max(folders.values()) / 1e9 < began - SETTLED:
         _keep(kept, listing, folders)
     return listing
+
+
+def say_ignored(images: int, others: Mapping[str, int], address: object) -> None:
+    """Say on stderr which files beside the images there are, by ending: the five most frequent kinds.
+
+    Args:
+        images: How many images.
+        others: How many other files of every ending.
+        address: Where.
+    """
+    if not others:
+        return
+    kinds = sorted(others, key=lambda ending: (-others[ending], ending))
+    named = [f"{others[ending]} {ending or 'without an ending'}" for ending in kinds[:5]]
+    rest = sum(others[ending] for ending in kinds[5:])
+    said = ", ".join([*named, *([f"{rest} of other kinds"] if rest else [])])
+    print(f"{images} images; ignored: {said}; {address}", file=sys.stderr)
 
 
 def _scan(

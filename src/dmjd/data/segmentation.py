@@ -40,11 +40,13 @@ class SegmentationSet(FolderFiles):
     """A numbered set of annotated images.
 
     Attributes:
+        part: What the set is called.
         annotations: Folder of the annotations.
         ignore_index: Number of pixels without a class.
         reduce_zero_label: 0 has no class, 1 is the first class.
     """
 
+    part: str
     annotations: Path
     ignore_index: int
     reduce_zero_label: bool
@@ -94,6 +96,7 @@ def open_segmentation(
     classes: Sequence[str] | None = None,
     ignore_index: int = 255,
     reduce_zero_label: bool = False,
+    part: str | None = None,
 ) -> tuple[SegmentationSet, SegmentationSet]:
     """Find the training and the held-out part of a set with a class for every pixel.
 
@@ -103,6 +106,7 @@ def open_segmentation(
         classes: Names of the classes. Default: the numbers up to the highest label of the training part.
         ignore_index: Label of pixels without a class.
         reduce_zero_label: Label 0 has no class either, and label 1 is the first class.
+        part: Name of the held-out part. Default: val, validation or test, the first that there is.
 
     Raises:
         DataError: If a part is missing, an image has no annotation, an annotation no image, a class is ignored, or
@@ -114,8 +118,8 @@ def open_segmentation(
         )
     root = Path(data)
     train, held_out = (
-        _part(root, part, wanted=wanted, ignore_index=ignore_index, reduce_zero_label=reduce_zero_label)
-        for part in PARTS
+        _part(root, names, wanted=wanted, ignore_index=ignore_index, reduce_zero_label=reduce_zero_label)
+        for names in (PARTS[0], (part,) if part else PARTS[1])
     )
     named = tuple(classes or _count(train))
     if ignore_index < len(named):
@@ -128,7 +132,7 @@ def _part(root: Path, part_names: Sequence[str], **options: Any) -> Segmentation
     if part is None:
         raise DataError(
             f"no folder images/{part_names[0]}; {root}; --data needs images/PART/NAME.jpg and "
-            "annotations/PART/NAME.png with the parts train and val"
+            "annotations/PART/NAME.png with the parts train and val, or that of --part"
         )
     images, annotations = root / "images" / part, root / "annotations" / part
     found = image_names(images)
@@ -143,7 +147,7 @@ def _part(root: Path, part_names: Sequence[str], **options: Any) -> Segmentation
             f"{what}: {alone[0]} (one of {len(alone)}); {images}, {annotations}; every image needs a NAME.png"
         )
     names = PackedStrings.pack(found)
-    return SegmentationSet(root=images, names=names, annotations=annotations, classes=(), **options)
+    return SegmentationSet(root=images, names=names, part=part, annotations=annotations, classes=(), **options)
 
 
 def _count(train: SegmentationSet) -> tuple[str, ...]:

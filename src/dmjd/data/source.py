@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -80,11 +80,22 @@ class Source(Readable, Protocol):
         ...
 
 
-class Parts(NamedTuple):
-    """A data set: what is trained on and what is only looked at."""
+@dataclass(frozen=True)
+class Parts:
+    """A data set: what is trained on and what is only looked at.
+
+    Attributes:
+        train: What is trained on.
+        held_out: What is only looked at.
+        part: What that is called in the set, or how it was chosen.
+    """
 
     train: Source
     held_out: Source
+    part: str = ""
+
+    def __iter__(self) -> Iterator[Source]:
+        return iter((self.train, self.held_out))
 
 
 # -- opening -----------------------------------------------------------------------------------------------------------
@@ -115,13 +126,14 @@ class Opener:
 register_source: Registry[Opener] = Registry("data source", "dmjd.data")
 
 
-def open_source(data: str, wanted: Wanted = Wanted(), *, seed: int = 0) -> Parts:  # noqa: B008 (frozen)
+def open_source(data: str, wanted: Wanted = Wanted(), *, seed: int = 0, part: str | None = None) -> Parts:  # noqa: B008 (frozen)
     """Find a set by its path, or by its name, optionally with its folder (`cifar10:DIR`), and what to hold out of it.
 
     Args:
         data: What to find.
         wanted: What is wanted of its images.
         seed: Seed of the held-out images, where the set does not name them.
+        part: Name of the held-out part. Default: val, validation or test, the first that there is.
 
     Raises:
         DataError: If there is nothing of the name, or no image in it.
@@ -130,8 +142,11 @@ def open_source(data: str, wanted: Wanted = Wanted(), *, seed: int = 0) -> Parts
     train = parts.get("train", parts.get(""))
     if train is None:
         raise DataError(f"no part to train on; {data}; the set needs a part called train, and has {', '.join(parts)}")
-    held_out = next((parts[name] for name in HELD_OUT_PARTS if name in parts), None)
-    return hold_out(train, seed) if held_out is None else same_classes(train, held_out)
+    others = [name for name in parts if name not in ("train", "")]
+    if part is not None and part not in others:
+        raise DataError(f"no such part; --part {part}; {data} has {', '.join(others) or 'no held-out part'}")
+    name = part or next((name for name in HELD_OUT_PARTS if name in parts), None)
+    return hold_out(train, seed) if name is None else same_classes(train, parts[name], name)
 
 
 def open_parts(data: str, wanted: Wanted) -> dict[str, Source]:
@@ -161,15 +176,15 @@ def hold_out(source: Source, seed: int) -> Parts:
     """Set a twentieth of the images aside (at most 1,000), drawn by seed; at least one if there are two."""
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(mix(seed, len(source)))).tolist()
     count = min(1000, max(len(source) // 20, 1)) if len(source) > 1 else 0
-    return Parts(Subset(source, sorted(order[count:])), Subset(source, sorted(order[:count])))
+    return Parts(Subset(source, sorted(order[count:])), Subset(source, sorted(order[:count])), "held out by seed")
 
 
-def same_classes(train: Source, held_out: Source) -> Parts:
+def same_classes(train: Source, held_out: Source, part: str) -> Parts:
     """Number the classes of the held-out part as those of the training part; classes of its own come after them."""
     if not (has_labels(train) and has_labels(held_out)) or train.classes == held_out.classes:
-        return Parts(train, held_out)
+        return Parts(train, held_out, part)
     own = tuple(name for name in held_out.classes if name not in train.classes)
-    return Parts(train, _Renumbered(held_out, train.classes + own))
+    return Parts(train, _Renumbered(held_out, train.classes + own), part)
 
 
 def opener_of(data: str) -> Opener:

@@ -66,8 +66,8 @@ def save(folder: Path, tensors: Tensors, state: Mapping[str, Any]) -> Path:
     for abandoned in folder.glob(".*.partial"):
         shutil.rmtree(abandoned)
     partial.mkdir(parents=True)
-    save_file(tensors.model, partial / "model.safetensors")
-    save_file(tensors.optimizer, partial / "optimizer.safetensors")
+    save_tensors(tensors.model, partial / "model.safetensors")
+    save_tensors(tensors.optimizer, partial / "optimizer.safetensors")
     content = {**state, "format": FORMAT, "optimizer": tensors.numbers}
     (partial / "state.json").write_text(json.dumps(content, indent=1))
     digests = {path.name: sha256(path) for path in sorted(partial.iterdir())}
@@ -179,6 +179,14 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a file of tensors with the permissions of any other file: safetensors alone makes it the owner's only."""
+    path.touch()
+    permissions = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(permissions)
 
 
 def write_atomically(path: Path, text: str) -> None:

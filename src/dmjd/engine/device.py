@@ -1,8 +1,11 @@
 """Where to compute, and in which precision."""
 
+import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from importlib.metadata import version
 
 import torch
 
@@ -30,6 +33,25 @@ def choose_precision(name: str, device: torch.device) -> Callable[[], AbstractCo
         name == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     )
     return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def environment(device: torch.device, precision: str) -> dict[str, str | int]:
+    """Describe what computes: versions, device, precision of matrix products, and the cores of the host.
+
+    Args:
+        device: Where.
+        precision: As `choose_precision` takes it.
+    """
+    with choose_precision(precision, device)():
+        bf16 = torch.is_autocast_enabled(device.type)
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "timm", "dmjd")},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": "bf16" if bf16 else "fp32",
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count() or 1,
+    }
 
 
 @contextmanager

@@ -4,8 +4,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from dmjd.data.cells import plain_cell
 from dmjd.data.source import Readable, fingerprint
 from dmjd.engine import checkpoint
 from dmjd.engine.distributed import Ranks
+from dmjd.engine.loggers import Logger, Pictures, new_name, open_loggers, require
 from dmjd.errors import CheckpointError, DataError
 
 # What may differ between a run and its resumption: none of it changes a loss on the same kind of device.
@@ -30,6 +31,7 @@ MAY_CHANGE = {
         "data",
         "monitor",
         "log",
+        "log_to",
         "debug",
     ),
     *("workers", "device", "parallel", "compile"),
@@ -37,7 +39,7 @@ MAY_CHANGE = {
 
 
 class Run:
-    """Writes config.yaml, metrics.jsonl and skipped.tsv of one run, on rank 0.
+    """Writes config.yaml, metrics.jsonl and skipped.tsv of one run, on rank 0, and logs to what its settings name.
 
     Args:
         out: The directory.
@@ -45,25 +47,48 @@ class Run:
         images: What is trained on.
         batch_size: Images in a step.
         ranks: Who trains.
+        held_out: How many images it is judged by.
+        defaults: Of the settings by their flags: what a run of an earlier version had, which lacks a setting.
 
     Attributes:
         summary: What the run has found out beside its metrics; kept in the checkpoints.
+
+    Raises:
+        ConfigError: If something that it logs to is not installed.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], images: Readable, *, batch_size: int, ranks: Ranks):
+    def __init__(
+        self,
+        out: Path,
+        settings: Mapping[str, Any],
+        images: Readable,
+        *,
+        batch_size: int,
+        ranks: Ranks,
+        held_out: int,
+        defaults: Mapping[str, Any],
+    ):
         self.out, self.settings, self.batch_size, self.ranks = out, settings, batch_size, ranks
+        self.held_out, self.defaults = held_out, defaults
         self.address, self.count = images.address, len(images)
         self.fingerprint = fingerprint(images)
         self.skipped: dict[str, str] = {}
         self.summary: dict[str, Any] = {}
         self.evaluated: set[int] = set()  # steps after which an evaluation was written down
         self.earlier, self.began = 0.0, time.perf_counter()
-        self.board: Any = None
+        self.loggers: dict[str, Logger] | None = None  # None outside of `logging`
+        self.first = 0  # step from which this process writes
+        require(self.log_to)
 
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.out / "checkpoints"
+
+    @property
+    def log_to(self) -> Sequence[str]:
+        """Names of what the run logs to, beside metrics.jsonl."""
+        return self.settings.get("log_to", ())
 
     @property
     def seconds(self) -> float:
@@ -75,7 +100,7 @@ class Run:
 
         What a run that was ended before its first checkpoint has written down of its steps is kept aside.
         """
-        self.open()
+        self.make_directory()
         metrics = self.out / "metrics.jsonl"
         if self.ranks.is_main and any(values["step"] for _, values in read_lines(metrics)):
             metrics.replace(kept := metrics.with_name("metrics-before.jsonl"))
@@ -89,11 +114,49 @@ class Run:
         settings = {key: value for key, value in self.settings.items() if key != "allow_change"}
         self.replace("config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
-    def open(self) -> None:
-        """Make the directory and open the log of TensorBoard."""
+    def make_directory(self) -> None:
+        """Make the directory, if there is none."""
         if self.ranks.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.board = tensorboard(self.out)
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Log to what the settings name, too, until the context ends; inside another one, until that ends.
+
+        Raises:
+            ConfigError: If something does not start.
+        """
+        if self.loggers is not None:
+            yield
+            return
+        self.loggers = {}
+        try:
+            self.ranks.on_main(self.open_loggers)
+            yield
+        finally:
+            self.tell(lambda logger: logger.finish())
+            self.loggers = None
+
+    def open_loggers(self) -> None:
+        """Open what the run logs to, where it goes on as the run that it was."""
+        if self.log_to:
+            name = self.summary.setdefault("logged_as", new_name(self.out))
+            self.loggers = open_loggers(self.log_to, name, self.out, flatten(self.settings), first=self.first)
+
+    def tell(self, act: Callable[[Logger], None]) -> None:
+        """Do something with all that the run logs to; what fails is left out from then on, and the run goes on."""
+        loggers = self.loggers or {}
+        for name, logger in [*loggers.items()]:
+            try:
+                act(logger)
+            except Exception as error:  # a server is gone, a disk full: of libraries with errors of their own
+                del loggers[name]
+                said = " ".join(str(error).split())
+                print(f"warning: no longer logged to {name} ({said}); metrics.jsonl has all", file=sys.stderr)
+
+    def show(self, pictures: Pictures, step: int) -> None:
+        """Hand pictures to what the run logs to."""
+        self.tell(lambda logger: logger.show(pictures, step))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the run, for `restore`."""
@@ -115,9 +178,9 @@ class Run:
         Raises:
             CheckpointError: If it is a run of other settings or other images, and `allow_change` does not name them.
         """
-        self.open()
+        self.make_directory()
         allowed = {*self.settings.get("allow_change", ())}
-        before, now = flatten(state["settings"]), flatten(self.settings)
+        before, now = {**self.defaults, **flatten(state["settings"])}, flatten(self.settings)
         changed = {
             key: f"{key} {before.get(key)} -> {now.get(key)}"
             for key in sorted(before.keys() | now.keys())
@@ -139,7 +202,7 @@ class Run:
         if changed and self.ranks.is_main:
             print(f"changed: {', '.join(changed.values())}", file=sys.stderr)
             self.write_settings()
-        self.earlier, self.began = state["seconds"], time.perf_counter()
+        self.earlier, self.began, self.first = state["seconds"], time.perf_counter(), state["step"] + 1
         self.skipped, self.summary = dict(state["skipped"]), dict(state["summary"])
         kept = [
             (line, values) for line, values in read_lines(self.out / "metrics.jsonl") if values["step"] <= state["step"]
@@ -148,7 +211,7 @@ class Run:
         self.ranks.on_main(lambda: self.replace("metrics.jsonl", "".join(line for line, _ in kept)))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a line to metrics.jsonl, and its numbers to TensorBoard; what is not finite becomes null."""
+        """Append a line to metrics.jsonl, where what is not finite becomes null, and log its numbers."""
         images = step * self.batch_size
         counters = {"step": step, "epoch": images / self.count, "images": images, "seconds": round(self.seconds, 3)}
         if "loss" not in values:
@@ -158,9 +221,8 @@ class Run:
         line = {key: value if math.isfinite(value) else None for key, value in {**counters, **values}.items()}
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-        if self.board:
-            for key in (key for key, value in line.items() if key != "step" and value is not None):
-                self.board.add_scalar(key, line[key], step)
+        numbers = {key: value for key, value in line.items() if key != "step" and value is not None}
+        self.tell(lambda logger: logger.log(numbers, step))
 
     def skip(self, skipped: Mapping[str, str]) -> None:
         """Record files that did not decode, by name and reason.
@@ -208,12 +270,3 @@ def read_lines(metrics: Path) -> list[tuple[str, dict[str, Any]]]:
 def one_cell(name: str) -> str:
     """Write a file's name so that it stays in its cell of a table: tabs and line breaks as in Python's strings."""
     return plain_cell(name.translate({ord(character): repr(character)[1:-1] for character in "\t\n\r"}))
-
-
-def tensorboard(out: Path) -> Any:
-    """Open a TensorBoard log, if TensorBoard is installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(out / "tensorboard"))

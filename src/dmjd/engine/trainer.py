@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from dmjd.data.loader import ReadableSamples, train_batches
 from dmjd.data.sampler import StepSampler
@@ -20,6 +19,7 @@ from dmjd.engine.device import memory_errors
 from dmjd.engine.distributed import ParallelModel
 from dmjd.engine.loop import Objective, Plan, Step, train
 from dmjd.engine.optim import learning_rate
+from dmjd.engine.progress import Progress
 from dmjd.engine.run import Run
 from dmjd.engine.signals import patiently, stopped, stopping
 from dmjd.engine.stopwatch import Stopwatch
@@ -30,6 +30,7 @@ IN_A_ROW = 3  # steps without a finite gradient after which a run goes back
 ROLLBACKS = 2  # then it ends
 WAITING = 0.1  # share of the time that images may be waited for
 PATIENCE = 60.0  # seconds of training before something is said about it
+LESS_MEMORY = "give more --optim.accumulation or a smaller --batch_size"
 
 
 class DivergedError(Exception):
@@ -62,6 +63,7 @@ class Trainer:
         self.autocast = autocast
         self.checkpointed = checkpointed or model.module
         self.ranks = model.ranks
+        self.progress = Progress(plan.steps, silent=not self.ranks.is_main)
         self.done = 0  # steps, those of earlier processes included
         self.last: Step | None = None
         self.saved = (0, 0.0)  # step and time of the last checkpoint, or where and when training began
@@ -128,8 +130,8 @@ class Trainer:
             Stopped: After a signal, when a checkpoint is written.
         """
         plan, unevaluated = self.plan, self.evaluate_at - self.run.evaluated
-        bar = tqdm(total=plan.steps, initial=self.done, desc="training", unit="step", disable=None)
-        with memory_errors("give more --optim.accumulation or a smaller --batch_size"), patiently(), bar:
+        self.introduce()
+        with memory_errors(LESS_MEMORY), patiently(), self.run.logging(), self.progress.shown(self.done):
             if untrained and self.done == 0:
                 self.run.summary["untrained"] = self.evaluate(0, evaluate)
             elif self.done in unevaluated:  # it was stopped there
@@ -141,12 +143,12 @@ class Trainer:
                         after_step(step.number)
                         stop, due = self.look_around(step)
                         if step.number % plan.log_every == 0 or step.number in self.evaluate_at | {plan.steps}:
-                            bar.set_postfix(self.log(step, gauge), refresh=False)
+                            self.progress.measure(self.log(step, gauge))
                         if step.number in self.evaluate_at and not stop:
                             stop = self.evaluate_on_the_way(step.number, evaluate, keep)
                         if step.number in self.save_at or due:
                             self.save()
-                        bar.update(self.done - bar.n)
+                        self.progress.move(self.done)
                         if stop:
                             break
                     if self.done < plan.steps:
@@ -157,6 +159,29 @@ class Trainer:
             if keep is not None:
                 keep("last.safetensors")
             return measured
+
+    def introduce(self) -> None:
+        """Say on stderr what the run is: device, images, steps, parameters; and what of it is unlikely to be meant."""
+        run, plan, device = self.run, self.plan, self.ranks.device
+        if not self.ranks.is_main:
+            return
+        if plan.batch_size > run.count:
+            said = f"a step has {plan.batch_size} images, the set only {run.count}"
+            print(f"warning: {said}; {run.address}; choose a smaller --batch_size", file=sys.stderr)
+        if self.progress.has_bar:
+            return
+        with self.autocast():
+            precision = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        parameters = sum(each.numel() for group in self.optimizer.param_groups for each in group["params"])
+        for line in (
+            f"{name}, {precision}, {self.ranks.world_size} process{'es' * (self.ranks.world_size > 1)}",
+            f"{run.count} images of {run.address}, {run.held_out} held out",
+            f"steps {self.done + 1} to {plan.steps}, {plan.batch_size} images each: "
+            f"{plan.steps * plan.batch_size / run.count:.4g} epochs",
+            f"{parameters / 1e6:.3g} M parameters are trained",
+        ):
+            print(f"training: {line}", file=sys.stderr, flush=True)
 
     def steps(
         self, samples: ReadableSamples, collate: Callable[[list[Any]], Any] | None, objective: Objective
@@ -238,7 +263,7 @@ class Trainer:
             print(f"{said} (rollback {before + 1} of {ROLLBACKS})", file=sys.stderr)
 
     def log(self, step: Step, gauge: Callable[[float], dict[str, float]]) -> dict[str, str]:
-        """Write a step down; here the loop waits for the device. Returns what the bar shows.
+        """Write a step down; here the loop waits for the device. Returns what is shown of it.
 
         Raises:
             DivergedError: If too many gradients were not finite.
@@ -259,6 +284,7 @@ class Trainer:
         self.logged = (step.number, now)
         self.warn_of_waiting(waited * (now - since[1]), now - since[1])
         return {name.removeprefix("loss_"): f"{value:.4f}" for name, value in losses.items()} | {
+            "lr": f"{step.lr:.2g}",
             "images/s": f"{rate:.0f}",
             "waiting": f"{waited:.0%}",
         }
@@ -327,9 +353,8 @@ class Trainer:
         state = self.run.state() | {"step": step.number, "planned": self.plan.steps}
         self.ranks.on_main(lambda: checkpoint.save(self.run.checkpoints, tensors, state))
         self.saved = (step.number, time.perf_counter())
-        loss = float(self.ranks.mean(step.losses)["loss"])
-        if not sys.stderr.isatty():
-            print(f"step {step.number}: loss {loss:.4f}, saved", file=sys.stderr, flush=True)
+        self.progress.done = step.number
+        self.progress.tell("saved")
 
 
 def spaced(steps: int, parts: int) -> set[int]:

@@ -11,9 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmjd.data.decode import BadImage
-from dmjd.data.folder import FolderImages, image_names
-from dmjd.data.packed import PackedStrings
-from dmjd.data.source import Readable
+from dmjd.data.single import is_image, open_image
+from dmjd.data.source import Readable, open_all
 from dmjd.engine.distributed import Ranks
 from dmjd.engine.signals import stoppable
 from dmjd.errors import DataError
@@ -78,23 +77,22 @@ def decodable(images: Readable, ranks: Ranks) -> Iterator[tuple[int, Any]]:
 
 
 def images_to_predict(path: Path, backbone: FeatureExtractor) -> Iterator[tuple[str, Num[Tensor, "C H W"] | None]]:
-    """Read an image, or those of a folder, by name; None for one that does not decode, which stderr names.
+    """Read an image, or those of a set, by name; None for one that does not decode, which stderr names.
 
     Raises:
         DataError: If there is none, or two have the same name but for its ending.
     """
-    if not path.exists():
-        raise DataError(f"no such image or folder; {path}; check --predict")
-    root, names = (path, image_names(path)) if path.is_dir() else (path.parent, PackedStrings.pack([path.name]))
+    one = is_image(path)
+    parts = backbone.open(lambda wanted: [open_image(path, wanted)] if one else open_all(str(path), wanted))
+    names = [images.name(index) for images in parts for index in range(len(images))]
     if len({Path(name).with_suffix("") for name in names}) < len(names):
         raise DataError(f"two images of the same name but for the ending; {path}; rename one")
-    (images,) = backbone.open(
-        lambda wanted: [FolderImages(root=root, names=names, wanted=wanted, classes=(), labels=None)]
-    )
-    for index in tqdm(range(len(images)), desc="predicting", unit=" images", leave=False, disable=None):
+    seen = tqdm(total=len(names), desc="predicting", unit=" images", leave=False, disable=None)
+    for images, index in ((part, index) for part in parts for index in range(len(part))):
         name = images.name(index)
         try:
             yield name, images.read(index)
         except BadImage as reason:
-            print(f"warning: {reason}; {root / name}; left out", file=sys.stderr)
+            print(f"warning: {reason}; {name} of {images.address}; left out", file=sys.stderr)
             yield name, None
+        seen.update()

@@ -1,16 +1,19 @@
 """Features of images by a frozen backbone, whatever the device, the precision and the number of ranks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from dmjd.backbones.files import open_backbone
+from dmjd.backbones import Architecture
+from dmjd.backbones.feature_maps import token_layer
+from dmjd.backbones.files import open_backbone, save_backbone
 from dmjd.backbones.normalize import Normalize
 from dmjd.data.crops import center_crop
 from dmjd.data.decode import Wanted
@@ -22,8 +25,16 @@ from dmjd.engine.distributed import Ranks
 from dmjd.engine.signals import stoppable
 from dmjd.errors import ConfigError, DataError
 
-_Found = TypeVar("_Found", bound=Sequence[Any])
+_Found = TypeVar("_Found", bound=Iterable[Any])
 LabelledFeatures = tuple[Tensor, Tensor]  # (n, D) and (n)
+
+
+class Seen(NamedTuple):
+    """What was seen in the next images of a set."""
+
+    values: Float[Tensor, "n ..."] | None  # of those that decode, on the CPU; None if none does
+    numbers: list[int]  # of these images
+    end: int  # number of the first image that was not looked at yet
 
 
 @torch.inference_mode()
@@ -133,20 +144,27 @@ class FeatureExtractor:
             find: Finds the parts of a set, of which the first is looked at where the range of values is not known.
         """
         found = find(self.wanted)
-        if self.wanted.levels is None and (levels := measure_levels(found[0])):
+        if self.wanted.levels is None and (levels := measure_levels(next(iter(found)))):
             self.wanted = replace(self.wanted, levels=levels)
             return find(self.wanted)
         return found
 
-    def open_images(self, data: str, *, seed: int) -> Parts:
-        """Find the training and the held-out images of a set by its path or name."""
-        return self.open(lambda wanted: open_source(data, wanted, seed=seed))
+    def open_images(self, data: str, *, seed: int, part: str | None = None) -> Parts:
+        """Find the training and the held-out images of a set by its path or name; see `open_source`."""
+        return self.open(lambda wanted: open_source(data, wanted, seed=seed, part=part))
 
     @property
     def value_range(self) -> tuple[float, float]:
         """What deep images range over, as a file of the backbone is to say."""
         levels = self.wanted.levels or BYTES
         return levels.low, levels.high
+
+    def save_classifier(
+        self, path: Path, network: nn.Module, architecture: Architecture, classes: Sequence[str]
+    ) -> None:
+        """Write a classifier made of the model, with the names of its classes, as a file that timm opens as well."""
+        task = {"name": "classify", "classes": list(classes)}
+        save_backbone(path, network, architecture, *self.statistics, value_range=self.value_range, task=task)
 
     def features(
         self, source: Source, *, layers: tuple[int, ...] = (), batch_size: int = 256
@@ -172,6 +190,41 @@ class FeatureExtractor:
             batch_size=batch_size,
         )
 
+    def stream(
+        self, see: Callable[[Tensor], Tensor], source: Source, *, batch_size: int, start: int = 0
+    ) -> Iterator[Seen]:
+        """Look at the images of a set in order, batch by batch, so that no more than a batch has to be in memory.
+
+        Every rank does its share of each batch, and has all of it.
+
+        Args:
+            see: From images (B, C, H, W) of 0..255 on the device to values (B, ...).
+            source: The images.
+            batch_size: Images at a time, on a rank.
+            start: Number of the first image to look at.
+        """
+        indices, together = range(start, len(source)), batch_size * self.ranks.world_size
+        own = read_batches(
+            source,
+            self.ranks.share(indices),
+            partial(center_crop, size=self.image_hw),
+            batch_size=batch_size,
+            workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        for first in tqdm(indices[::together], desc="features", unit=" batches", leave=False, disable=None):
+            images, numbers = next(own, (None, []))  # the last batch may have nothing for this rank
+            values = None
+            if images is not None and numbers:
+                with torch.inference_mode():
+                    values = see(images.to(self.device, non_blocking=True)).float().cpu()
+            shares = self.ranks.gather((values, numbers))
+            found = [number for _, theirs in shares for number in theirs]
+            order = sorted(range(len(found)), key=found.__getitem__)
+            parts = [theirs for theirs, _ in shares if theirs is not None]
+            joined = torch.cat(parts)[order] if parts else None
+            yield Seen(joined, sorted(found), min(first + together, len(source)))
+
     def labelled_features(
         self, parts: Parts, *, layers: tuple[int, ...] = (), batch_size: int = 256
     ) -> tuple[LabelledFeatures, LabelledFeatures]:
@@ -181,15 +234,35 @@ class FeatureExtractor:
 
     def pooled(self, images: Tensor, layers: tuple[int, ...] = (), *, normalized: bool = False) -> Tensor:
         """Compute features (B, D) of images (B, C, H, W) of 0..255, or of what the model takes."""
-        model: Any = self.model
         images = images if normalized else self.normalize(images)
         with self.autocast():
             if not layers:
-                return model(images)
-            try:
-                maps = model.forward_intermediates(
-                    images, indices=list(layers), intermediates_only=True, output_fmt="NCHW"
-                )
-            except (AttributeError, AssertionError, IndexError) as error:
-                raise ConfigError(f"the backbone has no such layers ({error}); --layers {layers}") from None
-            return torch.cat([tokens.flatten(2).mean(dim=2) for tokens in maps], dim=1)
+                return self.model(images)
+            return torch.cat([maps.flatten(2).mean(dim=2) for maps in self._maps(images, layers)], dim=1)
+
+    def tokens(self, images: Tensor, layers: tuple[int, ...] = ()) -> Tensor:
+        """Compute features of every patch (B, L, D) of images of 0..255, row by row of the grid.
+
+        Args:
+            images: Of shape (B, C, H, W).
+            layers: Blocks whose tokens are joined; none for those of the last block, after the model's last norm.
+
+        Raises:
+            ConfigError: If the model has no such layers, or their grids differ.
+        """
+        model: Any = self.model
+        with self.autocast():
+            normalized = self.normalize(images)
+            maps = self._maps(normalized, layers or (token_layer(model),), norm=not layers)
+            if len({each.shape[2:] for each in maps}) > 1:
+                raise ConfigError(f"layers of different grids have no tokens in common; --layers {layers}; choose one")
+            return torch.cat([each.flatten(2).mT for each in maps], dim=2)
+
+    def _maps(self, images: Tensor, layers: tuple[int, ...], *, norm: bool = False) -> list[Tensor]:
+        model: Any = self.model
+        try:
+            return model.forward_intermediates(
+                images, indices=list(layers), norm=norm, intermediates_only=True, output_fmt="NCHW"
+            )
+        except (AttributeError, AssertionError, IndexError) as error:
+            raise ConfigError(f"the backbone has no such layers ({error}); --layers {layers}") from None

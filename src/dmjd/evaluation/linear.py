@@ -1,24 +1,23 @@
 """Linear classifiers on frozen features."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 PENALTIES = (10000.0, 1000.0, 100.0, 10.0, 1.0, 0.1, 0.01)
 NUM_FOLDS = 5
+NEVER = -1e4  # logit of a class that cannot be
 
 
-def logistic_regression(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, *, num_classes: int, penalty: float = 1.0
-) -> Float[Tensor, "n classes"]:
-    """Fit a logistic regression on standardised features and return the classes' probabilities.
+def fit_logistic(bank: Tensor, bank_labels: Tensor, *, penalty: float = 1.0) -> Any:
+    """Fit a logistic regression on standardised features: a pipeline of scikit-learn.
 
     Args:
         bank: Features of labelled images.
         bank_labels: Their classes, two at least.
-        queries: Features to classify.
-        num_classes: Columns of the result.
         penalty: Weight of half the squared norm against the sum of the losses (scikit-learn's 1 / C).
     """
     from sklearn.linear_model import LogisticRegression
@@ -26,9 +25,49 @@ def logistic_regression(
     from sklearn.preprocessing import StandardScaler
 
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=1 / penalty, max_iter=1000, tol=1e-3))
-    probe.fit(bank.double().numpy(), bank_labels.numpy())
+    return probe.fit(bank.double().numpy(), bank_labels.numpy())
+
+
+def class_probabilities(probe: Any, queries: Tensor, num_classes: int) -> Float[Tensor, "n classes"]:
+    """Compute the probabilities of classes; those that the regression was not fitted on have none."""
     found = torch.from_numpy(probe.predict_proba(queries.double().numpy()))
     return torch.zeros(len(queries), num_classes).index_copy_(1, torch.from_numpy(probe.classes_), found.float())
+
+
+def logistic_regression(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, *, num_classes: int, penalty: float = 1.0
+) -> Float[Tensor, "n classes"]:
+    """Fit a logistic regression on standardised features and return the classes' probabilities of `queries`."""
+    return class_probabilities(fit_logistic(bank, bank_labels, penalty=penalty), queries, num_classes)
+
+
+def logistic_head(probe: Any, num_classes: int) -> nn.Linear:
+    """Make the layer whose softmax is what a logistic regression says of features that are not standardised."""
+    scaler, regression = probe[0], probe[-1]
+    weight, bias = torch.from_numpy(regression.coef_), torch.from_numpy(regression.intercept_)
+    if len(weight) == 1:  # of two classes, scikit-learn has the logit of the second against the first
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    head = nn.Linear(weight.shape[1], num_classes, dtype=torch.float64)
+    fitted = torch.from_numpy(regression.classes_)
+    with torch.no_grad():
+        head.weight.zero_().index_copy_(0, fitted, weight)
+        head.bias.fill_(NEVER).index_copy_(0, fitted, bias)
+    return unstandardised(head, torch.from_numpy(scaler.mean_), torch.from_numpy(scaler.scale_))
+
+
+@torch.no_grad()
+def unstandardised(head: nn.Linear, mean: Float[Tensor, " D"], scale: Float[Tensor, " D"]) -> nn.Linear:
+    """Make the layer that does to features what `head` does to those less their mean, over their scale."""
+    found = nn.Linear(head.in_features, head.out_features)
+    weight = head.weight.cpu().double() / scale.cpu()
+    found.weight.copy_(weight)
+    found.bias.copy_(head.bias.cpu().double() - weight @ mean.cpu().double())
+    return found
+
+
+def normalized_head(norm: Any, head: nn.Linear) -> nn.Linear:
+    """Make the layer that does what `head` does after a BatchNorm without affine, as it is in evaluation."""
+    return unstandardised(head, norm.running_mean, (norm.running_var + norm.eps).sqrt())
 
 
 def linear_top1(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> float:

@@ -1,22 +1,27 @@
 """How good the features of a backbone are while it is pre-trained."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
-from dmjd.data.source import Parts, has_labels, labels_of
+from dmjd.data.crops import center_crop
+from dmjd.data.decode import BadImage
+from dmjd.data.source import Parts, Source, has_labels, labels_of
 from dmjd.engine.distributed import ParallelModel
 from dmjd.evaluation.features import extract
 from dmjd.evaluation.knn import knn_top1
 from dmjd.evaluation.linear import linear_top1
-from dmjd.evaluation.rank import feature_std, rankme
+from dmjd.evaluation.rank import Explained, feature_std, rankme
 from dmjd.method import DMJD
 
 Autocast = Callable[[], AbstractContextManager[None]]
+NUM_PREDICTED = 128  # images of each part whose hidden tokens are predicted: thousands of tokens
+AT_A_TIME = 32
+FEW = 20  # held-out images, below which training images say how far features spread
 
 
 def evenly(count: int, most: int) -> list[int]:
@@ -31,12 +36,14 @@ class Monitor:
     Attributes:
         parts: Training and held-out images.
         image_hw: Size that the backbone takes.
+        masks: Draws masks (B, V, L) for images by their seeds, as training does.
         max_images: Images of each part that an evaluation looks at.
         workers: Processes that load images; None for as many as fit.
     """
 
     parts: Parts
     image_hw: tuple[int, int]
+    masks: Callable[[torch.Tensor], torch.Tensor]
     max_images: int
     workers: int | None = None
 
@@ -44,13 +51,15 @@ class Monitor:
     def num_images(self) -> int:
         """Images that `measure` looks at."""
         looked_at = [*self.parts] if has_labels(self.parts.train) else [self.parts.held_out]
-        return sum(min(len(images), self.max_images) for images in looked_at)
+        predicted = sum(min(len(images), self.max_images, NUM_PREDICTED) for images in self.parts)
+        return predicted + sum(min(len(images), self.max_images) for images in looked_at)
 
     def measure(self, model: ParallelModel, autocast: Autocast, *, probe: bool = False) -> dict[str, float]:
         """Measure, on all ranks together.
 
-        With labels: k-NN accuracy on held-out images and, with `probe`, that of a linear classifier. Without: RankMe
-        and standard deviation of the held-out ones, which show a collapse.
+        Always: how much of the hidden tokens is explained, of training and of held-out images (`Explained`), and RankMe
+        and standard deviation of the features of held-out ones, which show a collapse. With labels also k-NN accuracy
+        on held-out images and, with `probe`, that of a linear classifier.
         """
         network, ranks = model.whole(), model.ranks
         assert isinstance(network, DMJD)
@@ -64,14 +73,44 @@ class Monitor:
         compute = partial(extract, pooled, image_hw=self.image_hw, ranks=ranks, workers=self.workers)
         train, held_out = self.parts
         shown, shown_at = compute(held_out, evenly(len(held_out), self.max_images))
-        if not (has_labels(train) and has_labels(held_out)):
-            measured = ranks.on_main(lambda: {"rankme": rankme(shown), "feature_std": feature_std(shown)})
-        else:
+        predicted = {
+            "explained_train": self.explained(network, train, autocast),
+            "explained": self.explained(network, held_out, autocast),
+        }
+        labelled, few = has_labels(train) and has_labels(held_out), len(held_out) < FEW
+        pairs, spread = None, shown
+        if labelled or few:
             bank, bank_at = compute(train, evenly(len(train), self.max_images))
-            pairs = (bank, labels_of(train, bank_at), shown, labels_of(held_out, shown_at))
-            probe = probe and len(pairs[1].unique()) > 1
-            measured = ranks.on_main(
-                lambda: {"knn_top1": knn_top1(*pairs)} | ({"linear_top1": linear_top1(*pairs)} if probe else {})
-            )
+            spread = bank if few else shown
+            if labelled:
+                pairs = (bank, labels_of(train, bank_at), shown, labels_of(held_out, shown_at))
+
+        def numbers() -> dict[str, float]:
+            found = predicted | {"rankme": rankme(spread), "feature_std": feature_std(spread)}
+            if pairs:
+                found["knn_top1"] = knn_top1(*pairs)
+            if pairs and probe and len(pairs[1].unique()) > 1:
+                found["linear_top1"] = linear_top1(*pairs)
+            return found
+
+        measured = ranks.on_main(numbers)
         network.train(training)
         return measured
+
+    @torch.inference_mode()
+    def explained(self, network: DMJD, images: Source, autocast: Autocast) -> float:
+        """Predict the hidden tokens of a few images, the same ones at every call; how much of them is explained."""
+        device = next(network.parameters()).device
+        found = Explained()
+        numbers = evenly(len(images), min(self.max_images, NUM_PREDICTED))
+        for start in range(0, len(numbers), AT_A_TIME):
+            crops, seeds = [], []
+            for number in numbers[start : start + AT_A_TIME]:
+                with suppress(BadImage):
+                    crops.append(center_crop(images.read(number), self.image_hw).float())
+                    seeds.append(number)
+            if crops:
+                with autocast():
+                    said = network.predict(torch.stack(crops).to(device), self.masks(torch.tensor(seeds)))
+                found.add(said.masked.float(), said.masked_target.float())
+        return found.share

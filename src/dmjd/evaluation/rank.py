@@ -1,4 +1,4 @@
-"""What features are worth without labels: how many directions they use."""
+"""What can be told without labels: how many directions features use, and how much is predicted of hidden tokens."""
 
 import torch
 from jaxtyping import Float
@@ -23,3 +23,31 @@ def feature_std(embeddings: Float[Tensor, "n D"]) -> float:
     """
     directions = F.normalize(embeddings.double(), dim=1)
     return float(directions.std(dim=0, correction=0).mean() * embeddings.shape[1] ** 0.5)
+
+
+class Explained:
+    """Share of the variance of targets that predictions explain (R squared), over tokens that come in batches.
+
+    1 where every target is hit, 0 where the mean target of all tokens would have been as good, or where all targets are
+    the same, and below 0 where it would have been better. Targets that differ in scale count by their variance.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sum = self.squares = torch.zeros(())
+        self.missed = 0.0
+
+    def add(self, predicted: Float[Tensor, "N M T"], target: Float[Tensor, "N M T"]) -> None:
+        """Take in a batch."""
+        self.missed += float((predicted - target).double().square().sum())
+        target = target.flatten(0, 1).double()
+        self.count += len(target)
+        self.sum, self.squares = self.sum + target.sum(0).cpu(), self.squares + target.square().sum(0).cpu()
+
+    @property
+    def share(self) -> float:
+        """What is explained."""
+        mean = self.sum / max(self.count, 1)
+        variance = float((self.squares - self.count * mean.square()).clamp_min(0).sum())
+        alike = variance <= 1e-9 * float(self.squares.sum())  # rounding is all that is left
+        return 0.0 if alike else 1 - self.missed / variance

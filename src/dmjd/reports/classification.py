@@ -33,7 +33,7 @@ def write_classification(
         verb: What the command line calls it.
         settings: As YAML.
         summary: The numbers: top1, top1_low, top1_high, top5, mean_class_accuracy, images, train_images and seconds,
-            and best_top1 if there is one.
+            and best_top1 if there is one; and `part`, the name of what is judged by.
         rows: The table by class: class, images, accuracy, precision and taken_for.
         confusion: Images by true and predicted class.
         classes: Names of the classes.

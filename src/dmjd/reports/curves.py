@@ -4,7 +4,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 # Figures are drawn in these stand-in colours; `svg` turns each into the CSS variable of its name.
 INK, MUTED, LINE, WARN = "#010101", "#020202", "#030303", "#040404"
-HUES = ("#050505", "#060606", "#070707")
+HUES = ("#050505", "#060606", "#070707", "#080808", "#090909", "#0a0a0a", "#0b0b0b", "#0c0c0c")
+SOLID = 4  # of these; lines of the others are dashed
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", WARN: "warn"} | {hue: f"hue{i}" for i, hue in enumerate(HUES)}
 
 CURVES: dict[str, dict[str, str]] = {
@@ -33,11 +34,12 @@ CURVES: dict[str, dict[str, str]] = {
     "mIoU, percent": {"mIoU": "miou"},
     "AP, percent": {"boxes": "map", "masks": "mask_map"},
     "k-NN top-1, percent": {"k-NN top-1": "knn_top1"},
+    "Hidden tokens explained, percent": {"held out": "explained", "training": "explained_train"},
     "RankMe": {"RankMe": "rankme"},
     "Standard deviation of features": {"standard deviation": "feature_std"},
     "Images per second": {"images per second": "images_per_second"},
 }
-SHARES = frozenset(["top1", "knn_top1", "miou", "map", "mask_map"])  # shown in percent
+SHARES = frozenset(["top1", "knn_top1", "miou", "map", "mask_map", "explained", "explained_train"])  # shown in percent
 EVALUATED = frozenset(["rankme", "feature_std", *SHARES])  # drawn over epochs, the others over steps
 
 Line = dict[str, Any]  # of metrics.jsonl
@@ -81,29 +83,81 @@ def curve(title: str, keys: Mapping[str, str], lines: Sequence[Line]) -> dict[st
         return None
     figure = Figure(figsize=(4.6, 2.5), layout="constrained")
     axes, spoken, drawn = plain_axes(figure), [], []
-    for (name, (at, values)), colour in zip(logged.items(), HUES, strict=False):
-        values = values * 100 if keys[name] in SHARES else values
-        finite = np.isfinite(values)
-        lost = at[~finite][:: 1 + at.size // 300]
-        axes.plot(lost, 0 * lost, "|", color=WARN, transform=axes.get_xaxis_transform())
-        at, values = at[finite], values[finite]
-        if not values.size:
-            spoken.append(f"{name} never finite")
-            continue
-        kept = thinned(values)
-        smooth = smoothed(values, values.size // 40 if x == "step" and keys[name] != "lr" else 1)
-        axes.plot(at[kept], values[kept], color=colour, linewidth=0.7, alpha=0.35)
-        axes.plot(at[kept], smooth[kept], "o-" if x == "epoch" else "-", color=colour, linewidth=1.6, ms=3, label=name)
-        spoken.append(f"{name} from {smooth[0]:.3g} to {smooth[-1]:.3g}")
-        drawn.append(values)
+    for place, (name, (at, values)) in enumerate(logged.items()):
+        key = keys[name]
+        said, finite = draw_line(axes, at, values * (100 if key in SHARES else 1), key=key, place=place, name=name)
+        spoken.append(said)
+        drawn += [finite] if finite.size else []
     set_scale(axes, title, drawn)
+    if len(drawn) > 1:
+        add_legend(axes)
     axes.set_xlabel(x, color=MUTED, fontsize=8)
-    name = re.sub(r"\W+", "-", title.lower())
-    return {"title": title, "svg": svg(figure, name, f"{title} over {x}s: {'; '.join(spoken)}")}
+    return {"title": title, "svg": svg(figure, name_of(title), f"{title} over {x}s: {'; '.join(spoken)}")}
+
+
+def overlay(
+    title: str, key: str, runs: Mapping[str, Sequence[Line]], x: str = "images", *, shown: Container[str] | None = None
+) -> dict[str, Any] | None:
+    """Draw a quantity of several runs over each other; None where fewer than two have logged it.
+
+    Args:
+        title: Of the figure.
+        key: The quantity.
+        runs: Lines of metrics.jsonl by the name of the run, in the order of their colours.
+        x: What it is drawn over: `images` seen, or `seconds`, as minutes.
+        shown: Names of the runs that are drawn; all if None.
+    """
+    logged = {
+        (place, name): points
+        for place, (name, lines) in enumerate(runs.items())
+        if (shown is None or name in shown) and (points := series(lines, key, x)).size
+    }
+    if len(logged) < 2:
+        return None
+    figure = Figure(figsize=(4.6, 2.5), layout="constrained")
+    axes, spoken, drawn = plain_axes(figure), [], []
+    for (place, name), (at, values) in logged.items():
+        at, values = at / (60 if x == "seconds" else 1), values * (100 if key in SHARES else 1)
+        said, finite = draw_line(axes, at, values, key=key, place=place, name=name)
+        spoken.append(said)
+        drawn += [finite] if finite.size else []
+    set_scale(axes, title, drawn)
+    over = "minutes" if x == "seconds" else "images seen"
+    axes.set_xlabel(over, color=MUTED, fontsize=8)
+    label = f"{title} over {over}: {'; '.join(spoken)}"
+    return {"title": title, "svg": svg(figure, f"{name_of(title)}-{x}", label)}
+
+
+def draw_line(
+    axes: Any, at: Float[np.ndarray, " n"], values: Float[np.ndarray, " n"], *, key: str, place: int, name: str
+) -> tuple[str, Float[np.ndarray, " _"]]:
+    """Draw a quantity in the colour of its place: smooth over faint raw values, or dots where it was evaluated.
+
+    Returns:
+        What is drawn, in words, and the finite values.
+    """
+    colour, style = HUES[place], "-" if place < SOLID else "--"
+    finite = np.isfinite(values)
+    lost = at[~finite][:: 1 + at.size // 300]
+    axes.plot(lost, 0 * lost, "|", color=WARN, transform=axes.get_xaxis_transform())
+    at, values = at[finite], values[finite]
+    if not values.size:
+        return f"{name} never finite", values
+    kept = thinned(values)
+    smooth = smoothed(values, 1 if key in EVALUATED or key == "lr" else values.size // 40)
+    axes.plot(at[kept], values[kept], color=colour, linewidth=0.7, alpha=0.35)
+    dots = "o" if key in EVALUATED or values.size == 1 else ""
+    axes.plot(at[kept], smooth[kept], dots + style, color=colour, linewidth=1.6, ms=3, label=name)
+    return f"{name} from {smooth[0]:.3g} to {smooth[-1]:.3g}", values
+
+
+def name_of(title: str) -> str:
+    """Turn a title into what ids of its figure begin with."""
+    return re.sub(r"\W+", "-", title.lower())
 
 
 def set_scale(axes: Any, title: str, drawn: Sequence[Float[np.ndarray, " _"]]) -> None:
-    """Choose the scale and the marks of a figure for the values drawn, and name the lines if they are several."""
+    """Choose the scale and the marks of a figure for the values drawn."""
     if not drawn:
         axes.text(0.5, 0.5, "no finite value", color=MUTED, ha="center", va="center", transform=axes.transAxes)
         axes.set_yticks([])
@@ -114,8 +168,6 @@ def set_scale(axes: Any, title: str, drawn: Sequence[Float[np.ndarray, " _"]]) -
         axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
-    if len(drawn) > 1:
-        add_legend(axes)
 
 
 def plain_axes(figure: Figure) -> Any:

@@ -4,17 +4,25 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 
 from dmjd.errors import ConfigError
 from dmjd.reports.curves import Line, draw_curves, read_metrics, series
+from dmjd.reports.nearest_pictures import read_nearest
 from dmjd.reports.page import write_page
 from dmjd.reports.token_pictures import read_samples
 
+CITATION = """@article{ma2023disjoint,
+  title   = {Disjoint Masking with Joint Distillation for Efficient Masked Image Modeling},
+  author  = {Ma, Xin and Liu, Chang and Xie, Chunyu and Ye, Long and Deng, Yafeng and Ji, Xiangyang},
+  journal = {arXiv preprint arXiv:2301.00230},
+  year    = {2023}
+}"""
 MEASURES = {
+    "explained": "Hidden tokens explained",
     "knn_top1": "k-NN top-1",
     "linear_top1": "Linear probe top-1",
     "rankme": "RankMe",
@@ -22,45 +30,91 @@ MEASURES = {
 }
 
 
-def write_report(run: Path) -> Path:
-    """Write `run/report.html` from what a run directory holds; parts whose files are missing are left out.
+class RunRecord(NamedTuple):
+    """What a run directory holds; what is not there is empty.
 
-    Args:
-        run: Directory written by `dmjd pretrain`: `config.yaml`, `metrics.jsonl`, and, as far as the run got,
-            `summary.json` and `samples.safetensors`.
+    Attributes:
+        name: Of the directory.
+        lines: Of metrics.jsonl.
+        facts: Of summary.json: there once the run has finished.
+        settings: Of config.yaml.
+    """
+
+    name: str
+    lines: list[Line]
+    facts: Line
+    settings: Line
+
+    @property
+    def now(self) -> dict[str, float]:
+        """Numbers of the whole run, or of its last logged step."""
+        training = [line for line in self.lines if "loss" in line]
+        found = (training[-1] if training else {}) | self.facts
+        return {key: value for key in found if (value := number(found, key)) is not None}
+
+
+def read_run(run: Path) -> RunRecord:
+    """Read what a directory of `dmjd pretrain` says of the run.
 
     Raises:
-        ConfigError: If `run` holds neither settings nor metrics, or is a run of another verb.
-        CheckpointError: If `samples.safetensors` is broken.
+        ConfigError: If it holds neither settings nor metrics, or is a run of another verb.
     """
-    config, summary, samples = (run / name for name in ("config.yaml", "summary.json", "samples.safetensors"))
-    if (run / "result.json").is_file():
-        raise ConfigError(f"not a pre-training run; {run}; its page is report.html, written by the verb")
+    config, summary = run / "config.yaml", run / "summary.json"
     lines = read_metrics(run / "metrics.jsonl")
     if not lines and not config.is_file():
         raise ConfigError(f"not a run directory; {run}; give the directory that `dmjd pretrain --out` wrote")
     facts: Line = json.loads(summary.read_text("utf-8")) if summary.is_file() else {}
     settings: Line = yaml.safe_load(config.read_text("utf-8")) or {} if config.is_file() else {}
-    training = [line for line in lines if "loss" in line]
-    now = (training[-1] if training else {}) | facts
-    steps, losses = series(training, "loss")
+    if (run / "result.json").is_file() or "backbone" in settings:
+        stands = (
+            "stands as the verb wrote it" if (run / "report.html").is_file() else "is written by the verb at its end"
+        )
+        raise ConfigError(f"not a pre-training run; {run}; its page report.html {stands}")
+    return RunRecord(run.resolve().name, lines, facts, settings)
+
+
+def write_report(run: Path, path: Path | None = None) -> Path:
+    """Write the page of a run from what its directory holds; parts whose files are missing are left out.
+
+    Args:
+        run: Directory written by `dmjd pretrain`: `config.yaml`, `metrics.jsonl`, and, as far as the run got,
+            `summary.json`, `samples.safetensors` and `neighbours.safetensors`.
+        path: The page; `run/report.html` if None.
+
+    Raises:
+        ConfigError: If `run` holds neither settings nor metrics, or is a run of another verb.
+        CheckpointError: If a file of pictures is broken.
+    """
+    config, samples, neighbours = (
+        run / name for name in ("config.yaml", "samples.safetensors", "neighbours.safetensors")
+    )
+    record = read_run(run)
+    lines, facts, settings = record.lines, record.facts, record.settings
+    steps, losses = series([line for line in lines if "loss" in line], "loss")
     page: Line = {
-        "name": run.resolve().name,
-        "finished": summary.is_file(),
-        "now": {key: value for key in now if (value := number(now, key)) is not None},
+        "name": record.name,
+        "finished": bool(facts),
+        "now": record.now,
         "data": str(facts.get("data") or settings.get("data") or ""),
         "labels": bool(facts.get("labels", True)),
         "command": str(facts.get("command") or ""),
         "run": run,
+        "init": settings.get("init"),
         "settings": config.read_text("utf-8") if config.is_file() else "",
+        "verdict": facts.get("verdict") or {},
         "broken": [int(step) for step in steps[~np.isfinite(losses)]],
         "numbers": key_numbers(facts, lines),
         "curves": draw_curves(lines),
+        "environment": facts.get("environment") or {},
+        "citation": CITATION,
+        "longer": longer(settings),
         "samples": [],
     }
     if samples.is_file():
         page |= read_samples(samples)
-    path = run / "report.html"
+    if neighbours.is_file():
+        page |= read_nearest(neighbours)
+    path = path or run / "report.html"
     write_page(path, "pretrain.html", page)
     return path
 
@@ -85,6 +139,12 @@ def key_numbers(facts: Line, lines: Sequence[Line]) -> list[Line]:
         row = {"key": key, "name": name, "untrained": untrained, "trained": trained, "difference": difference}
         rows.append(row | {"gain": gain, "known": after is not None})
     return rows
+
+
+def longer(settings: Mapping[str, Any]) -> str:
+    """Write the flag that makes a run twice as long."""
+    steps, epochs = number(settings, "steps"), number(settings, "epochs")
+    return f"--steps {2 * steps:.0f}" if steps else f"--epochs {2 * epochs:g}" if epochs else "--epochs MORE"
 
 
 def number(values: Mapping[str, Any], key: str) -> float | None:

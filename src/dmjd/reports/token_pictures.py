@@ -5,6 +5,7 @@ The file of samples holds pictures only; targets have drawn what they predict, s
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +15,52 @@ from jaxtyping import Bool, Float, Int, Integer, UInt8
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from dmjd.engine.checkpoint import save_tensors
 from dmjd.errors import CheckpointError
 from dmjd.reports.curves import HUES, INK, MUTED, add_legend, plain_axes, svg
 from dmjd.reports.page import png
 
-PICTURE_BUDGET = 1_500_000  # characters of inline pictures: keeps the file below 2 MB
+PICTURE_BUDGET = 1_200_000  # characters of inline pictures: keeps the file below 2 MB
+ERROR_COLOURS = ("#10314d", "#2c6c9f", "#e8e4da", "#d9824a", "#8c1d18")  # from none to `WORST`
+WORST = 2.0  # error with the last of these colours; the one in the middle is that of the mean target
 SMALL = 128  # pixels of width below which a browser is to show pixels as squares
 
 
-def write_samples(
-    path: Path,
-    *,
-    images: UInt8[Tensor, "n C H W"],
-    masked: Bool[Tensor, "n V L"] | UInt8[Tensor, "n V L"],
-    target: UInt8[Tensor, "n c h w"],
-    predicted: UInt8[Tensor, "n V c h w"],
-    times_hidden: Int[Tensor, "N L"],
-    metadata: Mapping[str, str],
-) -> None:
-    """Write what the report shows of held-out images.
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """What the report shows of held-out images.
 
-    Args:
-        path: File to write.
+    Attributes:
         images: The images.
         masked: What of them each view hides.
         target: Pictures of their targets, of 1 or 3 channels.
         predicted: Pictures of what was predicted from each view; only hidden places are shown.
+        errors: Error of every token's prediction, where 1 is as good as the mean target; only hidden ones are shown.
+        patch_colours: Colours of the features of all tokens.
         times_hidden: How often each token of N training images was hidden, over all views.
+    """
+
+    images: UInt8[Tensor, "n C H W"]
+    masked: Bool[Tensor, "n V L"]
+    target: UInt8[Tensor, "n c h w"]
+    predicted: UInt8[Tensor, "n V c h w"]
+    errors: Float[Tensor, "n V L"]
+    patch_colours: UInt8[Tensor, "n 3 rows columns"]
+    times_hidden: Int[Tensor, "N L"]
+
+
+def write_samples(path: Path, samples: Samples, metadata: Mapping[str, str]) -> None:
+    """Write what the report shows of held-out images.
+
+    Args:
+        path: File to write.
+        samples: Its content.
         metadata: `grid` ("ROWS COLUMNS" of tokens), and `target`, `caption` and `backdrop` (see `dmjd.targets.Target`).
     """
-    tensors = {
-        "images": images,
-        "masked": masked.to(torch.uint8),
-        "target": target,
-        "predicted": predicted,
-        "times_hidden": times_hidden,
-    }
-    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path, dict(metadata))
+    tensors = vars(samples) | {"masked": samples.masked.to(torch.uint8)}
+    save_tensors({name: value.cpu().contiguous() for name, value in tensors.items()}, path, dict(metadata))
 
 
 def read_samples(path: Path) -> dict[str, Any]:
@@ -72,33 +79,65 @@ def read_samples(path: Path) -> dict[str, Any]:
         counted = coverage(tensors["times_hidden"], (rows, columns), tensors["masked"].shape[1])
     except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"broken pictures ({error}); {path}; remove the file for a report without") from None
-    return {**about, "samples": samples, "coverage": counted, "small": tensors["images"].shape[-1] < SMALL}
+    return {
+        **about,
+        "samples": samples,
+        "coverage": counted,
+        "error_colours": ERROR_COLOURS if "errors" in tensors else (),
+        "worst": f"{WORST:g}",
+        "has_colours": "patch_colours" in tensors,
+    }
 
 
-def sample_rows(tensors: Mapping[str, np.ndarray], grid: tuple[int, int], backdrop: str) -> list[list[dict[str, str]]]:
-    """Lay out each image: itself, its target, then for each view what was seen and what was predicted.
+def sample_rows(
+    tensors: Mapping[str, np.ndarray], grid: tuple[int, int], backdrop: str
+) -> list[list[list[dict[str, Any]]]]:
+    """Lay out each image in groups: itself and its target; then for each view what was seen and what was predicted.
 
-    As many images as fit in the budget of inline pictures, at least one.
+    Features of the tokens and errors of the predictions stand beside them, where a run has drawn them. As many images
+    as fit in the budget of inline pictures, at least one.
     """
-    rows: list[list[dict[str, str]]] = []
+    rows: list[list[list[dict[str, Any]]]] = []
     budget = PICTURE_BUDGET
     columns = (tensors[name] for name in ("images", "masked", "target", "predicted"))
-    for image, masked, target, predicted in zip(*columns, strict=True):
+    for place, (image, masked, target, predicted) in enumerate(zip(*columns, strict=True)):
         image = image[: 3 if len(image) > 2 else 1]
         known = image if backdrop == "image" else target // 3
-        shots = [("Image", "as it was given", image), ("Target", "the target at every token", target)]
-        for view, (hidden, guess) in enumerate(zip(masked.astype(bool), predicted, strict=True), 1):
+        groups = [[("Image", "as it was given", image), ("Target", "the target at every token", target)]]
+        if "patch_colours" in tensors:
+            groups[0].append(("Features", "the features of its tokens as colours", tensors["patch_colours"][place]))
+        for view, (hidden, guess) in enumerate(zip(masked.astype(bool), predicted, strict=True)):
             seen = np.where(places(hidden, grid, image.shape), np.uint8(128), image)
             pasted = np.where(places(hidden, grid, known.shape), guess, known)
-            shots.append((f"View {view}: seen", f"view {view}, {hidden.mean():.0%} of its tokens hidden", seen))
-            shots.append(("Predicted", f"view {view}, the prediction at its hidden tokens", pasted))
+            about = f"view {view + 1}"
+            group = [(f"View {view + 1}: seen", f"{about}, {hidden.mean():.0%} of its tokens hidden", seen)]
+            group.append(("Predicted", f"{about}, the prediction at its hidden tokens", pasted))
+            if "errors" in tensors:
+                errors = tensors["errors"][place, view]
+                said = f"{about}, the error of its hidden tokens, {errors[hidden].mean():.2f} on average"
+                group.append((f"Error {errors[hidden].mean():.2f}", said, error_picture(errors, hidden, grid)))
+            groups.append(group)
         name = f"Held-out image {len(rows) + 1}"
-        row = [{"caption": caption, "alt": f"{name}: {alt}", "src": png(shot)} for caption, alt, shot in shots]
-        budget -= sum(len(shot["src"]) for shot in row)
+        row = [[picture(caption, f"{name}: {alt}", shot) for caption, alt, shot in group] for group in groups]
+        budget -= sum(len(shot["src"]) for group in row for shot in group)
         if rows and budget < 0:
             break
         rows.append(row)
     return rows
+
+
+def picture(caption: str, alt: str, shot: UInt8[np.ndarray, "c h w"]) -> dict[str, Any]:
+    """Describe a picture for the page; `small` ones are drawn as squares."""
+    return {"caption": caption, "alt": alt, "src": png(shot), "small": shot.shape[-1] < SMALL}
+
+
+def error_picture(
+    errors: Float[np.ndarray, " L"], hidden: Bool[np.ndarray, " L"], grid: tuple[int, int]
+) -> UInt8[np.ndarray, "3 h w"]:
+    """Colour the errors of hidden tokens, a pixel each, from 0 to `WORST`; visible tokens are grey."""
+    shades = LinearSegmentedColormap.from_list("errors", ERROR_COLOURS)
+    colours = (shades(errors / WORST)[:, :3] * 255).round().astype(np.uint8)
+    return np.where(hidden[:, None], colours, np.uint8(128)).reshape(*grid, 3).transpose(2, 0, 1)
 
 
 def places(hidden: Bool[np.ndarray, " L"], grid: tuple[int, int], shape: tuple[int, ...]) -> Bool[np.ndarray, "H W"]:

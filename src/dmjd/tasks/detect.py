@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dmjd.backbones.files import load_around, read_task
 from dmjd.config.downstream import DetectSettings
-from dmjd.config.rules import to_dict, to_yaml
+from dmjd.config.rules import flags_of, to_dict, to_yaml
 from dmjd.data.annotated import AnnotatedBatch, AnnotatedSamples, class_names
 from dmjd.data.detection import DetectionAugmentation, DetectionSet, open_detection
 from dmjd.engine.claim import claim
@@ -33,11 +33,14 @@ from dmjd.reports.overlays import legend_of, overlay_objects, rgb
 FROM_TRAINING = ("fpn_channels", "head_channels", "window")  # what predictions share, and crop_size
 
 
-def detect(settings: DetectSettings) -> None:
+def detect(settings: DetectSettings) -> dict[str, Any] | None:
     """Train, keep the best and the last network as `best.safetensors` and `last.safetensors`, print one line of JSON.
 
     With `settings.dense.predict` nothing is trained: boxes as a COCO file and an overlay of every image go to
     `settings.run.out`.
+
+    Returns:
+        The numbers, on the first rank.
 
     Raises:
         CheckpointError: If the backbone or the network does not load, or the run to resume is another one.
@@ -47,8 +50,7 @@ def detect(settings: DetectSettings) -> None:
         Stopped: After a signal that ends runs.
     """
     if settings.dense.predict is not None:
-        predict(settings)
-        return
+        return predict(settings)
     run = settings.run
     with join_ranks(run.device) as ranks, claim(run.out, resume=run.resume, ranks=ranks):
         ranks.micro_batch(run.batch_size, settings.optim.accumulation)
@@ -56,13 +58,15 @@ def detect(settings: DetectSettings) -> None:
         start = settings.start.keywords | {"drop_path_rate": settings.tuning.drop_path}
         backbone = FeatureExtractor(ranks=ranks, **start, **run.keywords)
         classes = class_names(run.data, settings.dense.classes)
-        train, held_out = backbone.open(lambda wanted: open_detection(run.data, wanted, classes=classes))
+        train, held_out = backbone.open(
+            lambda wanted: open_detection(run.data, wanted, classes=classes, part=settings.dense.part)
+        )
         masks = train.masks and held_out.masks
         train, held_out = (replace(part, masks=masks) for part in (train, held_out))
         judged = fit(settings, backbone, train, held_out)
         if not ranks.is_main:
-            return
-        summary = judged.summary
+            return None
+        summary = judged.summary | {"part": held_out.part}
         write_dense(
             run.out,
             verb="detect",
@@ -81,6 +85,7 @@ def detect(settings: DetectSettings) -> None:
             legend=legend_of(train.classes),
         )
         print(json.dumps(summary))
+        return summary
 
 
 def create(settings: DetectSettings, backbone: FeatureExtractor, num_classes: int, *, masks: bool) -> nn.Module:
@@ -114,7 +119,15 @@ def fit(settings: DetectSettings, backbone: FeatureExtractor, train: DetectionSe
 
     steps = run.num_steps(len(train))
     trainer = Trainer(
-        Run(run.out, to_dict(settings), train, batch_size=run.batch_size, ranks=ranks),
+        Run(
+            run.out,
+            to_dict(settings),
+            train,
+            batch_size=run.batch_size,
+            ranks=ranks,
+            held_out=len(held_out),
+            defaults=flags_of(type(settings)),
+        ),
         model,
         create_optimizer(
             backbone.model,
@@ -140,7 +153,7 @@ def fit(settings: DetectSettings, backbone: FeatureExtractor, train: DetectionSe
     )
 
 
-def predict(settings: DetectSettings) -> None:
+def predict(settings: DetectSettings) -> dict[str, Any] | None:
     """Write detections.json (a COCO file with scores), overlays/NAME.jpg and, with masks, masks/NAME.png.
 
     A pixel of masks/NAME.png is 0 or the place, from 1, of the object in order of scores, of those of 0.5 and more.
@@ -162,7 +175,7 @@ def predict(settings: DetectSettings) -> None:
     skipped = 0
     with join_ranks(settings.run.device) as ranks:
         if not ranks.is_main:  # an image takes no longer than starting a process
-            return
+            return None
         start = settings.start.keywords | {"pretrained": False}  # the weights of all come with `load_around`
         backbone = FeatureExtractor(ranks=ranks, **start, **settings.run.keywords)
         network = create(settings, backbone, len(classes), masks=task["masks"]).eval()
@@ -184,7 +197,9 @@ def predict(settings: DetectSettings) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "detections.json").write_text(json.dumps(content), "utf-8")
     seconds = round(time.perf_counter() - began, 1)
-    print(json.dumps({"images": len(content["images"]), "skipped": skipped, "seconds": seconds}))
+    summary = {"images": len(content["images"]), "skipped": skipped, "out": str(out), "seconds": seconds}
+    print(json.dumps(summary))
+    return summary
 
 
 def annotations(found: Found, image_id: int, *, first_id: int) -> list[dict[str, Any]]:

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from dmjd.config.doctor import DoctorSettings
-from dmjd.data.builtin import download_folder
-from dmjd.data.checkup import Copies, Look, chosen, find_copies, headers, look_at, measure_speed, measure_values
-from dmjd.data.decode import EXTENSIONS, Wanted
-from dmjd.data.listing import list_files
+from dmjd.data.checkup import Copies, Look, chosen, find_copies, look_at, measure_speed, measure_values, open_as_most
+from dmjd.data.decode import Wanted
+from dmjd.data.folder import ignored_files
 from dmjd.data.memory import MEMORY_LIMIT
-from dmjd.data.prepared import SET, read_set, verify
-from dmjd.data.source import Source, has_labels, open_parts
+from dmjd.data.prepared import SET, verify
+from dmjd.data.source import Source, has_labels
 from dmjd.engine.checkpoint import write_atomically
 from dmjd.engine.integrity import examine_backbone, examine_checkpoint, examine_run, is_checkpoint, is_run
 from dmjd.engine.run import one_cell
@@ -30,8 +29,11 @@ SLOW = 0.5  # share of a sample's time that decoding takes, from which a prepare
 ON_ONE_LINE = ("images", "looked_at", "broken", "refused", "equal", "near_pairs", "leaked", "command", "seconds")
 
 
-def doctor(settings: DoctorSettings) -> None:
+def doctor(settings: DoctorSettings) -> dict[str, Any]:
     """Look at `settings.data` and print one line of JSON; for a set of images, also write the folder `settings.out`.
+
+    Returns:
+        What it has found.
 
     Raises:
         CheckpointError: If a run, a checkpoint or a backbone is broken.
@@ -47,6 +49,7 @@ def doctor(settings: DoctorSettings) -> None:
     else:
         found = examine_set(settings)
     print(json.dumps(found))
+    return found
 
 
 def examine_set(settings: DoctorSettings) -> dict[str, Any]:
@@ -54,7 +57,7 @@ def examine_set(settings: DoctorSettings) -> dict[str, Any]:
     began, data, out = time.perf_counter(), settings.data, settings.out
     if (Path(data) / SET).is_file():
         verify(Path(data))
-    parts, wanted = open_to_look(settings)
+    parts, wanted = open_as_most(data, settings.in_chans, settings.data_pages)
     looks = look_at(parts, chosen(parts, settings.max_images, settings.seed), settings.workers)
     good = [each for each in looks if not each.fault]
     if not good:
@@ -83,20 +86,6 @@ def examine_set(settings: DoctorSettings) -> dict[str, Any]:
     return {name: found[name] for name in ON_ONE_LINE} | {"out": str(page)}
 
 
-def open_to_look(settings: DoctorSettings) -> tuple[dict[str, Source], Wanted]:
-    """Open a set as most of its files want to be opened: with their channels, and pages as frames if they have some."""
-    root = Path(settings.data)
-    stored = read_set(root)["in_chans"] if (root / SET).is_file() else 3
-    wanted = Wanted(in_chans=settings.in_chans or stored, pages=settings.data_pages)
-    parts = open_parts(settings.data, wanted)
-    seen = headers(parts)
-    channels, pages = (Counter(getattr(each, name) for each in seen) for name in ("channels", "pages"))
-    usual = channels.most_common(1)[0][0] if channels else stored
-    several = bool(pages) and pages[1] < pages.total() / 2
-    fitting = Wanted(in_chans=settings.in_chans or usual, pages=settings.data_pages or ("frames" if several else None))
-    return (parts if fitting == wanted else open_parts(settings.data, fitting)), fitting
-
-
 # -- what there is -----------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +105,7 @@ def describe_files(data: str, parts: Mapping[str, Source], looks: Sequence[Look]
         "parts": {name or "all": len(source) for name, source in parts.items()},
         "labels": {name or "all": labels_of_part(source) for name, source in parts.items() if has_labels(source)},
         "formats": dict(endings.most_common()),
-        "passed_over": passed_over(data),
+        "passed_over": ignored_files(data),
         "file_bytes": spread(sizes),
         "channels": dict(Counter(each.channels for each in seen).most_common()),
         "depths": dict(Counter(each.dtype for each in seen).most_common()),
@@ -132,13 +121,6 @@ def labels_of_part(source: Source) -> dict[str, int]:
     """Count the images of every class, in the order of the classes."""
     counts = Counter(source.label(index) for index in range(len(source)))
     return {name: counts[number] for number, name in enumerate(source.classes)}
-
-
-def passed_over(data: str) -> dict[str, int]:
-    """Count the files of a folder that are no images by their endings."""
-    if not Path(data).is_dir() or (Path(data) / SET).is_file():
-        return {}
-    return list_files(Path(data), EXTENSIONS, download_folder() / "listings").passed_over
 
 
 def describe_images(good: Sequence[Look]) -> dict[str, Any]:

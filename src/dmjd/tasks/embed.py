@@ -1,51 +1,97 @@
 """`dmjd embed`: features of images as a matrix."""
 
-import csv
 import json
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 
 from dmjd.config.downstream import EmbedSettings
-from dmjd.data.cells import plain_cell
-from dmjd.data.source import open_all
+from dmjd.data.source import Source, fingerprint, has_labels, open_all
+from dmjd.engine.checkpoint import sha256
 from dmjd.engine.distributed import join_ranks
+from dmjd.errors import DataError
+from dmjd.evaluation.feature_file import FeatureWriter
 from dmjd.evaluation.features import FeatureExtractor
 
 
-def embed(settings: EmbedSettings) -> None:
-    """Write features (N, D), float32, to `settings.out` and `path,label` row by row to the .csv beside it.
+def embed(settings: EmbedSettings) -> dict[str, Any] | None:
+    """Write features (N, D), or (N, L, D) of patches, to `settings.out`, and path and label row by row beside it.
 
     All images of a folder are embedded, whatever its parts; the label is there for class folders. Files that do not
     decode are left out of both and named in the closing line's count.
 
+    Returns:
+        The numbers, on the first rank.
+
     Raises:
-        CheckpointError: If the backbone does not load.
+        CheckpointError: If the backbone does not load, or what is to be gone on with is of another run.
+        ConfigError: If the backbone has no such layers.
         DataError: If there are no images, or none decodes.
     """
     began, run = time.perf_counter(), settings.run
-    with join_ranks(run.device) as ranks:
+    with join_ranks(run.device) as ranks, ExitStack() as stack:
         torch.manual_seed(0)
         backbone = FeatureExtractor(ranks=ranks, **settings.start.keywords, **run.keywords)
-        matrices, rows = [], []
-        skipped = 0
-        for images in backbone.open(lambda wanted: open_all(run.data, wanted)):
-            found, seen = backbone.features(images, batch_size=run.batch_size)
-            matrices.append(found.numpy())
-            skipped += len(images) - len(seen)
-            for index in seen:
-                number = images.label(index)
-                cells = [images.name(index), *([] if number is None else [images.classes[number]])]
-                rows.append([*map(plain_cell, cells)])
+        parts = backbone.open(lambda wanted: open_all(run.data, wanted))
+        columns = ["path", "label"] if any(map(has_labels, parts)) else ["path"]
+        writer = FeatureWriter(settings.out, origin(settings, backbone, parts), columns=columns, dtype=settings.dtype)
+        stack.enter_context(closing(writer))
+        first, start = ranks.on_main(partial(writer.begin, resume=settings.resume))
+        see = partial(backbone.tokens if settings.tokens else backbone.pooled, layers=settings.layers)
+        for number, images in enumerate(parts[first:], first):
+            done = start if number == first else 0
+            for values, seen, end in backbone.stream(see, images, batch_size=run.batch_size, start=done):
+                if ranks.is_main:
+                    rows = None if values is None else values.numpy()
+                    skipped = end - done - len(seen)
+                    writer.append(rows, [cells(images, index) for index in seen], skipped, (number, end))
+                done = end
+        ranks.on_main(partial(finish, writer, run.data))
         if not ranks.is_main:
-            return
-        out = settings.out if settings.out.suffix == ".npy" else settings.out.with_name(f"{settings.out.name}.npy")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        np.save(out, np.concatenate(matrices))
-        with out.with_suffix(".csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.writer(file)
-            writer.writerow(["path", "label"] if any(len(row) > 1 for row in rows) else ["path"])
-            writer.writerows(rows)
-        seconds = round(time.perf_counter() - began, 1)
-        print(json.dumps({"images": len(rows), "skipped": skipped, "out": str(out), "seconds": seconds}))
+            return None
+        said = {"images": writer.rows, "skipped": writer.skipped, "out": str(writer.out)}
+        summary = said | {"seconds": round(time.perf_counter() - began, 1)}
+        print(json.dumps(summary))
+        return summary
+
+
+def origin(settings: EmbedSettings, backbone: FeatureExtractor, parts: Sequence[Source]) -> dict[str, Any]:
+    """Describe what features follow from, for those who search them and for a run that goes on."""
+    run, file = settings.run, Path(settings.start.backbone)
+    return {
+        "backbone": settings.start.backbone,
+        "backbone_sha256": sha256(file) if file.is_file() else None,
+        "layers": list(settings.layers),
+        "tokens": settings.tokens,
+        "dtype": settings.dtype,
+        "data": run.data,
+        "data_pages": run.data_pages,
+        "in_chans": backbone.in_chans,
+        "value_range": list(backbone.value_range),
+        "names_sha256": [fingerprint(part) for part in parts],
+        "batch_size": run.batch_size,
+        "processes": backbone.ranks.world_size,
+    }
+
+
+def cells(images: Source, index: int) -> list[str]:
+    """Name an image, and its class if it has one."""
+    label = images.label(index)
+    return [images.name(index), *([] if label is None else [images.classes[label]])]
+
+
+def finish(writer: FeatureWriter, data: str) -> None:
+    """Give the files their names.
+
+    Raises:
+        DataError: If there is nothing in them.
+    """
+    if not writer.rows:
+        writer.discard()
+        raise DataError(f"none of {writer.skipped} images decodes; {data}; check --data")
+    writer.finish()

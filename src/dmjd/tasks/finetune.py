@@ -11,9 +11,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmjd.backbones.files import put_head, save_backbone
+from dmjd.backbones.files import put_head
 from dmjd.config.downstream import AugmentSettings, FinetuneSettings
-from dmjd.config.rules import to_dict, to_yaml
+from dmjd.config.rules import flags_of, to_dict, to_yaml
 from dmjd.data.labelled import (
     LabelledBatch,
     LabelledSamples,
@@ -38,8 +38,11 @@ from dmjd.evaluation.features import FeatureExtractor
 from dmjd.reports.classification import write_classification
 
 
-def finetune(settings: FinetuneSettings) -> None:
+def finetune(settings: FinetuneSettings) -> dict[str, Any] | None:
     """Train, keep the best and the last network as `best.safetensors` and `last.safetensors`, print one line of JSON.
+
+    Returns:
+        The numbers, on the first rank.
 
     Raises:
         CheckpointError: If the backbone does not load, or the run to resume is another one.
@@ -55,14 +58,16 @@ def finetune(settings: FinetuneSettings) -> None:
         backbone = FeatureExtractor(
             ranks=ranks, **settings.start.keywords, **run.keywords, drop_path_rate=settings.tuning.drop_path
         )
-        images = backbone.open_images(run.data, seed=run.seed)
+        images = backbone.open_images(run.data, seed=run.seed, part=settings.labels.part)
         parts = labelled_parts(images, address=run.data, seed=run.seed, **settings.labels.keywords)
         trainer, result = fit(settings, backbone, parts, ranks)
-        if ranks.is_main:
-            result.facts = {"best_top1": trainer.run.summary["best_top1"], "train_images": len(parts.train)}
-            summary = result.summary() | {"seconds": round(trainer.run.seconds, 1)}
-            write_classification(run.out, verb="finetune", settings=to_yaml(settings), summary=summary, **result.tables)
-            print(json.dumps(summary))
+        if not ranks.is_main:
+            return None
+        result.facts = {"best_top1": trainer.run.summary["best_top1"], "train_images": len(parts.train)}
+        summary = result.summary() | {"part": parts.part, "seconds": round(trainer.run.seconds, 1)}
+        write_classification(run.out, verb="finetune", settings=to_yaml(settings), summary=summary, **result.tables)
+        print(json.dumps(summary))
+        return summary
 
 
 def fit(
@@ -93,7 +98,7 @@ def fit(
     def keep(name: str) -> None:
         best = judged()
         if ranks.is_main:
-            save_backbone(run.out / name, best, architecture, *backbone.statistics, value_range=backbone.value_range)
+            backbone.save_classifier(run.out / name, best, architecture, train.classes)
 
     def after_step(step: int) -> None:
         if ema:
@@ -101,7 +106,15 @@ def fit(
 
     steps = run.num_steps(len(train))
     trainer = Trainer(
-        Run(run.out, to_dict(settings), train, batch_size=run.batch_size, ranks=ranks),
+        Run(
+            run.out,
+            to_dict(settings),
+            train,
+            batch_size=run.batch_size,
+            ranks=ranks,
+            held_out=len(held_out),
+            defaults=flags_of(type(settings)),
+        ),
         model,
         create_optimizer(network, lr=settings.lr, layer_decay=settings.tuning.layer_decay, **optim.keywords),
         Plan(steps=steps, lr=settings.lr, **run.plan, **settings.log.plan, **optim.plan),

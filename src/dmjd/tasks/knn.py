@@ -2,6 +2,7 @@
 
 import json
 import time
+from typing import Any
 
 import torch
 
@@ -16,10 +17,13 @@ from dmjd.evaluation.rank import rankme
 from dmjd.reports.classification import write_classification
 
 
-def knn(settings: KnnSettings) -> None:
+def knn(settings: KnnSettings) -> dict[str, Any] | None:
     """Classify held-out images by their neighbours among the training images and print one line of JSON.
 
     `rankme` in it is how many directions the features of the held-out images use.
+
+    Returns:
+        The numbers, on the first rank.
 
     Raises:
         CheckpointError: If the backbone does not load.
@@ -29,20 +33,21 @@ def knn(settings: KnnSettings) -> None:
     with join_ranks(run.device) as ranks:
         torch.manual_seed(settings.seed)
         backbone = FeatureExtractor(ranks=ranks, **settings.start.keywords, **run.keywords)
-        images = backbone.open_images(run.data, seed=settings.seed)
+        images = backbone.open_images(run.data, seed=settings.seed, part=settings.labels.part)
         parts = labelled_parts(images, address=run.data, seed=settings.seed)
         (bank, bank_labels), (queries, labels) = backbone.labelled_features(
             parts, layers=settings.layers, batch_size=run.batch_size
         )
         if not ranks.is_main:
-            return
+            return None
         classes = parts.held_out.classes
         votes = knn_votes(
             bank, bank_labels, queries, k=settings.k, temperature=settings.temperature, num_classes=len(classes)
         )
         facts = {"train_images": len(bank), "rankme": round(rankme(queries), 2)}
         result = ClassificationResult(votes, labels, classes, facts)
-        summary = result.summary() | {"seconds": round(time.perf_counter() - began, 1)}
+        summary = result.summary() | {"part": parts.part, "seconds": round(time.perf_counter() - began, 1)}
         if settings.out is not None:
             write_classification(settings.out, verb="knn", settings=to_yaml(settings), summary=summary, **result.tables)
         print(json.dumps(summary))
+        return summary

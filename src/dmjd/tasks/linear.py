@@ -1,15 +1,18 @@
 """`dmjd linear`: what a frozen backbone's features are worth to a linear classifier."""
 
 import json
+import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmjd.config.downstream import LinearSettings
-from dmjd.config.rules import to_dict, to_yaml
+from dmjd.config.rules import flags_of, to_dict, to_yaml
 from dmjd.data.labelled import (
     LabelledBatch,
     LabelledSamples,
@@ -29,12 +32,25 @@ from dmjd.engine.trainer import Trainer
 from dmjd.errors import DataError
 from dmjd.evaluation.classification import ClassificationResult
 from dmjd.evaluation.features import FeatureExtractor
-from dmjd.evaluation.linear import choose_penalty, logistic_regression
+from dmjd.evaluation.linear import (
+    choose_penalty,
+    class_probabilities,
+    fit_logistic,
+    logistic_head,
+    normalized_head,
+)
 from dmjd.reports.classification import write_classification
 
+CROP_AND_FLIP: Any = {"scale": (0.08, 1.0), "flip": True, "auto_augment": "none", "random_erasing": 0.0}
 
-def linear(settings: LinearSettings) -> None:
+
+def linear(settings: LinearSettings) -> dict[str, Any] | None:
     """Fit a linear classifier on frozen features, write the result to `settings.run.out`, print one line of JSON.
+
+    Backbone and classifier are kept as `linear.safetensors`, where the features are the backbone's own output.
+
+    Returns:
+        The numbers, on the first rank.
 
     Raises:
         CheckpointError: If the backbone does not load, or the run to resume is another one.
@@ -49,15 +65,16 @@ def linear(settings: LinearSettings) -> None:
             stack.enter_context(claim(run.out, resume=run.resume, ranks=ranks))
         torch.manual_seed(run.seed)
         backbone = FeatureExtractor(ranks=ranks, **settings.start.keywords, **run.keywords)
-        images = backbone.open_images(run.data, seed=run.seed)
+        images = backbone.open_images(run.data, seed=run.seed, part=settings.labels.part)
         parts = labelled_parts(images, address=run.data, seed=run.seed, **settings.labels.keywords)
         fit = fit_paper if settings.recipe == "paper" else fit_features
         result = fit(settings, backbone, parts, ranks)
         if result is None:
-            return
-        summary = result.summary() | {"seconds": round(time.perf_counter() - began, 1)}
+            return None
+        summary = result.summary() | {"part": parts.part, "seconds": round(time.perf_counter() - began, 1)}
         write_classification(run.out, verb="linear", settings=to_yaml(settings), summary=summary, **result.tables)
         print(json.dumps(summary))
+        return summary
 
 
 def fit_features(
@@ -71,7 +88,9 @@ def fit_features(
         raise DataError(f"only one class is left to learn; {settings.run.data}; check the files or give more labels")
     penalty = choose_penalty(bank, bank_labels, settings.run.seed)
     classes = parts.train.classes
-    scores = logistic_regression(bank, bank_labels, queries, num_classes=len(classes), penalty=penalty)
+    probe = fit_logistic(bank, bank_labels, penalty=penalty)
+    keep(settings, backbone, logistic_head(probe, len(classes)), classes)
+    scores = class_probabilities(probe, queries, len(classes))
     return ClassificationResult(scores, labels, classes, {"penalty": penalty, "train_images": len(bank)})
 
 
@@ -101,18 +120,18 @@ def fit_paper(
         return ClassificationResult(scores, labels, train.classes, {"train_images": len(train)})
 
     mean, std = backbone.statistics
-    transform = training_transform(
-        (backbone.in_chans, *backbone.image_hw),
-        mean=mean,
-        std=std,
-        scale=(0.08, 1.0),
-        flip=True,
-        auto_augment="none",
-        random_erasing=0.0,
-    )  # crop and flip only
+    transform = training_transform((backbone.in_chans, *backbone.image_hw), mean=mean, std=std, **CROP_AND_FLIP)
     steps = run.num_steps(len(train))
     trainer = Trainer(
-        Run(run.out, to_dict(settings), train, batch_size=run.batch_size, ranks=ranks),
+        Run(
+            run.out,
+            to_dict(settings),
+            train,
+            batch_size=run.batch_size,
+            ranks=ranks,
+            held_out=len(held_out),
+            defaults=flags_of(type(settings)),
+        ),
         model,
         create_lars(classifier, settings.lr),
         Plan(steps=steps, lr=settings.lr, warmup_epochs=settings.warmup_epochs, **run.plan, **settings.log.plan),
@@ -125,5 +144,24 @@ def fit_paper(
         objective,
         lambda step: {"top1": judge().summary()["top1"]},
     )
-    result = judge()  # by all ranks, which bring the weights together
+    result = judge()
+    trained = cast("nn.Sequential", model.whole())  # by all ranks, which bring the weights together
+    if ranks.is_main:
+        keep(settings, backbone, normalized_head(*trained), train.classes)
     return result if ranks.is_main else None
+
+
+def keep(settings: LinearSettings, backbone: FeatureExtractor, head: nn.Linear, classes: Sequence[str]) -> None:
+    """Write backbone and classifier as one model of timm, `linear.safetensors`, as fine-tuning writes its own."""
+    network: Any = backbone.model
+    network.reset_classifier(len(classes))
+    place = network.get_classifier()
+    if settings.layers or not isinstance(place, nn.Linear) or place.weight.shape != head.weight.shape:
+        what = "features of --layers" if settings.layers else "this backbone's features"
+        print(f"no linear.safetensors: {what} are not what a head of the network would see", file=sys.stderr)
+        return
+    place.load_state_dict(head.state_dict())
+    settings.run.out.mkdir(parents=True, exist_ok=True)
+    name, arguments = backbone.architecture
+    with_head = (name, {**arguments, "num_classes": len(classes)})
+    backbone.save_classifier(settings.run.out / "linear.safetensors", network, with_head, classes)

@@ -48,10 +48,13 @@ SAFE = 2**26  # bytes after which what was written is made to last
 Key = tuple[str, int]  # a part, and the number of an image in it
 
 
-def prepare(settings: PrepareSettings) -> None:
+def prepare(settings: PrepareSettings) -> dict[str, Any]:
     """Write the set `settings.out` and print one line: what it holds, and what to do with it.
 
     Files that do not decode are left out and listed in skipped.tsv. A set that is finished is left as it is.
+
+    Returns:
+        What it holds: images, skipped, bytes, and where it is.
 
     Raises:
         ConfigError: If `out` holds something else, or a set that was begun with other settings.
@@ -79,7 +82,9 @@ def prepare(settings: PrepareSettings) -> None:
             todo = "make room or check permissions, and run the same command again: it goes on"
             raise StorageError(f"{error.strerror or error}; {error.filename or out}; {todo}") from None
     (out / JOURNAL).unlink(missing_ok=True)
-    print("this set is done already; " * done + closing_line(settings))
+    summary = sum_up(out)
+    print("this set is done already; " * done + closing_line(settings, summary))
+    return summary
 
 
 def plan_of(settings: PrepareSettings, parts: dict[str, Source]) -> dict[str, Any]:
@@ -395,12 +400,17 @@ def finish(writer: SetWriter, parts: Mapping[str, Source], plan: Mapping[str, An
     flush(out)
 
 
-def closing_line(settings: PrepareSettings) -> str:
-    """Say what the set holds, and what to do with it; sees that its files are as long as they were written."""
-    content = read_set(settings.out)
+def sum_up(out: Path) -> dict[str, Any]:
+    """Count what the set holds; sees that its files are as long as they were written."""
+    content = read_set(out)
     images, listed = sum(content["images"].values()), sum(part["listed"] for part in content["parts"].values())
-    size = sum(file["bytes"] for file in content["files"].values()) / 1e6
+    size = sum(file["bytes"] for file in content["files"].values())
+    return {"images": images, "skipped": listed - images, "bytes": size, "out": str(out)}
+
+
+def closing_line(settings: PrepareSettings, summary: Mapping[str, Any]) -> str:
+    """Say what the set holds, and what to do with it."""
     out, channels = shlex.quote(str(settings.out)), settings.in_chans
     command = f"dmjd pretrain --data {out}{'' if channels == 3 else f' --model.in_chans {channels}'}"
-    skipped = f"{listed - images:,} skipped{f' (see {out}/skipped.tsv)' if listed > images else ''}"
-    return f"{images:,} images, {size:,.1f} MB, {skipped}; go on with {command}"
+    skipped = f"{summary['skipped']:,} skipped{f' (see {out}/skipped.tsv)' if summary['skipped'] else ''}"
+    return f"{summary['images']:,} images, {summary['bytes'] / 1e6:,.1f} MB, {skipped}; go on with {command}"

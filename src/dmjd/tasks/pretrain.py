@@ -4,7 +4,9 @@ import json
 import math
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from torch import Tensor, nn
 from dmjd.backbones.files import save_backbone
 from dmjd.backbones.normalize import STATISTICS
 from dmjd.config.pretrain import PretrainRun, PretrainSettings
-from dmjd.config.rules import to_dict
+from dmjd.config.rules import flags_of, to_dict
 from dmjd.data.crops import RandomCrop, center_crop
 from dmjd.data.decode import BadImage, Wanted
+from dmjd.data.folder import ignored_files
 from dmjd.data.levels import BYTES, Levels
 from dmjd.data.masked import MaskedBatch, MaskedSamples
 from dmjd.data.memory import PackedImages, in_memory, stack_of
@@ -25,7 +28,7 @@ from dmjd.data.source import Parts, Scaled, Source, has_labels, measure_levels, 
 from dmjd.data.statistics import Statistics, statistics_of
 from dmjd.engine.checkpoint import write_atomically
 from dmjd.engine.claim import claim
-from dmjd.engine.device import choose_precision, memory_errors
+from dmjd.engine.device import choose_precision, environment, memory_errors
 from dmjd.engine.distributed import ParallelModel, join_ranks
 from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_optimizer
@@ -35,18 +38,28 @@ from dmjd.engine.target_cache import cache_targets
 from dmjd.engine.trainer import Trainer
 from dmjd.errors import ConfigError
 from dmjd.evaluation.monitor import Monitor, evenly
-from dmjd.factory import from_settings
-from dmjd.masking import seeded_masks, token_ids
+from dmjd.evaluation.shown import glance, most_alike, patch_features, principal_colours, token_errors
+from dmjd.evaluation.verdict import judge
+from dmjd.factory import from_settings, masks_of, save_pretrained
+from dmjd.masking import token_ids
 from dmjd.method import DMJD
+from dmjd.reports.nearest_pictures import NearestPictures, write_nearest
 from dmjd.reports.pretraining import write_report
-from dmjd.reports.token_pictures import write_samples
+from dmjd.reports.strips import read_strips
+from dmjd.reports.token_pictures import Samples, write_samples
 
 NUM_PICTURES = 8  # held-out images in the report
 NUM_COUNTED = 1000  # training images whose masks are counted there
+NUM_QUERIES = 5  # held-out images beside their neighbours
+NUM_NEAREST = 5
+NUM_COMPARED = 400  # training images among which these are looked for
 
 
-def pretrain(settings: PretrainSettings) -> None:
+def pretrain(settings: PretrainSettings) -> dict[str, Any] | None:
     """Pre-train as `settings` say and write the run directory `settings.run.out`.
+
+    Returns:
+        The numbers, on the first rank.
 
     Raises:
         ConfigError: If settings do not go together, `out` holds a run and is not to be resumed, or memory runs out.
@@ -65,22 +78,26 @@ def pretrain(settings: PretrainSettings) -> None:
             torch.manual_seed(run.seed)
             network = create(settings, statistics)
         network = network.to(ranks.device)
-        parts = Parts(*map(in_memory, found))
+        parts = Parts(in_memory(found.train), in_memory(found.held_out))
         if settings.teacher.cache:
             cache(settings, network, num_crops=len(parts.train) * (settings.crop.variants or 1))
         model = ParallelModel(network, ranks, parallel=run.parallel, compile=run.compile)
-        scaled = Parts(*(Scaled(part, statistics.levels) for part in parts))
-        monitor = Monitor(scaled, settings.model.image_hw, settings.monitor.max_images, run.workers)
+        scaled = Parts(Scaled(parts.train, statistics.levels), Scaled(parts.held_out, statistics.levels))
+        monitor = Monitor(
+            scaled, settings.model.image_hw, partial(masks_of, settings), settings.monitor.max_images, run.workers
+        )
         trainer = make_trainer(settings, model, parts.train, monitor)
         trainer.begin(resume=run.resume)
         if trainer.done == trainer.plan.steps and (out / "summary.json").exists():
-            if ranks.is_main:
-                print(f"this run is done; look at {write_report(out)}")
-            return
+            if not ranks.is_main:
+                return None
+            print(f"this run is done; look at {write_report(out)}")
+            return json.loads((out / "summary.json").read_text("utf-8"))
         name_broken(trainer.run, parts)
         samples = training_samples(settings, parts.train, statistics.levels, ranks.device)
-        trained = fit(settings, trainer, samples, monitor)
-        finish(settings, trainer, samples, scaled, trained)
+        with trainer.run.logging():
+            trained = fit(settings, trainer, samples, monitor)
+            return finish(settings, trainer, samples, scaled, trained)
 
 
 def create(settings: PretrainSettings, statistics: Statistics | None = None) -> DMJD:
@@ -159,7 +176,15 @@ def make_trainer(settings: PretrainSettings, model: ParallelModel, images: Sourc
     plan = Plan(steps=steps, lr=settings.lr, **run.plan, **settings.monitor.plan, **optim.plan)
     affordable = int(settings.monitor.max_share * steps * run.batch_size / monitor.num_images)
     return Trainer(
-        Run(run.out, to_dict(settings), images, batch_size=run.batch_size, ranks=model.ranks),
+        Run(
+            run.out,
+            to_dict(settings),
+            images,
+            batch_size=run.batch_size,
+            ranks=model.ranks,
+            held_out=len(monitor.parts.held_out),
+            defaults=flags_of(type(settings)),
+        ),
         model,
         create_optimizer(model.module, lr=settings.lr, **optim.keywords),
         replace(plan, evaluations=min(plan.evaluations, affordable)),
@@ -182,19 +207,6 @@ def training_samples(settings: PretrainSettings, images: Source, levels: Levels,
     return MaskedSamples(images, cropping, settings.run.seed, crop.variants, levels, stack)
 
 
-def masks_of(settings: PretrainSettings, seeds: Tensor) -> Tensor:
-    """Draw the masks (B, V, L) of samples as settings say."""
-    masking = settings.masking
-    return seeded_masks(
-        seeds,
-        settings.model.grid,
-        block=masking.block,
-        num_views=masking.num_views,
-        mask_ratio=masking.mask_ratio,
-        predict_ratio=masking.predict_ratio,
-    )
-
-
 def fit(settings: PretrainSettings, trainer: Trainer, samples: MaskedSamples, monitor: Monitor) -> dict[str, float]:
     """Train to the end; return what the features are worth then."""
     model, plan, device = trainer.model, trainer.plan, trainer.ranks.device
@@ -209,7 +221,13 @@ def fit(settings: PretrainSettings, trainer: Trainer, samples: MaskedSamples, mo
         return {"loss": losses.total, "loss_masked": losses.masked, "loss_visible": losses.visible}
 
     def evaluate(step: int) -> dict[str, float]:
-        return monitor.measure(model, trainer.autocast, probe=step in (0, plan.steps))
+        measured = monitor.measure(model, trainer.autocast, probe=step in (0, plan.steps))
+        stopwatch.read()  # the time of targets in here is none of the steps'
+        if 0 < step < plan.steps and trainer.ranks.is_main:
+            verdict = judge(trainer.run.summary["untrained"], measured)
+            if verdict.kind == "collapsed" or (verdict.kind == "nothing" and step > plan.steps / 2):
+                print(f"warning: step {step}: {verdict.line}; {verdict.advice}", file=sys.stderr)
+        return measured
 
     return trainer.fit(
         samples,
@@ -224,12 +242,12 @@ def fit(settings: PretrainSettings, trainer: Trainer, samples: MaskedSamples, mo
 
 def finish(
     settings: PretrainSettings, trainer: Trainer, samples: MaskedSamples, parts: Parts, trained: dict[str, float]
-) -> None:
-    """Write the backbone, what it is worth, and the report; say what to do next."""
+) -> dict[str, Any] | None:
+    """Write the backbone, what it is worth, and the report; say what to do next; return what is known of the run."""
     out, run, steps, data = settings.run.out, trainer.run, trainer.plan.steps, settings.run.data
     network: Any = trainer.model.whole()
     if not trainer.ranks.is_main:
-        return
+        return None
     encoder = network.encoder
     path = out / "backbone.safetensors"
     levels = samples.levels
@@ -240,10 +258,15 @@ def finish(
         *network.normalize.statistics,
         value_range=(levels.low, levels.high),
     )
+    save_pretrained(out / "pretrained.safetensors", network, settings, (levels.low, levels.high))
     with memory_errors("choose cpu for --device"):
-        draw(settings, network, samples, parts.held_out, steps=steps, device=trainer.ranks.device)
+        draw(settings, network, samples, parts, steps=steps)
+    if run.log_to and (pictures := out / "samples.safetensors").exists():
+        run.show(read_strips(pictures), steps)
+    verdict = judge(run.summary["untrained"], trained)
     summary = run.summary | {
         "trained": trained,
+        "verdict": verdict._asdict(),
         "seconds": round(run.seconds, 1),
         "images": steps * settings.run.batch_size,
         "steps": steps,
@@ -252,48 +275,47 @@ def finish(
         "num_images": len(parts.train),
         "labels": has_labels(parts.train),
         "skipped": len(run.skipped),
+        "ignored": sum(ignored_files(data).values()),
+        "environment": environment(trainer.ranks.device, settings.run.precision)
+        | {"processes": trainer.ranks.world_size},
         "command": shlex.join(["dmjd", "pretrain", "--config", str(out / "config.yaml"), "--out", "NEW"]),
     }
     write_atomically(out / "summary.json", json.dumps(summary, indent=1))
     page = write_report(out)
     verb = ["knn"] if has_labels(parts.train) else ["embed", "--out", "features.npy"]
     then = shlex.join(["dmjd", *verb, "--backbone", str(path), "--data", data])
+    print(f"{verdict.kind}: {verdict.line}" + (f"; try {verdict.advice}" if verdict.advice else ""))
     print(f"done in {run.seconds:.0f} s; look at {page}; then: {then}")
+    return summary
 
 
 @torch.inference_mode()
-def draw(
-    settings: PretrainSettings,
-    network: DMJD,
-    samples: MaskedSamples,
-    held_out: Source,
-    *,
-    steps: int,
-    device: torch.device,
-) -> None:
-    """Write the pictures of the report: held-out images, what was hidden of them, targets and predictions.
+def draw(settings: PretrainSettings, network: DMJD, samples: MaskedSamples, parts: Parts, *, steps: int) -> None:
+    """Write the pictures of the report: held-out images, what was hidden of them, targets, predictions and features.
 
-    Also how often tokens were hidden in the last epoch of training, by masks drawn again.
+    Also how often tokens were hidden in the last epoch of training, by masks drawn again, and what of the training
+    images is most like held-out ones.
     """
     crops, drawn = [], []
-    for index in evenly(len(held_out), NUM_PICTURES):
+    for index in evenly(len(parts.held_out), NUM_PICTURES):
         try:
-            crops.append(center_crop(held_out.read(index), settings.model.image_hw).float())
+            crops.append(center_crop(parts.held_out.read(index), settings.model.image_hw).float())
         except BadImage:
             continue
         drawn.append(index)
     if not crops:
         return
-    images = torch.stack(crops)
+    images = torch.stack(crops).to(next(network.parameters()).device)
     masked = masks_of(settings, samples.mask_seeds(torch.zeros(len(drawn), dtype=torch.long), torch.tensor(drawn)))
-    predicted = network.eval().predict(images.to(device), masked).masked.float().cpu()
+    predicted = network.eval().predict(images, masked).masked.float().cpu()
     hidden = token_ids(masked).hidden[..., None].expand(-1, -1, predicted.shape[-1])
     full = torch.zeros(len(predicted), math.prod(settings.model.grid), predicted.shape[-1]).scatter(
         1, hidden, predicted
     )
     full = full.unflatten(0, (len(images), -1))
-    truth = network.target(images.to(device)).float().cpu()
-    images = images.round().to(torch.uint8)
+    truth = network.target(images).float().cpu()
+    colours = principal_colours(patch_features(network, images))
+    images = images.round().to(torch.uint8).cpu()
     last_epoch = (steps * settings.run.batch_size - 1) // len(samples.images)
     counted = torch.tensor(evenly(len(samples.images), NUM_COUNTED))
     times_hidden = masks_of(settings, samples.mask_seeds(torch.full_like(counted, last_epoch), counted)).sum(dim=1)
@@ -304,16 +326,58 @@ def draw(
     shown = range(len(images))
     write_samples(
         settings.run.out / "samples.safetensors",
-        images=torch.stack([in_colour(image, settings) for image in images]),
-        masked=masked.byte(),
-        target=torch.stack([picture(truth[place], place) for place in shown]),
-        predicted=torch.stack([torch.stack([picture(view, place) for view in full[place]]) for place in shown]),
-        times_hidden=times_hidden,
-        metadata={
+        Samples(
+            images=torch.stack([in_colour(image, settings) for image in images]),
+            masked=masked,
+            target=torch.stack([picture(truth[place], place) for place in shown]),
+            predicted=torch.stack([torch.stack([picture(view, place) for view in full[place]]) for place in shown]),
+            errors=token_errors(full, truth),
+            patch_colours=colours,
+            times_hidden=times_hidden,
+        ),
+        {
             "grid": "{} {}".format(*settings.model.grid),
             "target": settings.masked.target,
             "caption": network.target.caption,
             "backdrop": network.target.backdrop,
+        },
+    )
+    draw_nearest(settings, network, parts, drawn)
+
+
+def draw_nearest(settings: PretrainSettings, network: DMJD, parts: Parts, drawn: Sequence[int]) -> None:
+    """Write which of some training images are most like held-out ones, by features and by pixels.
+
+    Args:
+        settings: Of the run.
+        network: Trained.
+        parts: The images.
+        drawn: Numbers of held-out images that decode.
+    """
+    train, held_out = parts
+    queries = [drawn[place] for place in evenly(len(drawn), NUM_QUERIES)]
+    bank = glance(network, train, evenly(len(train), NUM_COMPARED), settings.model.image_hw)
+    asked = glance(network, held_out, queries, settings.model.image_hw)
+    if len(train) == 1 or bank is None or asked is None:  # the one image is held out, too
+        return
+    features = most_alike(asked.features, bank.features, NUM_NEAREST)
+    pixels = most_alike(asked.pixels, bank.pixels, NUM_NEAREST)
+    thumbs = torch.stack([in_colour(thumb, settings) for thumb in bank.thumbs])
+    names = [train.name(number) for number in bank.numbers.tolist()]
+    write_nearest(
+        settings.run.out / "neighbours.safetensors",
+        NearestPictures(
+            queries=torch.stack([in_colour(thumb, settings) for thumb in asked.thumbs]),
+            by_features=thumbs[features.rows],
+            features_similarity=features.similarity,
+            by_pixels=thumbs[pixels.rows],
+            pixels_similarity=pixels.similarity,
+        ),
+        {
+            "queries": [held_out.name(number) for number in queries],
+            "by_features": [[names[row] for row in rows] for rows in features.rows.tolist()],
+            "by_pixels": [[names[row] for row in rows] for rows in pixels.rows.tolist()],
+            "compared": len(names),
         },
     )
 

@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from dmjd.backbones.files import load_around, read_task
 from dmjd.config.downstream import SegmentSettings
-from dmjd.config.rules import to_dict, to_yaml
+from dmjd.config.rules import flags_of, to_dict, to_yaml
 from dmjd.data.annotated import AnnotatedBatch, AnnotatedSamples, class_names
 from dmjd.data.segmentation import SegmentationAugmentation, SegmentationSet, open_segmentation
 from dmjd.engine.claim import claim
@@ -33,10 +34,13 @@ from dmjd.reports.overlays import class_colours, colour_pixels, legend_of, overl
 FROM_TRAINING = ("decoder_channels", "auxiliary_weight", "inference", "stride")  # what predictions share, and crop_size
 
 
-def segment(settings: SegmentSettings) -> None:
+def segment(settings: SegmentSettings) -> dict[str, Any] | None:
     """Train, keep the best and the last network as `best.safetensors` and `last.safetensors`, print one line of JSON.
 
     With `settings.dense.predict` nothing is trained: a mask and an overlay of every image go to `settings.run.out`.
+
+    Returns:
+        The numbers, on the first rank.
 
     Raises:
         CheckpointError: If the backbone or the network does not load, or the run to resume is another one.
@@ -46,8 +50,7 @@ def segment(settings: SegmentSettings) -> None:
         Stopped: After a signal that ends runs.
     """
     if settings.dense.predict is not None:
-        predict(settings)
-        return
+        return predict(settings)
     run = settings.run
     with join_ranks(run.device) as ranks, claim(run.out, resume=run.resume, ranks=ranks):
         if ranks.micro_batch(run.batch_size, settings.optim.accumulation) < 2:
@@ -62,12 +65,13 @@ def segment(settings: SegmentSettings) -> None:
                 classes=class_names(run.data, settings.dense.classes),
                 ignore_index=settings.ignore_index,
                 reduce_zero_label=settings.reduce_zero_label,
+                part=settings.dense.part,
             )
         )
         judged = fit(settings, backbone, train, held_out)
         if not ranks.is_main:
-            return
-        summary, classes = judged.summary, train.classes
+            return None
+        summary, classes = judged.summary | {"part": held_out.part}, train.classes
         write_dense(
             run.out,
             verb="segment",
@@ -83,6 +87,7 @@ def segment(settings: SegmentSettings) -> None:
             legend=legend_of(classes),
         )
         print(json.dumps(summary))
+        return summary
 
 
 def create(settings: SegmentSettings, backbone: FeatureExtractor, num_classes: int) -> Segmenter:
@@ -123,7 +128,15 @@ def fit(
 
     steps = run.num_steps(len(train))
     trainer = Trainer(
-        Run(run.out, to_dict(settings), train, batch_size=run.batch_size, ranks=ranks),
+        Run(
+            run.out,
+            to_dict(settings),
+            train,
+            batch_size=run.batch_size,
+            ranks=ranks,
+            held_out=len(held_out),
+            defaults=flags_of(type(settings)),
+        ),
         model,
         create_optimizer(
             backbone.model,
@@ -155,7 +168,7 @@ def fit(
     )
 
 
-def predict(settings: SegmentSettings) -> None:
+def predict(settings: SegmentSettings) -> dict[str, Any] | None:
     """Write the classes of all pixels (masks/NAME.png, numbers of classes.txt) and overlays/NAME.jpg."""
     began, out, path = time.perf_counter(), settings.run.out, settings.dense.predict
     assert path is not None
@@ -167,7 +180,7 @@ def predict(settings: SegmentSettings) -> None:
     )
     with join_ranks(settings.run.device) as ranks:
         if not ranks.is_main:  # an image takes no longer than starting a process
-            return
+            return None
         start = settings.start.keywords | {"pretrained": False}  # the weights of all come with `load_around`
         backbone = FeatureExtractor(ranks=ranks, **start, **settings.run.keywords)
         classes = task["classes"]
@@ -192,4 +205,6 @@ def predict(settings: SegmentSettings) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "classes.txt").write_text("".join(f"{name}\n" for name in classes), "utf-8")
     seconds = round(time.perf_counter() - began, 1)
-    print(json.dumps({"images": counts[0], "skipped": counts[1], "seconds": seconds}))
+    summary = {"images": counts[0], "skipped": counts[1], "out": str(out), "seconds": seconds}
+    print(json.dumps(summary))
+    return summary

@@ -1,0 +1,164 @@
+"""What `--preset auto` does before `dmjd pretrain` begins: look at the images, time a few steps, choose a recipe.
+
+The rules are `dmjd.config.auto`.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from statistics import median
+
+import torch
+
+from dmjd.config import auto
+from dmjd.config.auto import Chosen, Facts
+from dmjd.config.pretrain import PretrainSettings
+from dmjd.data.checkup import open_as_most
+from dmjd.data.crops import RandomCrop
+from dmjd.data.levels import BYTES
+from dmjd.data.masked import MaskedSamples
+from dmjd.data.memory import MEMORY_LIMIT, PackedImages, stack_of
+from dmjd.data.source import HELD_OUT_PARTS, Source, Subset, hold_out, measure_levels
+from dmjd.engine.device import choose_precision
+from dmjd.engine.distributed import join_ranks
+from dmjd.engine.optim import create_optimizer
+from dmjd.errors import ConfigError, DataError
+from dmjd.evaluation.monitor import evenly
+from dmjd.factory import from_settings, masks_of
+
+NUM_LOOKED_AT = 64
+TIMED, IMAGES = 2, 32  # steps after one to warm up, and images in each
+SPARE = 0.9  # of the minutes for steps; the others go to evaluations, checkpoints and the report
+Parse = Callable[[Chosen], PretrainSettings]  # settings with these below what a user gives
+
+
+def choose(settings: PretrainSettings, parse: Parse) -> Chosen:
+    """Choose what the user leaves open, and say on stderr what and why.
+
+    Args:
+        settings: What the user gives, over defaults.
+        parse: Makes settings of a choice, over which stands what the user gives.
+
+    Returns:
+        The choice, as a preset has it.
+
+    Raises:
+        DataError: If there are no images, or none decodes.
+        ConfigError: If settings do not go together.
+    """
+    with join_ranks(settings.run.device) as ranks:
+        chosen, said = ranks.on_main(lambda: _choose(settings, parse, ranks.device, ranks.world_size))
+        if ranks.is_main:
+            for line in said:
+                print(f"auto: {line}", file=sys.stderr)
+    return chosen
+
+
+def _choose(
+    settings: PretrainSettings, parse: Parse, device: torch.device, world_size: int
+) -> tuple[Chosen, list[str]]:
+    run = settings.run
+    images, in_chans = find(settings)
+    began = time.perf_counter()
+    few = PackedImages(Subset(images, evenly(len(images), NUM_LOOKED_AT)))
+    reading = (time.perf_counter() - began) / len(few)  # of an image, on all cores
+    sides = [min(few.shapes[number, :2].tolist()) for number in range(len(few)) if number not in few.bad]
+    if not sides:
+        raise DataError(f"none of {len(few)} images decodes ({few.bad[0]}); {run.data}; see dmjd doctor")
+    kind = "cpu" if device.type == "cpu" else "gpu"
+    facts = Facts(len(images), int(median(sides)), in_chans, kind, run.minutes)
+    held = len(images) * few.pixels.nbytes / len(few) <= MEMORY_LIMIT
+    at_first = reading * len(images) / 60 if held else 0.0
+    training = auto.with_minutes(facts, max(SPARE * run.minutes - at_first, 0.1 * run.minutes))
+
+    chosen: Chosen = {}
+    model, seconds, passes = None, 0.0, 0.0
+    for network in auto.networks(facts):
+        trial = parse(network)
+        if trial.model.size != network["model"]["size"]:  # the user's own, and so are width and depth
+            own = {key: value for key, value in network["model"].items() if key not in auto.SHAPE}
+            network = network | {"model": own}
+            trial = parse(network)
+        if trial.model == model:  # there is no other one
+            continue
+        took = time_image(trial, few, device) / world_size
+        took = took if held else max(took, reading)
+        count = auto.epochs(training, took, trial.masking.num_views)
+        if chosen and count * trial.masking.num_views < auto.OFTEN:
+            break
+        chosen, model, seconds, passes = network, trial.model, took, count
+    asked = parse(chosen | {"epochs": passes})
+    chosen = chosen | auto.schedule(facts, asked.run.epochs, asdict(asked.masking))
+    return chosen, describe(facts, parse(chosen), seconds, at_first, device)
+
+
+def find(settings: PretrainSettings) -> tuple[Source, int]:
+    """Find the images to train on and the channels that most of them have."""
+    run = settings.run
+    parts, wanted = open_as_most(run.data, None, run.data_pages)
+    train = parts.get("train", parts.get(""))
+    if train is None:
+        raise DataError(
+            f"no part to train on; {run.data}; the set needs a part called train, and has {', '.join(parts)}"
+        )
+    brings_own = any(part in parts for part in HELD_OUT_PARTS)
+    return (train if brings_own else hold_out(train, run.seed).train), wanted.in_chans
+
+
+def time_image(settings: PretrainSettings, images: PackedImages, device: torch.device) -> float:
+    """Train a few steps on some images, as the run will, and return the seconds that one takes."""
+    crop, size, stack = settings.crop, min(IMAGES, len(images)), stack_of(images)
+    samples = MaskedSamples(
+        images,
+        RandomCrop(settings.model.image_hw, crop.scale, crop.ratio, crop.flip),
+        settings.run.seed,
+        levels=measure_levels(images) or BYTES,
+        stack=stack.to(device) if stack and stack.fits(device) else None,
+    )
+    try:
+        network = from_settings(settings).to(device).train()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    optimizer = create_optimizer(network, lr=0.0, **settings.optim.keywords)
+    autocast = choose_precision(settings.run.precision, device)
+    taken = []
+    for step in range(TIMED + 1):
+        began = time.perf_counter()
+        batch = samples.__getitems__([(step, index) for index in range(size)])
+        with autocast():
+            loss = network(samples.pixels(batch, device), masks_of(settings, batch.seeds.to(device))).total
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for the device
+        taken.append((time.perf_counter() - began) / size)
+    return median(taken[1:])
+
+
+def describe(
+    facts: Facts, settings: PretrainSettings, seconds: float, at_first: float, device: torch.device
+) -> list[str]:
+    """Say in a few lines what was chosen and why."""
+    model, masking, run = settings.model, settings.masking, settings.run
+    where = f"{os.cpu_count()} cores" if device.type == "cpu" else str(device)
+    channels = f"{facts.in_chans} channel{'s' if facts.in_chans > 1 else ''}"
+    network = f"{model.embed_dim} wide" if model.embed_dim else f"of size {model.size}"
+    steps = run.num_steps(facts.num_images)
+    minutes = (steps * run.batch_size * seconds) / 60 + at_first
+    seen = run.epochs * masking.num_views
+    predicted = f"{settings.masked.target} of hidden tokens"
+    if settings.visible.weight:
+        predicted += f" and {settings.visible.target or settings.masked.target} of visible ones are predicted"
+    else:
+        predicted += " is predicted"
+    return [
+        f"{facts.num_images} images, shorter side {facts.side} px, {channels}; {where}; {facts.minutes:g} minutes",
+        f"{model.backbone} {network}, {model.image_size} px in patches of {model.patch_size}: "
+        f"{1000 * seconds:.2g} ms an image; a larger one would not see each image {auto.OFTEN} times",
+        f"{masking.num_views} views of an image hide {masking.mask_ratio:.0%} each; {predicted}",
+        f"{run.epochs:g} epochs, {steps} steps of {run.batch_size} images, peak learning rate {settings.lr:.2g}: "
+        f"about {minutes:.0f} minutes; an image is seen {seen:.0f} times",
+        "for another length --minutes or --epochs; every other flag stands above what is chosen here",
+    ]

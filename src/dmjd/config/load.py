@@ -1,0 +1,82 @@
+"""Where settings come from: defaults < preset < file < flags. This finds the files, and reads them."""
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from dmjd.errors import ConfigError
+
+
+def layers(kind: Any, presets: Path, given: Mapping[str, Any]) -> list[Path]:
+    """Find the YAML files below what is given: a run to resume, else a file, else a preset (or the default one).
+
+    Args:
+        kind: Settings of a verb.
+        presets: Folder of its recipes.
+        given: What the command line or a call says, by the names of the flags.
+
+    Returns:
+        The files; the first one has the last word.
+
+    Raises:
+        ConfigError: If there is no such file or preset, or one is not what settings are.
+    """
+    kinds = get_type_hints(kind)
+    sections = [name for name, each in kinds.items() if hasattr(each, "SECTION")]
+    defaults: Any = kinds["run"]
+    file = [Path(given["config"])] if given.get("config") else []
+    named = next((read_yaml(path, sections).get("preset") for path in file), None)
+    preset = str(given.get("preset") or named or defaults.preset)
+    names = sorted(path.stem for path in presets.glob("*.yaml"))
+    if preset not in names:
+        nearest = get_close_matches(preset, names, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(names)}"
+        raise ConfigError(f"no preset of this name; --preset {preset}; {hint}")
+    path = presets / f"{preset}.yaml"
+    saved = Path(given.get("out") or defaults.out) / "config.yaml"
+    if given.get("resume") and saved.is_file():
+        read_yaml(saved, sections)
+        # What is given again is compared with what was saved, not ignored.
+        return [*file, *([path] if given.get("preset") else []), saved]
+    if given.get("model.size") and "embed_dim" in read_yaml(path).get("model", {}):
+        raise ConfigError(f"preset {preset} has a size of its own; --model.size; name another --preset")
+    return [*file, path]
+
+
+def by_flag(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Name settings as their flags: those of sections, which are mappings, as SECTION.NAME."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def read_yaml(path: Path, sections: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file of settings.
+
+    Raises:
+        ConfigError: If there is none, it holds no settings, or one of the sections is a single value.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no configuration file; {path}; check --config")
+    try:
+        content = yaml.safe_load(path.read_text("utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"not YAML ({' '.join(str(error).split())}); {path}; correct the file") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"no settings but a {type(content).__name__}; {path}; write `name: value` lines")
+    for name in sections:
+        if not isinstance(content.get(name) or {}, dict):
+            raise ConfigError(f"{name} is a section, not a value; {path}; write `{name}: {{name: value}}`")
+    for name, value in content.items():
+        for key, each in value.items() if isinstance(value, dict) else [(name, value)]:
+            named = key if key is name else f"{name}.{key}"
+            items = each if isinstance(each, list) else [each]
+            if not all(isinstance(item, str | int | float | None) and "\0" not in str(item) for item in items):
+                raise ConfigError(f"{named} is neither a value nor a list of values; {path}; correct the file")
+            if not (isinstance(name, str) and isinstance(key, str)):
+                raise ConfigError(f"{named} is no name of a setting; {path}; correct the file")
+    return content

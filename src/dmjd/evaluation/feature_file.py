@@ -1,0 +1,228 @@
+"""Features in files: rows are appended as they come, so that a kill loses a batch, and are read back to be searched.
+
+`F.npy` holds features, row by row; `F.csv` beside it what the image of each row is called, and its label if it has one;
+`F.json` what made them. `F.parquet` holds names, labels and features in one table. Until all rows are there they go to
+`F.npy.partial` and `F.csv.partial`, and how far they are good to `F.json.partial`.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TextIO
+
+import numpy as np
+from jaxtyping import Float
+from numpy.lib import format as npy
+
+from dmjd.data.cells import plain_cell
+from dmjd.engine.checkpoint import flush, write_atomically
+from dmjd.errors import CheckpointError, ConfigError, DataError
+
+PARQUET = ".parquet"
+ROW_GROUP = 2**26  # bytes of features in one row group of a Parquet file, about
+
+
+class FeatureBank(NamedTuple):
+    """Features that were written to a file.
+
+    Attributes:
+        rows: In the file, not in memory.
+        names: What the table beside it says of each row's image: cells, as `plain_cell` makes them.
+        record: What made them; nothing where there is no such file.
+    """
+
+    rows: Float[np.ndarray, "n D"]
+    names: Sequence[str]
+    record: Mapping[str, Any]
+
+
+class FeatureWriter:
+    """Writes features and names, row by row.
+
+    Args:
+        out: F.npy, or F.parquet; any other name gets `.npy` behind it.
+        made_of: What the rows follow from: only a run that has the same goes on with what another has left.
+        columns: Of the table: path, and label where images have labels.
+        dtype: Of the numbers: float32 or float16.
+
+    Attributes:
+        out: Where the features go.
+        place: Number of the part of a set, and of the image in it, to go on with.
+        rows: How many are written.
+        skipped: Images that were left out.
+
+    Raises:
+        ConfigError: If pyarrow is missing for a Parquet file.
+    """
+
+    def __init__(self, out: Path, made_of: Mapping[str, Any], *, columns: Sequence[str], dtype: str):
+        self.out = out if out.suffix in (".npy", PARQUET) else out.with_name(f"{out.name}.npy")
+        self.cell: Callable[[str], str] = str if self.out.suffix == PARQUET else plain_cell
+        self.made_of, self.columns, self.dtype = dict(made_of), list(columns), np.dtype(dtype)
+        self.shape: tuple[int, ...] = ()  # of a row
+        self.place, self.rows, self.skipped = (0, 0), 0, 0
+        self.files = ExitStack()
+        if self.out.suffix == PARQUET:
+            pyarrow()
+
+    @property
+    def partial(self) -> tuple[Path, Path, Path]:
+        """Rows, table and state while rows are being written."""
+        names = (".npy", ".csv", ".json")
+        rows, table, state = (self.out.with_suffix(f"{name}.partial") for name in names)
+        return rows, table, state
+
+    def begin(self, *, resume: bool) -> tuple[int, int]:
+        """Open the files, new ones or those that a run of the same left, and say where to go on.
+
+        Raises:
+            CheckpointError: If what was left is of another run.
+        """
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        rows, table, state = self.partial
+        if resume and state.exists():
+            self.restore(json.loads(state.read_text("utf-8")))
+        else:
+            rows.write_bytes(b"")
+            table.write_text(",".join(self.columns) + "\r\n", "utf-8")
+            state.unlink(missing_ok=True)
+        self.matrix: BinaryIO = self.files.enter_context(rows.open("r+b"))
+        self.matrix.seek(0, io.SEEK_END)
+        text = table.open("a", newline="", encoding="utf-8", errors="backslashreplace")
+        self.table: TextIO = self.files.enter_context(text)
+        return self.place
+
+    def restore(self, left: Mapping[str, Any]) -> None:
+        """Go back to the last rows that are whole."""
+        rows, table, state = self.partial
+        if changed := sorted(name for name, value in self.made_of.items() if left["made_of"].get(name) != value):
+            what = f"another {' and another '.join(changed)} than the rows that are there"
+            raise CheckpointError(f"{what}; {state}; leave --resume out to write all of them again")
+        self.place, self.rows, self.skipped = (left["place"][0], left["place"][1]), left["rows"], left["skipped"]
+        self.shape = tuple(left["shape"])
+        for path, size in zip((rows, table), left["bytes"], strict=True):
+            with path.open("r+b") as file:
+                file.truncate(size)
+
+    def append(
+        self,
+        values: Float[np.ndarray, "n ..."] | None,
+        cells: Sequence[Sequence[str]],
+        skipped: int,
+        place: tuple[int, int],
+    ) -> None:
+        """Write rows, of images up to `place`, of which so many were left out."""
+        if values is not None:
+            if not self.matrix.tell():
+                self.shape = values.shape[1:]
+                self.write_header()
+            self.matrix.write(values.astype(self.dtype).tobytes())
+            csv.writer(self.table).writerows([self.cell(cell) for cell in row] for row in cells)
+        self.rows, self.skipped, self.place = self.rows + len(cells), self.skipped + skipped, place
+        rows, table, state = self.partial
+        for file in (self.matrix, self.table):
+            file.flush()
+        reached = {"place": place, "rows": self.rows, "skipped": self.skipped, "shape": self.shape}
+        sizes = {"bytes": [rows.stat().st_size, table.stat().st_size]}
+        write_atomically(state, json.dumps({"made_of": self.made_of, **reached, **sizes}))
+
+    def write_header(self) -> None:
+        """Write what a .npy file begins with; NumPy leaves room for a larger number of rows."""
+        described = {"descr": npy.dtype_to_descr(self.dtype), "fortran_order": False}
+        npy.write_array_header_1_0(self.matrix, {**described, "shape": (self.rows, *self.shape)})
+
+    def finish(self) -> None:
+        """Give the files their names."""
+        rows, table, state = self.partial
+        self.matrix.seek(0)
+        self.write_header()
+        self.close()
+        for path in (rows, table):
+            flush(path)
+        record = {name: value for name, value in self.made_of.items() if value is not None}
+        write_atomically(self.out.with_suffix(".json"), json.dumps({**record, "images": self.rows}, indent=1))
+        if self.out.suffix == PARQUET:
+            write_parquet(self.out, rows, table)
+            rows.unlink()
+            table.unlink()
+        else:
+            rows.replace(self.out)
+            table.replace(self.out.with_suffix(".csv"))
+        state.unlink()
+
+    def close(self) -> None:
+        """Leave the files as they are."""
+        self.files.close()
+
+    def discard(self) -> None:
+        """Remove what was begun."""
+        self.close()
+        for path in self.partial:
+            path.unlink(missing_ok=True)
+
+
+def write_parquet(out: Path, rows: Path, table: Path) -> None:
+    """Write one table of names, labels and features, of shape (D) or (L, D), group by group."""
+    arrow, parquet = pyarrow()
+    values = np.load(rows, mmap_mode="r")
+    with table.open(newline="", encoding="utf-8") as file:
+        columns, *cells = csv.reader(file)
+    kind = arrow.from_numpy_dtype(values.dtype)
+    for length in reversed(values.shape[1:]):
+        kind = arrow.list_(kind, length)
+    schema = arrow.schema([*((name, arrow.string()) for name in columns), ("feature", kind)])
+    at_once = max(ROW_GROUP // max(values[:1].nbytes, 1), 1)
+    partial = out.with_name(f".{out.name}.partial")
+    with parquet.ParquetWriter(partial, schema) as writer:
+        for start in range(0, len(values), at_once):
+            part = slice(start, start + at_once)
+            feature = arrow.array(values[part].reshape(-1))
+            for length in reversed(values.shape[1:]):
+                feature = arrow.FixedSizeListArray.from_arrays(feature, length)
+            named = [[row[place] if place < len(row) else None for row in cells[part]] for place in range(len(columns))]
+            writer.write_table(arrow.table([*map(arrow.array, named), feature], schema=schema))
+    flush(partial)
+    partial.replace(out)
+
+
+def pyarrow() -> tuple[Any, Any]:
+    """Import pyarrow, and its module for Parquet.
+
+    Raises:
+        ConfigError: If it is missing.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ConfigError("pyarrow is missing; --out F.parquet needs it; pip install 'dmjd[tables]'") from None
+    return pyarrow, parquet
+
+
+def read_features(path: Path) -> FeatureBank:
+    """Open features of images that `dmjd embed` has written.
+
+    Raises:
+        DataError: If there are none, or a table of names of as many rows.
+    """
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"no features ({reason}); {path}; give the F.npy that dmjd embed has written") from None
+    if rows.ndim != 2 or rows.dtype.kind != "f":
+        said = f"{rows.dtype} of shape {rows.shape} instead of a row of numbers for each image"
+        raise DataError(f"{said}; {path}; give what dmjd embed writes without --tokens")
+    table, record = path.with_suffix(".csv"), path.with_suffix(".json")
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            names = [row[0] for row in csv.reader(file)][1:]
+        known = json.loads(record.read_text("utf-8")) if record.is_file() else {}
+    except (OSError, ValueError, IndexError, csv.Error) as error:
+        raise DataError(f"no names of the rows ({error}); {table}; it comes with the features of dmjd embed") from None
+    if len(names) != len(rows):
+        raise DataError(f"{len(names):,} names of {len(rows):,} rows; {table}; write both again by dmjd embed")
+    return FeatureBank(rows, names, known)

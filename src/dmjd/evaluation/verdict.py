@@ -1,0 +1,61 @@
+"""Did a run learn? A verdict from what is measured before and after it: without labels, and with them if there are."""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+Kind = Literal["learned", "too little", "nothing", "collapsed", "overfitted"]
+COLLAPSED = 0.05  # spread of the features below which the network sees no difference between images
+FEWER = 0.5  # RankMe of the features over that of the untrained network, below which directions were lost
+PREDICTED = 0.05  # share of the hidden tokens that has to be explained for anything to have been learned
+STUCK = (-0.02, 0.01)  # what predictions explain that are the mean target, or close to it
+GAP = 0.2  # between what is explained of training and of held-out images, where a run has learned them by heart
+
+
+class Verdict(NamedTuple):
+    """What became of a run.
+
+    Attributes:
+        kind: In a word or two.
+        line: In a sentence, with the numbers that it rests on.
+        advice: What to change; empty if nothing.
+    """
+
+    kind: Kind
+    line: str
+    advice: str = ""
+
+
+def judge(untrained: Mapping[str, float], trained: Mapping[str, float]) -> Verdict:
+    """Judge a run by what `Monitor` has measured before and after it.
+
+    Held-out images tell: how much of their hidden tokens is explained (`explained`), against the same of training
+    images; how far their features spread (`feature_std`) and in how many directions (`rankme`, which falls a little in
+    runs that go well, too); and, with labels, whether features are worth more than those of the untrained network. The
+    bounds were set on runs that were made to go wrong (docs/results.md, The verdict).
+    """
+    explained, seen = trained["explained"], trained["explained_train"]
+    said = f"{explained:.0%} of what is hidden of held-out images is explained"
+    if seen - explained > GAP:
+        return Verdict(
+            "overfitted",
+            f"{said}, of training images {seen:.0%}",
+            "more images, or fewer --epochs; wider crops (--crop.scale 0.2 1); a smaller network",
+        )
+    # A run on its way passes the mean target, which explains nothing; one that has no way stays there.
+    gained = explained - untrained.get("explained", -1.0)  # runs begun by earlier versions have not measured it
+    if explained < PREDICTED and (STUCK[0] < explained < STUCK[1] or gained < STUCK[1]):
+        return Verdict("nothing", said, "a lower --optim.blr; look at the targets in the report; more --epochs")
+    before, after = untrained.get("rankme", 0.0), trained["rankme"]
+    if trained["feature_std"] < COLLAPSED or after < FEWER * before:
+        return Verdict(
+            "collapsed",
+            f"features are much alike for all images (spread {trained['feature_std']:.2g}, RankMe {before:.3g} -> "
+            f"{after:.3g})",
+            "a lower --optim.blr; more --epochs; look at the images (dmjd doctor)",
+        )
+    if explained < PREDICTED:
+        return Verdict("too little", said, "more --epochs")
+    both = [key for key in ("knn_top1", "linear_top1") if key in trained and key in untrained]
+    if both and all(trained[key] < untrained[key] for key in both):
+        return Verdict("too little", f"{said}, but features are worth less than at the start", "more --epochs")
+    return Verdict("learned", said)

@@ -1,0 +1,110 @@
+"""A folder as the Hugging Face hub has it: config.json, model.safetensors and a model card, README.md.
+
+timm and transformers open it, from disk or from the hub; transformers through its wrapper of timm's models, whose image
+processor reads config.json too.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from torch import Tensor
+
+from dmjd.backbones.normalize import Normalize
+from dmjd.formats.network import Original, compare, compare_models
+from dmjd.formats.timm_file import imports, save_model
+
+CARD = "card.md"
+# Of transformers: the class that opens the folder, and what of its output is compared; for features, and with classes.
+AUTO = (("AutoModel", "pooler_output"), ("AutoModelForImageClassification", "logits"))
+
+
+def write_hub(original: Original, path: Path, card: Mapping[str, Any]) -> None:
+    """Write the folder, and see that timm, and transformers where it is installed, compute the same of it: 1e-5.
+
+    Args:
+        original: The network.
+        path: The folder, which is made.
+        card: What the model card says of the run: `name`, `license`, `runs`, `version`.
+    """
+    path.mkdir()
+    save_model(original, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(configuration(original), indent=1), "utf-8")
+    (path / "README.md").write_text(model_card(original, card), "utf-8")
+    compare_models(original, timm.create_model(f"local-dir:{path}", pretrained=True).eval())
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        return
+    transformers.utils.logging.disable_progress_bar()
+    name, said = AUTO[original.kind == "classifier"]
+    wrapped = getattr(transformers, name).from_pretrained(path, local_files_only=True).eval()
+    normalize = Normalize(*original.statistics)
+
+    def run(images: Tensor) -> Tensor:
+        found: Tensor = wrapped(normalize(images * 255))[said]
+        return found
+
+    compare(original.features, run, original.model_size, tolerance=1e-5)
+
+
+def configuration(original: Original) -> dict[str, Any]:
+    """Describe the model as timm's `config.json` does: the name, its arguments and the images it takes."""
+    name, arguments = original.architecture
+    model: Any = original.model
+    mean, std = original.statistics
+    config = {
+        "architecture": name,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "global_pool": model.global_pool,
+        "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
+        "pretrained_cfg": {
+            "input_size": list(model.pretrained_cfg["input_size"]),
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": mean,
+            "std": std,
+            "num_classes": model.num_classes,
+            "pool_size": None,
+            "first_conv": model.pretrained_cfg["first_conv"],
+            "classifier": model.pretrained_cfg["classifier"],
+        },
+    }
+    return config | ({"label_names": list(original.classes)} if model.num_classes else {})
+
+
+def model_card(original: Original, card: Mapping[str, Any]) -> str:
+    """Fill in the model card."""
+    environment = Environment(  # Markdown: names stand in code spans, where nothing is a tag
+        loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    environment.filters["code"] = code_span
+    model = original.model
+    kind = "image-classification" if model.num_classes else "image-feature-extraction"
+    about = {
+        "license": card["license"],
+        "library_name": "timm",
+        "pipeline_tag": kind,
+        "tags": [kind, "timm", "transformers", "dmjd", "self-supervised-learning", "masked-image-modeling"],
+    }
+    facts = {
+        "about": yaml.safe_dump(about, sort_keys=False),
+        "original": original,
+        "model": model,
+        "auto": AUTO[original.kind == "classifier"][0],
+        "imports": imports(original).splitlines()[1:],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    return environment.get_template(CARD).render({**facts, **card})
+
+
+def code_span(value: Any) -> str:
+    """Write what a user has named as a code span in one cell of a table."""
+    return "`" + " ".join(str(value).split()).replace("`", "'").replace("|", "\\|") + "`"

@@ -1,0 +1,45 @@
+"""A graph for ONNX Runtime and its kin, for any number of images."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmjd.errors import ConfigError
+from dmjd.formats.network import Original, compare
+from dmjd.formats.torch_program import describe, trace
+
+OPSET = 20
+
+
+def write_onnx(original: Original, path: Path) -> None:
+    """Write the graph, images of 0..1 in, and see that ONNX Runtime computes the same: 1e-4.
+
+    Raises:
+        ConfigError: If there is none for this kind of network, or the extra `onnx` is missing.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch's exporter needs it)
+    except ModuleNotFoundError as missing:
+        raise ConfigError(f"{missing.name} is not installed; --to onnx; pip install 'dmjd[onnx]'") from None
+    program, network = trace(original)
+    graph: Any = torch.onnx.export(
+        program,
+        input_names=["images"],
+        output_names=["features" if original.kind == "backbone" else "logits"],
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in describe(original).items()}
+    graph.model.metadata_props.update(said)
+    graph.save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+    compare(network, run, original.input_size, tolerance=1e-4)

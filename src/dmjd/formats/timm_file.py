@@ -1,0 +1,43 @@
+"""Weights that plain timm loads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from dmjd.backbones.files import save_backbone
+from dmjd.formats.network import Original, compare_models
+
+
+def write_timm(original: Original, path: Path) -> None:
+    """Write the timm model and see that timm makes the same of it: 1e-5."""
+    save_model(original, path)
+    name, arguments = original.architecture
+    compare_models(original, timm.create_model(name, **arguments, checkpoint_path=str(path)).eval())
+
+
+def save_model(original: Original, path: Path) -> None:
+    """Write the timm model as a file of ours, which timm and all verbs open."""
+    save_backbone(
+        path,
+        original.model,
+        original.architecture,
+        *original.statistics,
+        value_range=original.value_range,
+        task=original.task if original.kind == "classifier" else None,
+    )
+
+
+def how_to_load(original: Original, path: Path) -> str:
+    """Write what to type in Python."""
+    name, arguments = original.architecture
+    plain: Any = json.loads(json.dumps(arguments))
+    given = "".join(f", {key}={value!r}" for key, value in plain.items())
+    return f'{imports(original)}model = timm.create_model("{name}"{given}, checkpoint_path={str(path)!r}).eval()'
+
+
+def imports(original: Original) -> str:
+    """Write the imports that timm needs to know the model."""
+    ours = "import dmjd.backbones.convvit  # tells timm of the model\n"
+    return "import timm\n" + (ours if original.architecture[0].startswith("convvit_") else "")

@@ -1,0 +1,125 @@
+"""`--init`: weights to start from, wherever they are, and what of them a model takes."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from dmjd.backbones import Encoder
+from dmjd.backbones.adapt import adapt, grid_of
+from dmjd.backbones.files import open_backbone, read_file, task_of
+from dmjd.errors import CheckpointError
+from dmjd.reference import our_name, read_weights
+
+BACKBONE = "encoder.backbone."
+# Files of a run or of a folder for the hub, the first that is there.
+NAMES = ("pretrained", "best", "linear", "backbone", "model")
+
+
+class StartingWeights:
+    """Weights by the names of `DMJD`, from a file or a run of ours, an export, timm or an official checkpoint.
+
+    Args:
+        name: Directory of a run, a folder for the hub, `timm:NAME`, a file of ours, or one of MAE, ConvMAE or DMJD.
+
+    Raises:
+        CheckpointError: If there is none, or it does not load.
+    """
+
+    def __init__(self, name: str):
+        self.name, self.changes = name, list[str]()
+        self.taken: set[str] = set()
+        self.grid: tuple[int, int] | None = None
+        self.num_heads: int | None = None
+        self.weights = self._find(Path(name))
+
+    def _find(self, path: Path) -> dict[str, Tensor]:
+        if path.is_dir():
+            files = [path / f"{name}.safetensors" for name in NAMES]
+            found = next((file for file in files if file.is_file()), None)
+            if found is None:
+                raise CheckpointError(
+                    f"no weights in it; --init {path}; give a run that has come to its end, or a file"
+                )
+            path = found
+        if self.name.startswith("timm:"):
+            return self._open(self.name)
+        if path.is_file() and not is_ours(path):
+            official = read_weights(path)
+            hybrid = any(name.startswith("patch_embed1.") for name in official)
+            return {our_name(name, hybrid=hybrid): value for name, value in official.items()}
+        weights = self._open(str(path))
+        return read_file(path)[1] if task_of(path).get("name") == "pretrain" else weights
+
+    def _open(self, backbone: str) -> dict[str, Tensor]:
+        network, _ = open_backbone(backbone)
+        with suppress(AttributeError):  # of a network without a grid, which `adapt` refuses by its keys
+            self.grid = grid_of(network)
+        self.num_heads = num_heads_of(network)
+        return {f"{BACKBONE}{name}": value for name, value in network.state_dict().items()}
+
+    def into_backbone(self, encoder: Encoder) -> None:
+        """Load the backbone's weights, adapted to its channels, patches and positions.
+
+        Raises:
+            CheckpointError: If they are of another architecture; the message names the first keys.
+        """
+        heads = num_heads_of(encoder.backbone)
+        if self.num_heads not in (None, heads):  # the shapes are the same
+            differ = f"another architecture: {self.num_heads} heads a block, not {heads}"
+            raise CheckpointError(f"{differ}; --init {self.name}; see --model.num_heads")
+        theirs = {
+            name.removeprefix(BACKBONE): value for name, value in self.weights.items() if name.startswith(BACKBONE)
+        }
+        try:
+            weights, self.changes = adapt(theirs, encoder.backbone, self.grid)
+        except ValueError as error:
+            raise CheckpointError(f"{error}; --init {self.name}; see --model.backbone") from None
+        encoder.backbone.load_state_dict(weights, strict=False)
+        self.taken = {f"{BACKBONE}{name}" for name in weights}
+
+    def into_heads(self, model: nn.Module) -> None:
+        """Load what else fits, of encoder, decoder and projector; say on stderr what was taken."""
+        ours = model.state_dict()
+        fits = {
+            name: value
+            for name, value in self.weights.items()
+            if not name.startswith(BACKBONE) and name in ours and value.shape == ours[name].shape
+        }
+        model.load_state_dict(fits, strict=False)
+        self.taken |= fits.keys()
+        left = [name for name in self.weights if name not in self.taken]
+        new = [name for name in ours if name not in self.taken]
+        changed = f" ({', '.join(self.changes)})" if self.changes else ""
+        say(f"init: took {len(self.taken)} tensors of {self.name}{changed}; left out {some(left)}; new {some(new)}")
+
+
+def num_heads_of(network: nn.Module) -> int | None:
+    """Count the heads of the first block of a network that has any."""
+    blocks: Iterator[Any] = network.modules()
+    return next((module.num_heads for module in blocks if hasattr(module, "num_heads")), None)
+
+
+def is_ours(path: Path) -> bool:
+    """Tell whether a file says how to make its network, as ours do."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "architecture" in (file.metadata() or {})
+    except SafetensorError:
+        return False
+
+
+def some(names: Sequence[str]) -> str:
+    """Count names and write the first ones."""
+    return f"{len(names)}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" if names else "none"
+
+
+@cache
+def say(line: str) -> None:
+    """Print a line on stderr once: a model is made again when the statistics of its images are known."""
+    print(line, file=sys.stderr)

@@ -1,0 +1,114 @@
+"""What a classifier says of images, as a table or as lines of JSON."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from dmjd.data.cells import plain_cell
+from dmjd.data.decode import BadImage
+from dmjd.data.source import Source
+from dmjd.engine.checkpoint import flush, write_atomically
+from dmjd.engine.run import one_cell
+from dmjd.errors import DataError
+
+ENDINGS = {"csv": ".csv", "json": ".jsonl"}
+
+
+class PredictionTable:
+    """Writes a row for every image, which `path` holds when the table is finished.
+
+    Args:
+        out: Folder of `predictions.csv` or `predictions.jsonl`, or this file itself.
+        classes: Names of the classes.
+        format: csv, or json for an object in every line; None goes by the ending of `out`.
+        top: Likeliest classes to write; None for the likeliest one and the probabilities of all.
+    """
+
+    def __init__(
+        self, out: Path, classes: Sequence[str], *, format: Literal["csv", "json"] | None = None, top: int | None = None
+    ):
+        self.format = format or ("json" if out.suffix == ENDINGS["json"] else "csv")
+        self.path = out if out.suffix in ENDINGS.values() else out / f"predictions{ENDINGS[self.format]}"
+        self.classes, self.all = list(classes), top is None
+        self.top = min(top or 1, len(classes))
+        self.images = self.labelled = self.right = 0
+        self.skipped: dict[str, str] = {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.partial = self.path.with_name(f".{self.path.name}.partial")
+        self.file = self.partial.open("w", newline="", encoding="utf-8", errors="backslashreplace")
+        self.cells = csv.writer(self.file)
+        if self.format == "csv":
+            more = [name for place in range(2, self.top + 1) for name in (f"class_{place}", f"probability_{place}")]
+            self.cells.writerow(["path", "class", "probability", *more, *map(plain_cell, classes if self.all else ())])
+
+    def add(
+        self, images: Source, values: Float[Tensor, "n classes"] | None, numbers: Sequence[int], *, comparable: bool
+    ) -> None:
+        """Write rows.
+
+        Args:
+            images: The set.
+            values: Probabilities of the classes of some images; None if there are none.
+            numbers: Which images.
+            comparable: Whether the set has labels, by names of these classes.
+        """
+        if values is None:
+            return
+        best = values.topk(self.top, dim=1).indices.tolist()
+        for number, row, places in zip(numbers, values.tolist(), best, strict=True):
+            self.write(images.name(number), row, places)
+            label = images.label(number) if comparable else None
+            if label is not None:
+                self.labelled += 1
+                self.right += images.classes[label] == self.classes[places[0]]
+        self.images += len(numbers)
+
+    def write(self, name: str, probabilities: Sequence[float], best: Sequence[int]) -> None:
+        """Write a row."""
+        if self.format == "csv":
+            pairs = ((plain_cell(self.classes[place]), f"{probabilities[place]:.6f}") for place in best)
+            every = (f"{value:.6f}" for value in probabilities) if self.all else ()
+            self.cells.writerow([plain_cell(name), *(cell for pair in pairs for cell in pair), *every])
+            return
+        shown = range(len(self.classes)) if self.all else best
+        said: dict[str, Any] = {"path": name, "class": self.classes[best[0]]}
+        said["probability"] = round(probabilities[best[0]], 6)
+        said["probabilities"] = {self.classes[place]: round(probabilities[place], 6) for place in shown}
+        self.file.write(json.dumps(said, ensure_ascii=False) + "\n")
+
+    def skip(self, images: Source, numbers: Sequence[int]) -> None:
+        """Note why images do not decode."""
+        for number in numbers:
+            try:
+                images.read(number)
+                self.skipped[images.name(number)] = "did not decode at first"
+            except BadImage as reason:
+                self.skipped[images.name(number)] = str(reason)
+
+    def close(self) -> None:
+        """Leave the file as it is."""
+        self.file.close()
+
+    def finish(self) -> dict[str, Any]:
+        """Give the file its name, write `skipped.tsv` beside it if there is anything to write, and sum up.
+
+        Raises:
+            DataError: If no image was seen.
+        """
+        self.close()
+        if self.skipped:
+            rows = "".join(f"{one_cell(name)}\t{reason}\n" for name, reason in self.skipped.items())
+            write_atomically(self.path.with_name("skipped.tsv"), rows)
+        if not self.images:
+            self.partial.unlink()
+            name, reason = next(iter(self.skipped.items()))
+            raise DataError(f"none of {len(self.skipped)} images decodes; {name}: {reason}; check --data")
+        flush(self.partial)
+        self.partial.replace(self.path)
+        top1 = {"top1": round(self.right / self.labelled, 4)} if self.labelled else {}
+        return {"images": self.images, "skipped": len(self.skipped), **top1, "out": str(self.path)}

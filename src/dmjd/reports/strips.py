@@ -1,0 +1,46 @@
+"""Held-out images as one picture each, for programs that show pictures beside numbers."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from safetensors import safe_open
+
+from dmjd.reports.token_pictures import places
+
+GAP = 4  # white pixels between two pictures
+
+
+def read_strips(path: Path) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
+    """Lay held-out images side by side with their targets, and with what each view showed and what was predicted of it.
+
+    Args:
+        path: The file of samples of a run, see `dmjd.reports.token_pictures.write_samples`.
+    """
+    with safe_open(path, "numpy") as file:
+        about = file.metadata()
+        images, masked, target, predicted = map(file.get_tensor, ("images", "masked", "target", "predicted"))
+    rows, columns = map(int, about["grid"].split())
+    strips = {}
+    for place, image in enumerate(images):
+        known = image if about["backdrop"] == "image" else target[place] // 3
+        shots = [image, target[place]]
+        for hidden, guess in zip(masked[place].astype(bool), predicted[place], strict=True):
+            seen = np.where(places(hidden, (rows, columns), image.shape), np.uint8(128), image)
+            shots += [seen, np.where(places(hidden, (rows, columns), known.shape), guess, known)]
+        size = image.shape[:0:-1]
+        strips[f"predictions/{place + 1}"] = join([in_colour_at(shot, size) for shot in shots])
+    return strips
+
+
+def in_colour_at(shot: UInt8[np.ndarray, "c h w"], size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
+    """Show a picture, grey or coloured, at a width and height; small ones as squares."""
+    colours = np.broadcast_to(shot, (3, *shot.shape[1:])).transpose(1, 2, 0)
+    return np.asarray(Image.fromarray(np.ascontiguousarray(colours)).resize(size, Image.Resampling.NEAREST))
+
+
+def join(shots: list[UInt8[np.ndarray, "H W 3"]]) -> UInt8[np.ndarray, "H all 3"]:
+    """Lay pictures of one size in a row."""
+    spaced = [np.pad(shot, ((0, 0), (0, GAP), (0, 0)), constant_values=255) for shot in shots]
+    return np.concatenate(spaced, axis=1)[:, :-GAP]

@@ -1,0 +1,190 @@
+"""`dmjd export`: a network of ours in the formats of other programs."""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from dmjd.config.common import StartSettings
+from dmjd.config.downstream import FinetuneSettings, LinearSettings
+from dmjd.config.export import ExportSettings
+from dmjd.config.pretrain import PretrainSettings
+from dmjd.config.rules import PRESETS, to_dict
+from dmjd.engine.checkpoint import flush
+from dmjd.engine.run import flatten
+from dmjd.errors import CheckpointError, ConfigError
+from dmjd.formats.hub_folder import AUTO, write_hub
+from dmjd.formats.network import Original, open_original
+from dmjd.formats.onnx_graph import OPSET, write_onnx
+from dmjd.formats.timm_file import how_to_load, imports, write_timm
+from dmjd.formats.torch_program import write_torch
+
+FILES = ("best.safetensors", "linear.safetensors", "backbone.safetensors")  # of a run, the first that is there
+ENDINGS = {"timm": ".safetensors", "hf": "", "onnx": ".onnx", "torch": ".pt2"}
+START = StartSettings(backbone="")
+# What only settings of a kind of run have: its title, its default settings and its presets.
+KINDS: dict[str, tuple[str, Callable[[], Any], Path]] = {
+    "masking": ("Pre-training", PretrainSettings, PRESETS),
+    "augment": ("Fine-tuning", partial(FinetuneSettings, start=START), PRESETS / "finetune"),
+    "recipe": ("Linear classifier", partial(LinearSettings, start=START), PRESETS / "linear"),
+}
+# Settings that say nothing about the network, or that the card names by themselves.
+UNTOLD = {
+    *("data", "out", "preset", "config", "device", "workers", "debug", "resume", "checkpoint_minutes", "max_bad"),
+    *("parallel", "compile", "allow_change", "backbone", "epochs", "steps", "batch_size", "monitor", "log"),
+    "log_to",
+}
+RESULTS = {  # what the card calls a result; others go by their own names
+    "knn_top1": "k-NN, top-1",
+    "linear_top1": "linear probe, top-1",
+    "rankme": "RankMe",
+    "top1": "top-1 at the end",
+    "top1_low": "top-1, lower end of its 95 % interval",
+    "top1_high": "top-1, upper end of its 95 % interval",
+    "top5": "top-5 at the end",
+    "best_top1": "top-1 of the best network",
+    "images": "held-out images",
+    "train_images": "images",
+    "part": "held-out part",
+}
+
+
+def export(settings: ExportSettings) -> dict[str, Any]:
+    """Write the network of `settings.run` to `settings.out`, compared with the original; print how to load it.
+
+    Returns:
+        What was written, from which file, and the kind of its network.
+
+    Raises:
+        CheckpointError: If there is no network of ours.
+        ConfigError: If the format cannot hold it, something is missing for it, or the folder to write is there already.
+        AssertionError: If what was written does not compute the same.
+    """
+    original = open_original(find_file(settings.run))
+    ending = ENDINGS[settings.to]
+    out = settings.out if settings.out.suffix == ending or not ending else Path(f"{settings.out}{ending}")
+    if not ending and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"there is something already; {out}; choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        write(settings, original, Path(folder) / out.name)
+        for path in (path for path in Path(folder).rglob("*") if path.is_file()):
+            flush(path)
+        for path in Path(folder).iterdir():  # a graph of over 2 GB has its weights beside it
+            path.replace(out.parent / path.name)
+    print(f"wrote {out}, compared with {original.path}: {usage(settings.to, original, out)}")
+    return {"out": str(out), "network": str(original.path), "kind": original.kind}
+
+
+def write(settings: ExportSettings, original: Original, path: Path) -> None:
+    """Write one format and compare it."""
+    match settings.to:
+        case "timm":
+            write_timm(original, path)
+        case "onnx":
+            write_onnx(original, path)
+        case "torch":
+            write_torch(original, path)
+        case "hf":
+            runs = describe_runs(original.path.parent)
+            named = settings.out.resolve().name
+            write_hub(
+                original, path, {"name": named, "license": settings.license, "runs": runs, "version": version("dmjd")}
+            )
+
+
+def usage(to: str, original: Original, out: Path) -> str:
+    """Say in a few lines what the file holds and how to load it."""
+    beside = ""
+    if to in ("timm", "hf") and original.kind in ("segmenter", "detector"):
+        beside = f"the backbone alone, for the format has no {original.kind}s; "
+    match to:
+        case "timm":
+            return f"{beside}in Python\n\n{how_to_load(original, out)}"
+        case "hf":
+            model = AUTO[original.kind == "classifier"][0]
+            return (
+                f"{beside}in Python\n\n{imports(original)}model = timm.create_model({f'local-dir:{out}'!r}, "
+                f"pretrained=True).eval()\n\nor transformers.{model}.from_pretrained({str(out)!r}); "
+                "see README.md there, the model card, before it is published"
+            )
+        case "onnx":
+            return (
+                f"images, float32 of 0 to 1, any number at a time; opset {OPSET}; what else is in the graph's metadata"
+            )
+        case _:
+            return f"in Python\n\nimport torch\n\nmodel = torch.export.load({str(out)!r}).module()  # images of 0 to 1"
+
+
+def find_file(run: Path) -> Path:
+    """Find the network in the directory of a run.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    if not run.is_dir():
+        return run
+    found = next((run / name for name in FILES if (run / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"no network in it; {run}; give a run that has come to its end, or a file")
+    return found
+
+
+def describe_runs(folder: Path) -> list[dict[str, Any]]:
+    """Describe the run of a directory for a model card, after the one whose backbone it started from."""
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+    except FileNotFoundError:  # a linear classifier on features is no run that could be resumed
+        found = results(folder, 1)
+        return [{"title": "Linear classifier", "facts": found}] if found else []
+    before = describe_runs(Path(settings["backbone"]).parent) if "backbone" in settings else []
+    key = next((key for key in KINDS if key in settings), None)
+    title = KINDS[key][0] if key else "Training"
+    facts = {
+        "data": settings["data"].rpartition("/")[2],  # where it lies is nobody's business
+        "recipe": settings.get("preset"),
+        "length": f"{settings['steps']} steps" if "steps" in settings else f"{settings['epochs']:g} epochs",
+        "images in a step": settings["batch_size"],
+        "settings that differ from the recipe": differing(settings, key),
+    }
+    views = settings.get("masking", {}).get("num_views", 1)
+    return [*before, {"title": title, "facts": {**facts, **results(folder, views)}}]
+
+
+def differing(settings: Mapping[str, Any], key: str | None) -> str:
+    """List the settings of a run that its preset, or the default, has otherwise."""
+    if key is None:
+        return "see its config.yaml"
+    _, default, presets = KINDS[key]
+    preset = presets / f"{settings.get('preset')}.yaml"
+    recipe = yaml.safe_load(preset.read_text("utf-8")) if preset.is_file() else {}
+    expected = flatten(to_dict(default())) | flatten(recipe)
+    return (
+        ", ".join(
+            f"{name} {value}"
+            for name, value in flatten(settings).items()
+            if name.partition(".")[0] not in UNTOLD and str(value) != str(expected.get(name))
+        )
+        or "none"
+    )
+
+
+def results(folder: Path, views: int) -> dict[str, Any]:
+    """Read what a run has measured, by what the model card calls it; `views` of an image are seen at a time."""
+    found: dict[str, Any] = {}
+    if (folder / "summary.json").is_file():  # of pre-training
+        summary = json.loads((folder / "summary.json").read_text("utf-8"))
+        effective = summary["images"] * views / summary["num_images"]
+        found = {"images": summary["num_images"], "effective epochs": f"{effective:.4g}", "seconds": summary["seconds"]}
+        for key, value in summary.get("trained", {}).items():
+            before = summary.get("untrained", {}).get(key)
+            found[RESULTS.get(key, key)] = f"{value:.4g}" + (f" (untrained: {before:.4g})" if before else "")
+    elif (folder / "result.json").is_file():
+        result = json.loads((folder / "result.json").read_text("utf-8"))
+        found = {RESULTS.get(key, key): value for key, value in result.items()}
+    return found

@@ -1,0 +1,49 @@
+"""The rules of `--preset auto`."""
+
+import pytest
+
+from dmjd.config import auto
+from dmjd.config.auto import Facts
+
+MASKING = {"num_views": 2, "mask_ratio": 0.6, "predict_ratio": 1.0}
+
+
+def facts(num_images=3000, side=256, in_chans=3, kind="cpu", minutes=30.0):
+    return Facts(num_images, side, in_chans, kind, minutes)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+@pytest.mark.parametrize("side", [1, 20, 32, 33, 50, 64, 97, 128, 200, 224, 4000])
+def test_networks__patches_divide_an_image_no_larger_than_those_of_the_set(kind, side):
+    for network in auto.networks(facts(side=side, kind=kind)):
+        model = network["model"]
+        image = int(model["image_size"])
+        assert image <= max(side, 32)
+        assert image % model["patch_size"] == 0
+        assert image // model["patch_size"] <= auto.TOKENS[kind]
+        assert model["patch_size"] >= auto.SMALLEST_PATCH
+
+
+def test_networks__have_the_channels_of_the_set():
+    assert {network["model"]["in_chans"] for network in auto.networks(facts(in_chans=12))} == {12}
+
+
+def test_epochs__fill_the_minutes_and_no_image_is_seen_more_often_than_published_recipes_show_it():
+    assert auto.epochs(facts(num_images=3000, minutes=30.0), 0.005, 1) == 120
+    assert auto.epochs(facts(num_images=20, minutes=30.0), 0.005, 2) == auto.MOST / 2
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+@pytest.mark.parametrize("count", [0.5, 10.0, 300.0])
+def test_schedule__steps_grow_with_the_run_within_bounds_and_rates_with_steps(kind, count):
+    chosen = auto.schedule(facts(num_images=50_000, kind=kind), count, MASKING)
+    fewest, most = auto.ROWS[kind]
+    assert fewest <= 2 * chosen["batch_size"] <= most
+    lr = chosen["optim"]["blr"] * chosen["batch_size"] / MASKING["mask_ratio"] / 256
+    assert lr <= auto.HIGHEST_RATE * 1.01
+    assert lr == pytest.approx(min(5e-4 * (2 * chosen["batch_size"] / 64) ** 0.5, auto.HIGHEST_RATE), rel=0.01)
+    assert chosen["optim"]["warmup_epochs"] == pytest.approx(count / 20, rel=0.01)
+
+
+def test_schedule__a_step_has_no_more_images_than_the_set():
+    assert auto.schedule(facts(num_images=5), 1000.0, MASKING)["batch_size"] == 5

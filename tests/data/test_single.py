@@ -1,0 +1,23 @@
+"""An image file is a set of one, an array a set, and all else what `--data` takes."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dmjd.data.decode import Wanted
+from dmjd.data.single import open_all_or_one
+from dmjd.errors import DataError
+
+
+def test_open_all_or_one__an_image_an_array_and_a_folder(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 9, 8, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", pixels)
+    (tmp_path / "folder").mkdir()
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "folder" / f"{number}.PNG")
+    (one,) = open_all_or_one(str(tmp_path / "folder" / "1.PNG"), Wanted())
+    assert (len(one), one.name(0), one.classes) == (1, "1.PNG", ())
+    np.testing.assert_array_equal(one.read(0).permute(1, 2, 0).numpy(), pixels[1])
+    assert [len(*open_all_or_one(str(tmp_path / name), Wanted())) for name in ("folder", "images.npy")] == [3, 3]
+    with pytest.raises(DataError, match="no such data"):
+        open_all_or_one(str(tmp_path / "gone.png"), Wanted())

@@ -1,0 +1,59 @@
+"""The verdict on a run, and what it rests on."""
+
+import pytest
+import torch
+
+from dmjd.evaluation.rank import Explained
+from dmjd.evaluation.verdict import judge
+
+UNTRAINED = {"explained": -1.0, "explained_train": -1.0, "feature_std": 0.6, "rankme": 12.0}
+GOOD = {"explained": 0.36, "explained_train": 0.38, "feature_std": 0.34, "rankme": 13.0}
+
+
+def share(predicted, target, batches=1):
+    found = Explained()
+    for part in zip(predicted.chunk(batches), target.chunk(batches), strict=True):
+        found.add(*part)
+    return found.share
+
+
+def test_explained__of_exact_predictions_is_one_of_the_mean_target_zero_and_of_worse_ones_below():
+    target = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0))
+    mean = target.mean(dim=(0, 1)).expand_as(target)
+    assert share(target, target) == 1
+    assert share(mean, target) == pytest.approx(0, abs=1e-6)
+    assert share(mean + 10, target) < -10
+    assert share((target + mean) / 2, target) == pytest.approx(0.75, abs=1e-6)
+
+
+def test_explained__does_not_depend_on_batches():
+    predicted, target = (torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    assert share(predicted, target, 3) == pytest.approx(share(predicted, target), abs=1e-9)
+
+
+def test_explained__of_constant_targets_is_zero():
+    assert share(torch.full((3, 2, 4), 0.7), torch.full((3, 2, 4), 0.7)) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({}, "learned"),
+        ({"knn_top1": 0.5, "linear_top1": 0.6}, "learned"),
+        ({"rankme": 7.0}, "learned"),
+        ({"rankme": 5.0}, "collapsed"),
+        ({"feature_std": 0.01}, "collapsed"),
+        ({"explained": 0.02, "explained_train": 0.03}, "too little"),
+        ({"explained": -0.1, "explained_train": -0.1}, "too little"),
+        ({"explained": -0.003, "explained_train": -0.003}, "nothing"),
+        ({"explained": -1.2, "explained_train": -1.1}, "nothing"),
+        ({"explained": 0.1, "explained_train": 0.8}, "overfitted"),
+        ({"knn_top1": 0.2, "linear_top1": 0.3}, "too little"),
+        ({"knn_top1": 0.2, "linear_top1": 0.6}, "learned"),
+    ],
+)
+def test_judge__names_what_became_of_a_run(changes, kind):
+    untrained = UNTRAINED | ({"knn_top1": 0.3, "linear_top1": 0.4} if "knn_top1" in changes else {})
+    verdict = judge(untrained, GOOD | changes)
+    assert verdict.kind == kind
+    assert bool(verdict.advice) == (kind != "learned")

@@ -1,0 +1,245 @@
+"""What a trained network says of images is what it said when it was judged, by the names of its classes."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import dmjd
+from dmjd.backbones.files import task_of
+from dmjd.cli import main
+
+QUICK = ["--device", "cpu", "--workers", "0"]
+NAMES = ["blue", "green", "red"]
+
+
+def run(*words, capsys=None):
+    assert main([*map(str, words), *QUICK]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1]) if capsys else None
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def trained(backbones, colours, tmp_path_factory):
+    """Files of classifiers: fine-tuned, and linear by either recipe."""
+    root = tmp_path_factory.mktemp("trained")
+    data = ["--backbone", backbones["vit"], "--data", colours]
+    short = ["--steps", 30, "--batch_size", 8, "--log.evals", 0]
+    tuned = ["--optim.blr", 0.1, "--layer_decay", 1, "--optim.warmup_epochs", 1]
+    run("finetune", *data, "--out", root / "finetune", *short, *tuned)
+    run("linear", *data, "--out", root / "features")
+    run("linear", *data, "--out", root / "paper", *short, "--recipe", "paper", "--blr", 1, "--warmup_epochs", 0)
+    return {
+        "finetune": root / "finetune" / "last.safetensors",
+        "features": root / "features" / "linear.safetensors",
+        "paper": root / "paper" / "linear.safetensors",
+    }
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["finetune", "features", "paper"])
+def test_classifier__its_file_names_the_classes_and_plain_timm_opens_it(kind, trained):
+    assert task_of(trained[kind]) == {"name": "classify", "classes": NAMES}
+    with safe_open(trained[kind], "pt") as file:
+        recipe = file.metadata()
+    plain = timm.create_model(
+        recipe["architecture"],
+        **json.loads(recipe["model_args"]),
+        pretrained_cfg_overlay=json.loads(recipe["pretrained_cfg"]),
+        checkpoint_path=str(trained[kind]),
+    ).eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(plain(images), dmjd.load_backbone(trained[kind])(images))
+
+
+def test_linear__its_file_has_the_probabilities_of_scikit_learn(backbones, colours, trained, tmp_path, capsys):
+    run("embed", "--backbone", backbones["vit"], "--data", colours, "--out", tmp_path / "f.npy")
+    features, rows = np.load(tmp_path / "f.npy").astype(np.float64), rows_of(tmp_path / "f.csv")
+    train = np.array([row["path"].startswith("train/") for row in rows])
+    labels = np.array([row["label"] for row in rows])
+    penalty = json.loads((trained["features"].parent / "result.json").read_text())["penalty"]
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=1 / penalty, max_iter=1000, tol=1e-3))
+    expected = probe.fit(features[train], labels[train]).predict_proba(features)
+    run("predict", "--backbone", trained["features"], "--data", colours, "--out", tmp_path / "p.csv")
+    found = [[float(row[name]) for name in probe.classes_] for row in rows_of(tmp_path / "p.csv")]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_linear__of_two_classes_and_of_one_that_has_no_images_its_file_is_right(tmp_path):
+    from dmjd.evaluation.linear import class_probabilities, fit_logistic, logistic_head
+
+    bank = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)) * 3 + 7
+    labels = (bank[:, 0] > 7).long() * 2  # of three classes, the second is not there
+    probe = fit_logistic(bank, labels)
+    with torch.no_grad():
+        found = logistic_head(probe, 3)(bank).softmax(dim=1)
+    torch.testing.assert_close(found, class_probabilities(probe, bank, 3), atol=1e-5, rtol=0)
+    assert not found[:, 1].any()
+
+
+def test_linear__of_several_layers_there_is_no_file_and_it_says_so(backbones, colours, tmp_path, capsys):
+    run("linear", "--backbone", backbones["vit"], "--data", colours, "--out", tmp_path, "--layers", -1, "--layers", 0)
+    assert "no linear.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "linear.safetensors").exists()
+
+
+# -- classifiers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["finetune", "features", "paper"])
+def test_predict__has_the_accuracy_that_the_run_was_judged_by(kind, trained, colours, tmp_path, capsys):
+    said = run("predict", "--backbone", trained[kind], "--data", colours / "val", "--out", tmp_path, capsys=capsys)
+    judged = json.loads((trained[kind].parent / "result.json").read_text())
+    assert said["top1"] == judged["top1"]
+    assert (said["images"], said["skipped"], said["out"]) == (12, 0, str(tmp_path / "predictions.csv"))
+    rows = rows_of(tmp_path / "predictions.csv")
+    assert [row["path"] for row in rows] == [f"{name}/{number:02d}.png" for name in NAMES for number in range(4)]
+    for row in rows:
+        shares = {name: float(row[name]) for name in NAMES}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+        assert max(shares, key=shares.get) == row["class"]
+        assert float(row["probability"]) == shares[row["class"]]
+    assert not (tmp_path / "skipped.tsv").exists()
+
+
+def test_predict__top_writes_the_likeliest_and_json_an_object_a_line(trained, colours, tmp_path):
+    command = ["predict", "--backbone", trained["finetune"], "--data", colours / "val", "--batch_size", 5, "--out"]
+    run(*command, tmp_path / "all.csv")
+    run(*command, tmp_path / "two.csv", "--top", 2)
+    run(*command, tmp_path / "all.jsonl")
+    run(*command, tmp_path, "--format", "json", "--top", 2)
+    every, two = rows_of(tmp_path / "all.csv"), rows_of(tmp_path / "two.csv")
+    lines = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    short = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [*two[0]] == ["path", "class", "probability", "class_2", "probability_2"]
+    for whole, best, line, brief in zip(every, two, lines, short, strict=True):
+        order = sorted(NAMES, key=lambda name: -float(whole[name]))
+        assert [best["class"], best["class_2"]] == order[:2]
+        assert best["probability_2"] == whole[order[1]]
+        assert line["probabilities"] == {name: float(whole[name]) for name in NAMES}
+        assert (line["path"], line["class"]) == (brief["path"], brief["class"]) == (whole["path"], whole["class"])
+        assert [*brief["probabilities"]] == order[:2]
+
+
+def test_predict__leaves_out_what_does_not_decode_and_names_it(trained, colours, tmp_path, capsys):
+    shutil.copytree(colours / "val" / "red", tmp_path / "images")
+    (tmp_path / "images" / "01.png").write_text("no image")
+    out = tmp_path / "out"
+    command = ["predict", "--backbone", trained["finetune"], "--data", tmp_path / "images", "--batch_size", 1]
+    said = run(*command, "--out", out, capsys=capsys)
+    assert (said["images"], said["skipped"]) == (3, 1)
+    assert "top1" not in said
+    assert [row["path"] for row in rows_of(out / "predictions.csv")] == ["00.png", "02.png", "03.png"]
+    name, reason = (out / "skipped.tsv").read_text().rstrip().split("\t")
+    assert name == "01.png"
+    assert reason
+
+
+@pytest.mark.parametrize("address", ["array", "list", "image"])
+def test_predict__takes_every_kind_of_set_and_a_single_image(address, trained, colours, tmp_path, capsys):
+    files = sorted((colours / "val" / "red").glob("*.png"))
+    data = {"array": tmp_path / "images.npy", "list": tmp_path / "images.csv", "image": files[0]}[address]
+    np.save(tmp_path / "images.npy", np.stack([np.array(Image.open(file)) for file in files]))
+    if address == "list":
+        data.write_text("path\n" + "".join(f"{file}\n" for file in files))
+    run("predict", "--backbone", trained["finetune"], "--data", colours / "val" / "red", "--out", tmp_path / "folder")
+    run("predict", "--backbone", trained["finetune"], "--data", data, "--out", tmp_path / "other")
+    folder, other = (rows_of(tmp_path / name / "predictions.csv") for name in ("folder", "other"))
+    assert [row["probability"] for row in other] == [row["probability"] for row in folder][: len(other)]
+    assert len(other) == (1 if address == "image" else 4)
+
+
+def test_predict__a_file_without_names_gives_the_numbers_of_classes(trained, colours, tmp_path, capsys):
+    with safe_open(trained["finetune"], "pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key not in ("task", "sha256")}
+    older = tmp_path / "older.safetensors"
+    save_file(load_file(trained["finetune"]), older, metadata)
+    said = run("predict", "--backbone", older, "--data", colours / "val", "--out", tmp_path / "out", capsys=capsys)
+    assert "top1" not in said
+    assert [*rows_of(tmp_path / "out" / "predictions.csv")[0]] == ["path", "class", "probability", "0", "1", "2"]
+
+
+@pytest.mark.parametrize("nasty", ["=1+1", '<b>,\n"quoted"'])
+def test_predict__names_stay_in_their_cells(nasty, trained, colours, tmp_path):
+    (tmp_path / "images").mkdir()
+    shutil.copy(colours / "val" / "red" / "00.png", tmp_path / "images" / f"{nasty}.png".replace("/", ""))
+    run("predict", "--backbone", trained["finetune"], "--data", tmp_path / "images", "--out", tmp_path)
+    (row,) = rows_of(tmp_path / "predictions.csv")
+    assert row["path"] == (f"'{nasty}.png" if nasty.startswith("=") else f"{nasty}.png")
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "code", "said"),
+    [
+        ("vit", "val", 4, "a backbone without a classifier"),
+        ("nowhere", "val", 4, "no such backbone"),
+        ("finetune", "nowhere", 3, "no such data"),
+        ("finetune", "broken", 3, "none of 1 images decodes"),
+    ],
+)
+def test_predict__a_users_mistake_is_one_line(file, data, code, said, backbones, trained, colours, tmp_path, capsys):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_text("no image")
+    network = {**backbones, **trained}.get(file, Path("nowhere.safetensors"))
+    images = colours / data if data == "val" else tmp_path / data
+    words = ["predict", "--backbone", network, "--data", images, "--out", tmp_path / "out", *QUICK]
+    assert main([*map(str, words)]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+
+
+# -- segmenters and detectors ------------------------------------------------------------------------------------------
+
+
+def test_predict__of_a_segmenter_writes_what_segment_predict_writes(backbones, colours, tmp_path, capsys):
+    scenes = tmp_path / "scenes"
+    for part in ("train", "val"):
+        for number in range(4):
+            pixels = np.random.default_rng(number).integers(0, 256, (36, 40, 3), dtype=np.uint8)
+            for folder, array in (("images", pixels), ("annotations", pixels[..., 0] // 128)):
+                (scenes / folder / part).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(scenes / folder / part / f"{number}.png")
+    size = ["--crop_size", 32, "--decoder_channels", 8, "--steps", 1, "--batch_size", 4, "--log.evals", 0]
+    run("segment", "--backbone", backbones["vit"], "--data", scenes, "--out", tmp_path / "run", *size)
+    trained, images = tmp_path / "run" / "last.safetensors", scenes / "images" / "val"
+    run("segment", "--backbone", trained, "--predict", images, "--out", tmp_path / "old")
+    said = run("predict", "--backbone", trained, "--data", images, "--out", tmp_path / "new", capsys=capsys)
+    assert said["images"] == 4
+    old, new = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (tmp_path / "old", tmp_path / "new")
+    )
+    assert old == new
+    assert len(new) == 9
+    words = ["predict", "--backbone", trained, "--data", images, "--out", tmp_path / "new", "--top", 2]
+    assert main([*map(str, words)]) == 2
+    assert "--top and --format are for classifiers" in capsys.readouterr().err
+
+
+def test_predict__of_a_detector_writes_what_detect_predict_writes(backbones, tmp_path, capsys, write_coco):
+    data = write_coco(tmp_path / "data", {name: [(0, [5.0, 5.0, 20.0, 20.0], False)] for name in "ab"})
+    size = ["--crop_size", 64, "--fpn_channels", 8, "--head_channels", 8, "--steps", 1, "--batch_size", 2]
+    run("detect", "--backbone", backbones["vit"], "--data", data, "--out", tmp_path / "run", *size, "--log.evals", 0)
+    trained, image = tmp_path / "run" / "last.safetensors", data / "images" / "a.png"
+    run("detect", "--backbone", trained, "--predict", image, "--out", tmp_path / "old")
+    run("predict", "--backbone", trained, "--data", image, "--out", tmp_path / "new")
+    old, new = (json.loads((tmp_path / name / "detections.json").read_text()) for name in ("old", "new"))
+    assert old == new
+    assert len(new["images"]) == 1

@@ -1,0 +1,85 @@
+"""`--preset auto`: what it chooses for a set, and what stands above its choice."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from dmjd.cli import main, settings_of
+from dmjd.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    for number in range(24):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def stacks(tmp_path_factory):
+    """Arrays of five channels and 16 bits."""
+    root = tmp_path_factory.mktemp("stacks")
+    for number in range(24):
+        pixels = np.random.default_rng(number).integers(0, 4096, (5, 36, 36), dtype=np.uint16)
+        np.save(root / f"{number}.npy", pixels)
+    return root
+
+
+def auto(data, **given):
+    return settings_of("pretrain", data=str(data), preset="auto", device="cpu", **given)
+
+
+def test_auto__fits_the_images_and_says_so_in_six_lines_at_most(photos, capsys):
+    settings = auto(photos, minutes=0.1)
+    assert (settings.model.image_size, settings.model.patch_size, settings.model.in_chans) == ("32", 4, 3)
+    assert settings.run.batch_size <= 23
+    lines = capsys.readouterr().err.splitlines()
+    assert 0 < len(lines) <= 6
+    assert "23 images, shorter side 40 px, 3 channels" in lines[0]
+
+
+def test_auto__takes_the_channels_that_images_have(stacks):
+    assert auto(stacks, minutes=0.1).model.in_chans == 5
+
+
+def test_auto__more_minutes_are_more_epochs_until_images_were_seen_often_enough(photos):
+    model = {"size": "tiny", "embed_dim": 32, "depth": 1, "num_heads": 2}
+    short, longer = auto(photos, minutes=0.02, model=model), auto(photos, minutes=0.2, model=model)
+    assert short.run.epochs < longer.run.epochs
+    assert auto(photos, minutes=10_000, model=model).run.epochs * 2 == 1600
+
+
+def test_auto__flags_stand_above_what_is_chosen(photos):
+    settings = auto(
+        photos, epochs=3, model={"size": "small", "patch_size": 8}, masking={"num_views": 1, "predict_ratio": 0.6}
+    )
+    assert settings.run.epochs == 3
+    assert (settings.model.size, settings.model.embed_dim, settings.model.patch_size) == ("small", None, 8)
+    assert settings.masking.num_views == 1
+    assert settings.optim.warmup_epochs == pytest.approx(0.15)
+
+
+def test_auto__images_that_do_not_decode_are_one_line(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match="none of 1 images decodes"):
+        auto(tmp_path)
+
+
+def test_auto__a_run_keeps_what_was_chosen_and_resumes_by_it(photos, tmp_path):
+    out = tmp_path / "run"
+    words = ["pretrain", "--data", str(photos), "--out", str(out), "--minutes", "0.02", "--device", "cpu"]
+    assert main([*words, "--monitor.max_images", "8", "--workers", "0"]) == 0
+    kept = yaml.safe_load((out / "config.yaml").read_text())
+    assert kept["preset"] == "auto"
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["verdict"]["kind"] in ("learned", "too little", "nothing", "collapsed", "overfitted")
+    assert (
+        main(["pretrain", "--data", str(photos), "--out", str(out), "--resume", "--steps", str(summary["steps"] + 1)])
+        == 0
+    )
+    assert json.loads((out / "summary.json").read_text())["steps"] == summary["steps"] + 1
