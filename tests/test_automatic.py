@@ -83,3 +83,14 @@ def test_auto__a_run_keeps_what_was_chosen_and_resumes_by_it(photos, tmp_path):
         == 0
     )
     assert json.loads((out / "summary.json").read_text())["steps"] == summary["steps"] + 1
+
+
+def test_auto__what_is_refused_anyway_costs_no_look_at_the_images(photos, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("seed: 1")
+    words = ["pretrain", "--data", str(photos)]
+    assert main([*words, "--out", str(tmp_path)]) == 2
+    assert main([*words, "--out", str(tmp_path / "none"), "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert "there is a run already" in said
+    assert "there is no run to resume" in said
+    assert "auto:" not in said

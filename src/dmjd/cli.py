@@ -268,9 +268,13 @@ def choice(below: Sequence[Path], resolve: Callable[[Mapping[str, Any]], Any]) -
     """
     if not below or below[-1] != PRESETS / "auto.yaml":
         return {}
+    settings = resolve({})
+    out = settings.run.out
+    if (out / "config.yaml").exists() or (settings.run.resume and not out.exists()):
+        return {}  # the verb refuses it: no need to look at images
     from dmjd.automatic import choose  # imports torch
 
-    return plain_flags(choose(resolve({}), lambda chosen: resolve(plain_flags(chosen))))
+    return plain_flags(choose(settings, lambda chosen: resolve(plain_flags(chosen))))
 
 
 def plain_flags(values: Mapping[str, Any]) -> dict[str, Any]:
