@@ -3,17 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-processes test-faults test-rest test-all check docs format clean
+.PHONY: demo test test-processes test-faults test-verbs test-rest test-all check docs format clean
 
 demo: .venv/installed
 	$(BIN)/dmjd pretrain --preset quick --data shapes --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-# Three processes side by side: what starts processes of its own, and often waits for them, and everything else.
+# Four processes side by side: what starts processes of its own, and often waits for them, and everything else.
 PROCESSES := tests/engine tests/equality tests/readme tests/test_extending.py
 FAULTS := tests/faults
+VERBS := tests/tasks tests/inputs
 PYTEST := $(BIN)/python -m pytest -m "not slow" --durations 12
 test: .venv/installed
-	$(MAKE) --jobs 3 --output-sync=target test-processes test-faults test-rest
+	$(MAKE) --jobs 4 --output-sync=target test-processes test-faults test-verbs test-rest
 
 test-processes:
 	$(PYTEST) $(PROCESSES)
@@ -21,8 +22,11 @@ test-processes:
 test-faults:
 	$(PYTEST) $(FAULTS)
 
+test-verbs:
+	$(PYTEST) $(VERBS)
+
 test-rest:
-	$(PYTEST) $(addprefix --ignore=,$(PROCESSES) $(FAULTS))
+	$(PYTEST) $(addprefix --ignore=,$(PROCESSES) $(FAULTS) $(VERBS))
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest

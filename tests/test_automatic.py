@@ -64,6 +64,10 @@ def test_auto__flags_stand_above_what_is_chosen(photos):
     assert settings.optim.warmup_epochs == pytest.approx(0.15)
 
 
+def test_auto__channels_that_are_said_stand_above_those_of_the_images(photos):
+    assert auto(photos, minutes=0.02, model={"in_chans": 1, "depth": 1}).model.in_chans == 1
+
+
 def test_auto__images_that_do_not_decode_are_one_line(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match="none of 1 images decodes"):

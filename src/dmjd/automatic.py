@@ -7,10 +7,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import median
 
 import torch
+from torch.optim import Optimizer
 
 from dmjd.config import auto
 from dmjd.config.auto import Chosen, Facts
@@ -27,9 +28,11 @@ from dmjd.engine.optim import create_optimizer
 from dmjd.errors import ConfigError, DataError
 from dmjd.evaluation.monitor import evenly
 from dmjd.factory import from_settings, masks_of
+from dmjd.method import DMJD
 
 NUM_LOOKED_AT = 64
-TIMED, IMAGES = 2, 32  # steps after one to warm up, and images in each
+TIMED = 2  # steps, after one to warm up
+IMAGES = {"cpu": 32, "gpu": 256}  # in each of them: fewer would leave a GPU idle
 SPARE = 0.9  # of the minutes for steps; the others go to evaluations, checkpoints and the report
 Parse = Callable[[Chosen], PretrainSettings]  # settings with these below what a user gives
 
@@ -60,7 +63,11 @@ def _choose(
     settings: PretrainSettings, parse: Parse, device: torch.device, world_size: int
 ) -> tuple[Chosen, list[str]]:
     run = settings.run
+    make(settings)  # settings that do not go together are refused before images are looked for
     images, in_chans = find(settings)
+    asked = parse({"model": {"in_chans": in_chans}}).model.in_chans
+    if asked != in_chans:  # the user's own
+        images, in_chans = find(settings, asked)
     began = time.perf_counter()
     few = PackedImages(Subset(images, evenly(len(images), NUM_LOOKED_AT)))
     reading = (time.perf_counter() - began) / len(few)  # of an image, on all cores
@@ -71,10 +78,10 @@ def _choose(
     facts = Facts(len(images), int(median(sides)), in_chans, kind, run.minutes)
     held = len(images) * few.pixels.nbytes / len(few) <= MEMORY_LIMIT
     at_first = reading * len(images) / 60 if held else 0.0
-    training = auto.with_minutes(facts, max(SPARE * run.minutes - at_first, 0.1 * run.minutes))
+    training = replace(facts, minutes=max(SPARE * run.minutes - at_first, 0.1 * run.minutes))
 
     chosen: Chosen = {}
-    model, seconds, passes = None, 0.0, 0.0
+    model, seconds, passes, larger = None, 0.0, 0.0, False
     for network in auto.networks(facts):
         trial = parse(network)
         if trial.model.size != network["model"]["size"]:  # the user's own, and so are width and depth
@@ -83,21 +90,30 @@ def _choose(
             trial = parse(network)
         if trial.model == model:  # there is no other one
             continue
-        took = time_image(trial, few, device) / world_size
+        try:
+            took = time_image(trial, few, device, IMAGES[kind]) / world_size
+        except torch.OutOfMemoryError:
+            if not chosen:
+                raise
+            break
         took = took if held else max(took, reading)
         count = auto.epochs(training, took, trial.masking.num_views)
         if chosen and count * trial.masking.num_views < auto.OFTEN:
+            larger = True
             break
         chosen, model, seconds, passes = network, trial.model, took, count
-    asked = parse(chosen | {"epochs": passes})
-    chosen = chosen | auto.schedule(facts, asked.run.epochs, asdict(asked.masking))
-    return chosen, describe(facts, parse(chosen), seconds, at_first, device)
+    fitting = parse(chosen | {"epochs": passes})
+    chosen = chosen | auto.schedule(facts, fitting.run.epochs, asdict(fitting.masking))
+    said = describe(facts, parse(chosen), seconds, at_first, device)
+    if larger:
+        said[1] += f"; a larger one would not see each image {auto.OFTEN} times"
+    return chosen, said
 
 
-def find(settings: PretrainSettings) -> tuple[Source, int]:
-    """Find the images to train on and the channels that most of them have."""
+def find(settings: PretrainSettings, in_chans: int | None = None) -> tuple[Source, int]:
+    """Find the images to train on, with the channels that most of them have, or with so many."""
     run = settings.run
-    parts, wanted = open_as_most(run.data, None, run.data_pages)
+    parts, wanted = open_as_most(run.data, in_chans, run.data_pages)
     train = parts.get("train", parts.get(""))
     if train is None:
         raise DataError(
@@ -107,9 +123,27 @@ def find(settings: PretrainSettings) -> tuple[Source, int]:
     return (train if brings_own else hold_out(train, run.seed).train), wanted.in_chans
 
 
-def time_image(settings: PretrainSettings, images: PackedImages, device: torch.device) -> float:
-    """Train a few steps on some images, as the run will, and return the seconds that one takes."""
-    crop, size, stack = settings.crop, min(IMAGES, len(images)), stack_of(images)
+def make(settings: PretrainSettings, device: torch.device | None = None) -> tuple[DMJD, Optimizer]:
+    """Make the untrained network, and its optimizer.
+
+    Raises:
+        ConfigError: If settings do not go together.
+    """
+    try:
+        network = from_settings(settings).to(device).train()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return network, create_optimizer(network, lr=0.0, **settings.optim.keywords)
+
+
+def time_image(settings: PretrainSettings, images: PackedImages, device: torch.device, count: int) -> float:
+    """Train a few steps of `count` of some images, as the run will, and return the seconds that one takes.
+
+    Raises:
+        ConfigError: If settings do not go together.
+        OutOfMemoryError: If the device has not the memory.
+    """
+    crop, stack = settings.crop, stack_of(images)
     samples = MaskedSamples(
         images,
         RandomCrop(settings.model.image_hw, crop.scale, crop.ratio, crop.flip),
@@ -117,23 +151,19 @@ def time_image(settings: PretrainSettings, images: PackedImages, device: torch.d
         levels=measure_levels(images) or BYTES,
         stack=stack.to(device) if stack and stack.fits(device) else None,
     )
-    try:
-        network = from_settings(settings).to(device).train()
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    optimizer = create_optimizer(network, lr=0.0, **settings.optim.keywords)
+    network, optimizer = make(settings, device)
     autocast = choose_precision(settings.run.precision, device)
     taken = []
     for step in range(TIMED + 1):
         began = time.perf_counter()
-        batch = samples.__getitems__([(step, index) for index in range(size)])
+        batch = samples.__getitems__([(step, index % len(images)) for index in range(count)])
         with autocast():
             loss = network(samples.pixels(batch, device), masks_of(settings, batch.seeds.to(device))).total
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         loss.item()  # waits for the device
-        taken.append((time.perf_counter() - began) / size)
+        taken.append((time.perf_counter() - began) / count)
     return median(taken[1:])
 
 
@@ -156,7 +186,7 @@ def describe(
     return [
         f"{facts.num_images} images, shorter side {facts.side} px, {channels}; {where}; {facts.minutes:g} minutes",
         f"{model.backbone} {network}, {model.image_size} px in patches of {model.patch_size}: "
-        f"{1000 * seconds:.2g} ms an image; a larger one would not see each image {auto.OFTEN} times",
+        f"{1000 * seconds:.2g} ms an image",
         f"{masking.num_views} views of an image hide {masking.mask_ratio:.0%} each; {predicted}",
         f"{run.epochs:g} epochs, {steps} steps of {run.batch_size} images, peak learning rate {settings.lr:.2g}: "
         f"about {minutes:.0f} minutes; an image is seen {seen:.0f} times",

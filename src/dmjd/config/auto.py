@@ -6,7 +6,7 @@ Where a rule comes from a measurement, docs/results.md (Preset auto) has it; the
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 Chosen = dict[str, Any]  # settings, as a preset has them
@@ -14,7 +14,7 @@ Chosen = dict[str, Any]  # settings, as a preset has them
 SIDES = {"cpu": (32, 48, 64, 96), "gpu": (32, 64, 96, 128, 160, 224)}  # of a crop, in pixels
 TOKENS = {"cpu": 8, "gpu": 14}  # along a side, at most; on two cores, more tokens would be fewer epochs
 SMALLEST_PATCH = 4  # pixels; smaller ones have no gradients to speak of
-# Networks from small to large: (size, width of the decoder, its depth, its heads).
+# Networks from small to large: what `model` and `decoder` say of them.
 SHAPE = ("embed_dim", "depth", "num_heads")  # what a size stands for
 SMALL = {"size": "tiny", "embed_dim": 128, "depth": 6, "num_heads": 4}
 NETWORKS: tuple[tuple[Chosen, Chosen], ...] = (
@@ -57,11 +57,6 @@ def networks(facts: Facts) -> list[Chosen]:
     patch = next(each for each in range(max(fewest, SMALLEST_PATCH), side + 1) if side % each == 0)
     image = {"image_size": str(side), "patch_size": patch, "in_chans": facts.in_chans}
     return [{"model": {"backbone": "vit", **network, **image}, "decoder": decoder} for network, decoder in NETWORKS]
-
-
-def with_minutes(facts: Facts, minutes: float) -> Facts:
-    """Give the run other minutes."""
-    return replace(facts, minutes=minutes)
 
 
 def epochs(facts: Facts, seconds: float, views: int) -> float:
