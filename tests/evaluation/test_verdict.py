@@ -45,6 +45,7 @@ def test_explained__of_constant_targets_is_zero():
         ({"feature_std": 0.01}, "collapsed"),
         ({"explained": 0.02, "explained_train": 0.03}, "too little"),
         ({"explained": -0.1, "explained_train": -0.1}, "too little"),
+        ({"explained": -0.3, "explained_train": -0.04}, "too little"),
         ({"explained": -0.003, "explained_train": -0.003}, "nothing"),
         ({"explained": -1.2, "explained_train": -1.1}, "nothing"),
         ({"explained": 0.1, "explained_train": 0.8}, "overfitted"),

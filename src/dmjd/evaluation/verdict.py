@@ -35,7 +35,7 @@ def judge(untrained: Mapping[str, float], trained: Mapping[str, float]) -> Verdi
     """
     explained, seen = trained["explained"], trained["explained_train"]
     said = f"{explained:.0%} of what is hidden of held-out images is explained"
-    if seen - explained > GAP:
+    if seen > PREDICTED and seen - explained > GAP:
         return Verdict(
             "overfitted",
             f"{said}, of training images {seen:.0%}",
