@@ -33,6 +33,7 @@ def test_small__ends_with_a_classifier_that_timm_opens(
         assert "head.weight" in file.keys()  # noqa: SIM118 (not a dict)
 
 
+@pytest.mark.slow
 def test_small__as_a_notebook_runs_to_its_end(colours: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(EXAMPLES / "small.ipynb", as_version=4)
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))

@@ -143,6 +143,7 @@ def test_results__count_what_the_rounds_took() -> None:
     assert results["quartiles"] == [1.0, 4.0]
 
 
+@pytest.mark.slow
 def test_speed__times_every_model_against_the_plain_forms(tmp_path: Path) -> None:
     flags = ["--toy", "--sizes", "base", "--precisions", "bf16", "--modes", "eager", "--batch", 4, "--rounds", 2]
     gpu(BENCHMARKS, "speed", *flags, KIT=tmp_path, OUT=tmp_path)
