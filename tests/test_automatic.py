@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from dmjd.cli import main, settings_of
-from dmjd.errors import DataError
+from dmjd.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,17 @@ def test_auto__flags_stand_above_what_is_chosen(photos):
     assert (settings.model.size, settings.model.embed_dim, settings.model.patch_size) == ("small", None, 8)
     assert settings.masking.num_views == 1
     assert settings.optim.warmup_epochs == pytest.approx(0.15)
+
+
+def test_auto__warms_up_for_a_share_of_the_steps_that_are_said(photos):
+    settings = auto(photos, steps=40)
+    assert settings.run.num_steps(23) == 40
+    assert settings.optim.warmup_epochs == pytest.approx(0.05 * 40 * settings.run.batch_size / 23, rel=0.01)
+
+
+def test_auto__minutes_are_refused_for_other_presets(photos):
+    with pytest.raises(ConfigError, match="minutes are for --preset auto, not mae"):
+        settings_of("pretrain", data=str(photos), preset="mae", minutes=5)
 
 
 def test_auto__channels_that_are_said_stand_above_those_of_the_images(photos):

@@ -30,6 +30,7 @@ from dmjd.evaluation.monitor import evenly
 from dmjd.factory import from_settings, masks_of
 from dmjd.method import DMJD
 
+MINUTES = 30.0  # where nobody says
 NUM_LOOKED_AT = 64
 TIMED = 2  # steps, after one to warm up
 IMAGES = {"cpu": 32, "gpu": 256}  # in each of them: fewer would leave a GPU idle
@@ -75,10 +76,11 @@ def _choose(
     if not sides:
         raise DataError(f"none of {len(few)} images decodes ({few.bad[0]}); {run.data}; see dmjd doctor")
     kind = "cpu" if device.type == "cpu" else "gpu"
-    facts = Facts(len(images), int(median(sides)), in_chans, kind, run.minutes)
+    minutes = run.minutes or MINUTES
+    facts = Facts(len(images), int(median(sides)), in_chans, kind, minutes)
     held = len(images) * few.pixels.nbytes / len(few) <= MEMORY_LIMIT
     at_first = reading * len(images) / 60 if held else 0.0
-    training = replace(facts, minutes=max(SPARE * run.minutes - at_first, 0.1 * run.minutes))
+    training = replace(facts, minutes=max(SPARE * minutes - at_first, 0.1 * minutes))
 
     chosen: Chosen = {}
     model, seconds, passes, larger = None, 0.0, 0.0, False
@@ -104,6 +106,9 @@ def _choose(
         chosen, model, seconds, passes = network, trial.model, took, count
     fitting = parse(chosen | {"epochs": passes})
     chosen = chosen | auto.schedule(facts, fitting.run.epochs, asdict(fitting.masking))
+    if steps := fitting.run.steps:  # the user's own
+        passes = steps * parse(chosen).run.batch_size / len(images)
+        chosen["optim"] |= {"warmup_epochs": float(f"{auto.WARM_UP * passes:.3g}")}
     said = describe(facts, parse(chosen), seconds, at_first, device)
     if larger:
         said[1] += f"; a larger one would not see each image {auto.OFTEN} times"
@@ -177,7 +182,7 @@ def describe(
     network = f"{model.embed_dim} wide" if model.embed_dim else f"of size {model.size}"
     steps = run.num_steps(facts.num_images)
     minutes = (steps * run.batch_size * seconds) / 60 + at_first
-    seen = run.epochs * masking.num_views
+    passes = steps * run.batch_size / facts.num_images
     predicted = f"{settings.masked.target} of hidden tokens"
     if settings.visible.weight:
         predicted += f" and {settings.visible.target or settings.masked.target} of visible ones are predicted"
@@ -188,7 +193,7 @@ def describe(
         f"{model.backbone} {network}, {model.image_size} px in patches of {model.patch_size}: "
         f"{1000 * seconds:.2g} ms an image",
         f"{masking.num_views} views of an image hide {masking.mask_ratio:.0%} each; {predicted}",
-        f"{run.epochs:g} epochs, {steps} steps of {run.batch_size} images, peak learning rate {settings.lr:.2g}: "
-        f"about {minutes:.0f} minutes; an image is seen {seen:.0f} times",
+        f"{passes:.3g} epochs, {steps} steps of {run.batch_size} images, peak learning rate {settings.lr:.2g}: "
+        f"about {minutes:.0f} minutes; an image is seen {passes * masking.num_views:.0f} times",
         "for another length --minutes or --epochs; every other flag stands above what is chosen here",
     ]

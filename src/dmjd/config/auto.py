@@ -1,8 +1,7 @@
-"""The rules of `--preset auto`: from what images there are and how fast the machine is to the size of all things.
+"""The rules of `--preset auto`: sizes and lengths that follow from the images, the machine and the time there is.
 
-The method is that of presets/auto.yaml.
-
-Where a rule comes from a measurement, docs/results.md (Preset auto) has it; the others are judgement, and say so.
+The method itself is that of presets/auto.yaml, chosen by trials (docs/results.md, Preset auto). The numbers here are
+judgement, but for the shape of the smallest network and its learning rate, which are those of the trials.
 """
 
 from collections.abc import Mapping

@@ -257,8 +257,8 @@ class PretrainRun(RunSettings):
     """Recipe: auto chooses by the images, the machine and --minutes; published are mae, maskfeat, convmae, fastconvmae,
     dm, dmjd, dmjd-large, dmjd-clip, dmjd-dino, data2vec; to try things on 2 cores quick and quick-convmae,
     -fastconvmae, -dmjd, -teacher."""
-    minutes: float = 30.0
-    """Time that --preset auto plans for, unless --epochs or --steps are given."""
+    minutes: float | None = None
+    """Time that --preset auto plans for, unless --epochs or --steps are given. Default: 30."""
     data_statistics: str = "auto"
     """Mean and standard deviation that images are normalised by: imagenet, or a JSON file as dmjd doctor writes it;
     auto takes ImageNet's for 3 channels and measures those of a sample for any other number."""
@@ -272,6 +272,8 @@ class PretrainRun(RunSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         within(0.01, 1_000_000, self, "minutes")
+        if self.minutes and self.preset != "auto":
+            raise ConfigError(f"minutes are for --preset auto, not {self.preset}; --minutes; give --epochs instead")
 
 
 @dataclass(frozen=True, kw_only=True)

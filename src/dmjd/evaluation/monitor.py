@@ -1,7 +1,7 @@
 """How good the features of a backbone are while it is pre-trained."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dmjd.data.crops import center_crop
-from dmjd.data.decode import BadImage
+from dmjd.data.loader import read_batches
 from dmjd.data.source import Parts, Source, has_labels, labels_of
 from dmjd.engine.distributed import ParallelModel
 from dmjd.evaluation.features import extract
@@ -102,15 +102,11 @@ class Monitor:
         """Predict the hidden tokens of a few images, the same ones at every call; how much of them is explained."""
         device = next(network.parameters()).device
         found = Explained()
+        middle = partial(center_crop, size=self.image_hw)
         numbers = evenly(len(images), min(self.max_images, NUM_PREDICTED))
-        for start in range(0, len(numbers), AT_A_TIME):
-            crops, seeds = [], []
-            for number in numbers[start : start + AT_A_TIME]:
-                with suppress(BadImage):
-                    crops.append(center_crop(images.read(number), self.image_hw).float())
-                    seeds.append(number)
-            if crops:
+        for crops, seen in read_batches(images, numbers, middle, batch_size=AT_A_TIME, workers=0, pin_memory=False):
+            if seen:
                 with autocast():
-                    said = network.predict(torch.stack(crops).to(device), self.masks(torch.tensor(seeds)))
+                    said = network.predict(crops.to(device), self.masks(torch.tensor(seen)))
                 found.add(said.masked.float(), said.masked_target.float())
         return found.share

@@ -1,7 +1,7 @@
 """What a trained network makes of a few held-out images, for pictures: errors, patches, and what is like them."""
 
 from collections.abc import Sequence
-from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dmjd.backbones.feature_maps import token_layer
 from dmjd.data.crops import center_crop
-from dmjd.data.decode import BadImage
+from dmjd.data.loader import read_batches
 from dmjd.data.source import Source
 from dmjd.evaluation.neighbours import nearest
 from dmjd.method import DMJD
@@ -74,14 +74,9 @@ def principal_colours(features: Float[Tensor, "n D h w"]) -> UInt8[Tensor, "n 3 
 
 def glance(network: DMJD, source: Source, numbers: Sequence[int], image_hw: tuple[int, int]) -> Glance | None:
     """Look at some images of a set, leaving out what does not decode; None if none does."""
-    seen = []
-    for start in range(0, len(numbers), AT_A_TIME):
-        crops = {}
-        for number in numbers[start : start + AT_A_TIME]:
-            with suppress(BadImage):
-                crops[number] = center_crop(source.read(number), image_hw).float()
-        if crops:
-            seen.append(look(network, torch.stack([*crops.values()]), [*crops]))
+    middle = partial(center_crop, size=image_hw)
+    read = read_batches(source, numbers, middle, batch_size=AT_A_TIME, workers=0, pin_memory=False)
+    seen = [look(network, crops.float(), kept) for crops, kept in read if kept]
     return Glance(*map(torch.cat, zip(*seen, strict=True))) if seen else None
 
 

@@ -19,9 +19,10 @@ from dmjd.backbones.normalize import STATISTICS
 from dmjd.config.pretrain import PretrainRun, PretrainSettings
 from dmjd.config.rules import flags_of, to_dict
 from dmjd.data.crops import RandomCrop, center_crop
-from dmjd.data.decode import BadImage, Wanted
+from dmjd.data.decode import Wanted
 from dmjd.data.folder import ignored_files
 from dmjd.data.levels import BYTES, Levels
+from dmjd.data.loader import read_batches
 from dmjd.data.masked import MaskedBatch, MaskedSamples
 from dmjd.data.memory import PackedImages, in_memory, stack_of
 from dmjd.data.source import Parts, Scaled, Source, has_labels, measure_levels, open_source, sample
@@ -296,16 +297,13 @@ def draw(settings: PretrainSettings, network: DMJD, samples: MaskedSamples, part
     Also how often tokens were hidden in the last epoch of training, by masks drawn again, and what of the training
     images is most like held-out ones.
     """
-    crops, drawn = [], []
-    for index in evenly(len(parts.held_out), NUM_PICTURES):
-        try:
-            crops.append(center_crop(parts.held_out.read(index), settings.model.image_hw).float())
-        except BadImage:
-            continue
-        drawn.append(index)
-    if not crops:
+    middle, chosen = partial(center_crop, size=settings.model.image_hw), evenly(len(parts.held_out), NUM_PICTURES)
+    ((crops, drawn),) = read_batches(
+        parts.held_out, chosen, middle, batch_size=NUM_PICTURES, workers=0, pin_memory=False
+    )
+    if not drawn:
         return
-    images = torch.stack(crops).to(next(network.parameters()).device)
+    images = crops.float().to(next(network.parameters()).device)
     masked = masks_of(settings, samples.mask_seeds(torch.zeros(len(drawn), dtype=torch.long), torch.tensor(drawn)))
     predicted = network.eval().predict(images, masked).masked.float().cpu()
     hidden = token_ids(masked).hidden[..., None].expand(-1, -1, predicted.shape[-1])
