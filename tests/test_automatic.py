@@ -35,7 +35,7 @@ def auto(data, **given):
 
 
 def test_auto__fits_the_images_and_says_so_in_six_lines_at_most(photos, capsys):
-    settings = auto(photos, minutes=0.1)
+    settings = auto(photos, minutes=0.02)
     assert (settings.model.image_size, settings.model.patch_size, settings.model.in_chans) == ("32", 4, 3)
     assert settings.run.batch_size <= 23
     lines = capsys.readouterr().err.splitlines()
@@ -44,7 +44,7 @@ def test_auto__fits_the_images_and_says_so_in_six_lines_at_most(photos, capsys):
 
 
 def test_auto__takes_the_channels_that_images_have(stacks):
-    assert auto(stacks, minutes=0.1).model.in_chans == 5
+    assert auto(stacks, minutes=0.02).model.in_chans == 5
 
 
 def test_auto__more_minutes_are_more_epochs_until_images_were_seen_often_enough(photos):
@@ -65,7 +65,7 @@ def test_auto__flags_stand_above_what_is_chosen(photos):
 
 
 def test_auto__warms_up_for_a_share_of_the_steps_that_are_said(photos):
-    settings = auto(photos, steps=40)
+    settings = auto(photos, minutes=0.02, steps=40)
     assert settings.run.num_steps(23) == 40
     assert settings.optim.warmup_epochs == pytest.approx(0.05 * 40 * settings.run.batch_size / 23, rel=0.01)
 

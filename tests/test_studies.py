@@ -127,6 +127,7 @@ def test_studies__of_the_project_name_arms_that_they_describe_and_dmjd_takes(tmp
             assert parsed(study.settings(studies.Job(arm, 1, 0, 1e-3, False)), tmp_path).lr == pytest.approx(1e-3)
 
 
+@pytest.mark.slow
 def test_toy_study__runs_from_images_to_tables_and_does_not_run_twice(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

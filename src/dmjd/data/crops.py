@@ -89,24 +89,36 @@ class RandomCrop:
         Resampling is linear along rows and along columns: a product with one matrix per image for each. Bytes stay
         bytes: unrounded, flat parts of them would have faint edges, which a whitened target such as HOG makes loud.
         """
-        boxes = torch.from_numpy(np.stack(self.box(draws, *images.shape[2:]))).to(images.device, non_blocking=True)
+        box, (channels, height, width), (rows, columns) = self.box(draws, *images.shape[2:]), images.shape[1:], self.size
+        unmirrored = np.zeros_like(box.mirrored)
+        down, down_of = _matrices(box.top, box.height, unmirrored, side=height, size=rows, device=images.device)
+        across, across_of = _matrices(box.left, box.width, box.mirrored, side=width, size=columns, device=images.device)
         at_once = len(images) if images.is_cuda else IN_CACHE
-        crops = images.new_empty(len(images), self.size[0], images.shape[1] * self.size[1])
-        for part, box, into in zip(
-            images.split(at_once), boxes.split(at_once, dim=1), crops.split(at_once), strict=True
+        crops = images.new_empty(len(images), rows, channels * columns)
+        for part, down_part, across_part, into in zip(
+            *(each.split(at_once) for each in (images, down_of, across_of, crops)), strict=True
         ):
-            into.copy_(self._resample(part, Box(*box)))
-        return crops.unflatten(2, (images.shape[1], self.size[1])).transpose(1, 2)
+            # The channels of a row stand side by side.
+            lines = part.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+            narrow = lines.flatten(1, 2).bmm(across[across_part].mT).clamp_(0, 255)
+            cut = down[down_part].bmm(narrow.view(len(part), height, -1)).clamp_(0, 255)
+            into.copy_(cut.round_() if images.dtype == torch.uint8 else cut)
+        return crops.unflatten(2, (channels, columns)).transpose(1, 2)
 
-    def _resample(self, images: Tensor, box: Box) -> Tensor:
-        """Crop some images; the channels of a row stand side by side."""
-        (channels, height, width), (rows, columns) = images.shape[1:], self.size
-        down = resampling(box.top, box.height, torch.zeros_like(box.mirrored), side=height, size=rows)
-        across = resampling(box.left, box.width, box.mirrored, side=width, size=columns)
-        lines = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        narrow = lines.flatten(1, 2).bmm(across.mT).clamp_(0, 255)
-        crops = down.bmm(narrow.view(len(images), height, channels * columns)).clamp_(0, 255)
-        return crops.round_() if images.dtype == torch.uint8 else crops
+
+def _matrices(
+    start: np.ndarray, length: np.ndarray, mirrored: np.ndarray, *, side: int, size: int, device: torch.device
+) -> tuple[Float[Tensor, "n size side"], Int[Tensor, " B"]]:
+    """Make the resampling matrices of a batch, and tell which of them each image takes.
+
+    Boxes of small images are often the same, and so are their matrices.
+    """
+    places = (start * (side + 1) + length) * 2 + mirrored
+    _, first, which = np.unique(places, return_index=True, return_inverse=True)
+    different = torch.from_numpy(np.stack([start, length, mirrored])[:, first]).to(device, non_blocking=True)
+    parts = different.split(len(first) if device.type == "cuda" else IN_CACHE, dim=1)
+    matrices = [resampling(*part, side=side, size=size) for part in parts]
+    return torch.cat(matrices), torch.from_numpy(which).to(device, non_blocking=True)
 
 
 def resampling(

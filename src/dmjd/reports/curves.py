@@ -81,8 +81,7 @@ def curve(title: str, keys: Mapping[str, str], lines: Sequence[Line]) -> dict[st
     logged = {name: points for name, key in keys.items() if (points := series(lines, key, x)).size}
     if not logged:
         return None
-    figure = Figure(figsize=(4.6, 2.5), layout="constrained")
-    axes, spoken, drawn = plain_axes(figure), [], []
+    (figure, axes), spoken, drawn = plain_axes(), [], []
     for place, (name, (at, values)) in enumerate(logged.items()):
         key = keys[name]
         said, finite = draw_line(axes, at, values * (100 if key in SHARES else 1), key=key, place=place, name=name)
@@ -114,8 +113,7 @@ def overlay(
     }
     if len(logged) < 2:
         return None
-    figure = Figure(figsize=(4.6, 2.5), layout="constrained")
-    axes, spoken, drawn = plain_axes(figure), [], []
+    (figure, axes), spoken, drawn = plain_axes(), [], []
     for (place, name), (at, values) in logged.items():
         at, values = at / (60 if x == "seconds" else 1), values * (100 if key in SHARES else 1)
         said, finite = draw_line(axes, at, values, key=key, place=place, name=name)
@@ -170,8 +168,13 @@ def set_scale(axes: Any, title: str, drawn: Sequence[Float[np.ndarray, " _"]]) -
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
 
 
-def plain_axes(figure: Figure) -> Any:
-    """Make axes with a base line, faint horizontal rules and numbers, and no more."""
+def plain_axes(height: float = 2.5) -> tuple[Figure, Any]:
+    """Make a figure, `height` inches high, whose axes have a base line, faint rules and numbers, and no more.
+
+    Margins are said, not found out: matplotlib would draw everything three times for that.
+    """
+    figure = Figure(figsize=(4.6, height))
+    figure.subplots_adjust(left=0.125, right=0.985, bottom=0.44 / height, top=1 - 0.1 / height)
     axes: Any = figure.subplots()
     axes.spines[["top", "left", "right"]].set_visible(False)
     axes.spines["bottom"].set_color(LINE)
@@ -181,14 +184,16 @@ def plain_axes(figure: Figure) -> Any:
     axes.margins(x=0.01)
     axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
     axes.yaxis.get_major_locator().set_params(nbins=6)
-    return axes
+    return figure, axes
 
 
 def add_legend(axes: Any, **names: Any) -> None:
-    """Put the names of the lines into one row above the axes; `names` goes to matplotlib."""
-    axes.legend(
+    """Put the names of the lines into rows of three above the axes; `names` goes to matplotlib."""
+    legend = axes.legend(
         frameon=False, fontsize=8, labelcolor=MUTED, ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 1), **names
     )
+    rows = math.ceil(len(legend.get_texts()) / 3)
+    axes.figure.subplots_adjust(top=1 - (0.12 + 0.17 * rows) / axes.figure.get_figheight())
 
 
 def svg(figure: Figure, name: str, label: str) -> Markup:

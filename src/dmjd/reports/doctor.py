@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from dmjd.data.checkup import Copies, Look, Values
 from dmjd.data.levels import BYTES, Levels
@@ -190,8 +189,7 @@ def picture_pair(parts: Mapping[str, Source], one: Look, two: Look, levels: Leve
 def figures(good: Sequence[Look], values: Values | None) -> list[dict[str, Any]]:
     """Draw how large images are and what values they have."""
     sides = {"heights": [each.shape[1] for each in good], "widths": [each.shape[2] for each in good]}
-    figure = Figure(figsize=(4.6, 2.5), layout="constrained")
-    axes = plain_axes(figure)
+    figure, axes = plain_axes()
     steps = np.histogram_bin_edges([*sides["heights"], *sides["widths"]], bins=40)
     for (name, numbers), colour in zip(sides.items(), HUES, strict=False):
         axes.stairs(np.histogram(numbers, steps)[0], steps, color=colour, linewidth=1.4, label=name)
@@ -206,8 +204,7 @@ def figures(good: Sequence[Look], values: Values | None) -> list[dict[str, Any]]
 
 def draw_values(shares: Float64[np.ndarray, "C bins"], values: Values) -> Markup:
     """Draw a line for the values of every channel; of more than three, all in one colour."""
-    figure = Figure(figsize=(4.6, 2.5), layout="constrained")
-    axes = plain_axes(figure)
+    figure, axes = plain_axes()
     levels, few = values.statistics.levels, len(shares) <= len(HUES)
     steps = np.linspace(levels.low, levels.high, shares.shape[1] + 1)
     for number, share in enumerate(shares):

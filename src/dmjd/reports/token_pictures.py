@@ -189,8 +189,7 @@ def draw_places(mean: Float[np.ndarray, "h w"], num_views: int) -> Figure:
 
 def draw_shares(shares: Float[np.ndarray, " n"], chance: Float[np.ndarray, " n"]) -> Figure:
     """Draw the share of tokens that were hidden 0, 1, ... times, and what it would be for independent masks."""
-    figure = Figure(figsize=(4.6, 2.9), layout="constrained")
-    axes, times = plain_axes(figure), np.arange(len(shares))
+    (figure, axes), times = plain_axes(height=2.9), np.arange(len(shares))
     bars = axes.bar(times, shares * 100, 0.55, color=HUES[0], label="measured")
     axes.bar_label(bars, [f"{share:.1%}" for share in shares], color=INK, fontsize=8, padding=3)
     marks = axes.hlines(chance * 100, times - 0.14, times + 0.14, color=HUES[1], lw=2, label="independent masks")
