@@ -89,7 +89,11 @@ class RandomCrop:
         Resampling is linear along rows and along columns: a product with one matrix per image for each. Bytes stay
         bytes: unrounded, flat parts of them would have faint edges, which a whitened target such as HOG makes loud.
         """
-        box, (channels, height, width), (rows, columns) = self.box(draws, *images.shape[2:]), images.shape[1:], self.size
+        box, (channels, height, width), (rows, columns) = (
+            self.box(draws, *images.shape[2:]),
+            images.shape[1:],
+            self.size,
+        )
         unmirrored = np.zeros_like(box.mirrored)
         down, down_of = _matrices(box.top, box.height, unmirrored, side=height, size=rows, device=images.device)
         across, across_of = _matrices(box.left, box.width, box.mirrored, side=width, size=columns, device=images.device)
@@ -100,8 +104,8 @@ class RandomCrop:
         ):
             # The channels of a row stand side by side.
             lines = part.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-            narrow = lines.flatten(1, 2).bmm(across[across_part].mT).clamp_(0, 255)
-            cut = down[down_part].bmm(narrow.view(len(part), height, -1)).clamp_(0, 255)
+            narrow = lines.flatten(1, 2).bmm(across.index_select(0, across_part).mT).clamp_(0, 255)
+            cut = down.index_select(0, down_part).bmm(narrow.view(len(part), height, -1)).clamp_(0, 255)
             into.copy_(cut.round_() if images.dtype == torch.uint8 else cut)
         return crops.unflatten(2, (channels, columns)).transpose(1, 2)
 
