@@ -223,9 +223,10 @@ MAY_IMPORT = {  # every room, and what it may import beside itself
     "initialization": METHOD | {"reference"},
     "factory": METHOD | {"config", "initialization"},
     "formats": METHOD | {"networks"},
+    "planning": METHOD | {"engine"},
     "automatic": METHOD | {"data", "config", "engine", "evaluation", "factory"},
     "tasks": METHOD
-    | {"data", "config", "engine", "evaluation", "networks", "reports", "factory", "reference", "formats"},
+    | {"data", "config", "engine", "evaluation", "networks", "reports", "factory", "reference", "formats", "planning"},
     "cli": {"errors", "config", "automatic", "tasks"},
     "__main__": {"cli"},
     "api": {"backbones", "cli", "engine", "tasks"},
@@ -260,11 +261,16 @@ def test_imports__run_one_way(path):
             assert rest[0] == room or rest[0] in MAY_IMPORT[room], f"{place} imports {module}"
 
 
+OF_LABELS = ("labelled", "segmentation", "detection", "builtin")
+
+
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
         ("timm", ("backbones/", "engine/optim.py", "data/labelled.py", "formats/", "tasks/")),
         ("torch.distributed", ("engine/distributed.py",)),
+        # Its import takes two seconds, which every worker of a pre-training would spend.
+        ("torchvision", ("evaluation/", "networks/", "reports/", *(f"data/{name}.py" for name in OF_LABELS))),
     ],
 )
 def test_imports__of_a_package_stay_in_few_places(package, allowed):

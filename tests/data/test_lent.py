@@ -34,19 +34,15 @@ def loaded(samples: Numbered, workers: int = 1) -> Iterable[Any]:
     return train_batches(samples, StepSampler(50, 2, 0, STEPS, 0), None, workers=workers, pin_memory=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
-def test_lent__batches_that_are_kept_stay_as_they_are(dtype: torch.dtype) -> None:
-    batches = list(loaded(Numbered(dtype=dtype)))
-    assert len(batches) == STEPS
-    for batch in batches:
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.float32])
+def test_lent__batches_that_are_kept_or_looked_at_stay_as_they_are(dtype: torch.dtype) -> None:
+    kept = []
+    for place, batch in enumerate(loaded(Numbered(dtype=dtype))):
         assert batch.images.shape == (2, 3, 4, 4)
         assert batch.images.dtype == dtype
-        assert (batch.images.float() == batch.indices[0]).all()
-
-
-def test_lent__a_view_is_enough_to_keep_a_batch() -> None:
-    views = [(batch.images[1:, :, 2], int(batch.indices[0])) for batch in loaded(Numbered())]
-    assert all((view == number).all() for view, number in views)
+        kept.append((batch.images if place % 2 else batch.images[1:, :, 2], int(batch.indices[0])))  # or a view alone
+    assert len(kept) == STEPS
+    assert all((images.float() == number).all() for images, number in kept)
 
 
 def test_lent__a_worker_has_as_many_slots_as_batches_are_under_way() -> None:
