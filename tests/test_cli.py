@@ -33,6 +33,7 @@ NEEDED["search"] = ["--features", "f.npy", "--out", "s", "--duplicates"]
 NEEDED["export"] = ["r", "--to", "timm", "--out", "o"]
 NEEDED["prepare"] = ["--data", "d", "--out", "s"]
 NEEDED["doctor"] = ["--data", "d"]
+NEEDED["plan"] = []
 
 
 def settings_of(*arguments: object) -> Any:
@@ -188,6 +189,11 @@ BAD = {  # command line: what its error line has to say
     "doctor": "--data",
     "doctor d --max_images 0": "max_images 0",
     "doctor d --workers 0": "workers 0",
+    "plan": "--images",
+    "plan --images 0": "images 0",
+    "plan --images 9 --device h10": "did you mean h100?",
+    "plan --images 9 --devices 3": "--devices",
+    "plan --images 9 --preset auto": "--config",
     "report": "RUN",
     "--nonsense": "nonsense",
 }
@@ -455,6 +461,7 @@ def test_help__settings_stand_in_groups(capsys: pytest.CaptureFixture[str]) -> N
         "export": "Run",
         "prepare": "Run Images",
         "doctor": "Run Images",
+        "plan": "Plan Run Model Masking Masked Visible HOG Teachers Decoder Crops Optimizer Monitoring",
     }
     assert set(groups) == {verb.name for verb in VERBS}
     for verb, names in groups.items():

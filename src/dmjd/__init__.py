@@ -8,8 +8,8 @@ Disjoint masking with joint distillation (arXiv 2301.00230), MAE, MaskFeat, Conv
     model = run.load()                         # a timm model
 
 The verbs of the command line are functions: pretrain, knn, linear, finetune, segment, detect, predict, embed, search,
-export, prepare, doctor, report. Their settings have the names of the flags (`dmjd VERB --help`), with two underscores
-for the dot of a section: `model__size="small"`. The others are the parts that these are made of.
+export, plan, prepare, doctor, report. Their settings have the names of the flags (`dmjd VERB --help`), with two
+underscores for the dot of a section: `model__size="small"`. The others are the parts that these are made of.
 """
 
 from importlib import import_module
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         finetune,
         knn,
         linear,
+        plan,
         predict,
         prepare,
         pretrain,
@@ -59,6 +60,7 @@ __all__ = [
     "load_backbone",
     "load_pretrained",
     "load_reference",
+    "plan",
     "predict",
     "prepare",
     "pretrain",

@@ -194,6 +194,19 @@ def prepare(data: str | Path, out: str | Path, **settings: Any) -> Outcome:
     return _do("prepare", data=data, out=out, **settings)
 
 
+def plan(images: int | None = None, **settings: Any) -> Outcome:
+    """Say what a pre-training run will cost before it begins, as a page that is printed.
+
+    Args:
+        images: To train on. Default: those of `data`.
+        settings: `device="h100"`, `devices=8`, `price=2.5`, `measure=30`, and those of `pretrain` ...
+
+    Returns:
+        The plan; its `numbers` are those of the page.
+    """
+    return _do("plan", images=images, **settings)
+
+
 def doctor(data: str | Path, out: str | Path | None = None, **settings: Any) -> Outcome:
     """Say what is in a set of images, a run or a backbone, and what is wrong with it.
 

@@ -157,7 +157,7 @@ def time_image(settings: PretrainSettings, images: PackedImages, device: torch.d
         stack=stack.to(device) if stack and stack.fits(device) else None,
     )
     network, optimizer = make(settings, device)
-    autocast = choose_precision(settings.run.precision, device)
+    autocast = choose_precision(settings.run.precision, device, network)
     taken = []
     for step in range(TIMED + 1):
         began = time.perf_counter()

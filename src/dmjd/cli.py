@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 from cyclopts import (
@@ -34,6 +34,7 @@ from dmjd.config.common import group
 from dmjd.config.doctor import DoctorSettings
 from dmjd.config.export import ExportSettings
 from dmjd.config.load import by_flag, layers, read_yaml
+from dmjd.config.plan import PlanSettings
 from dmjd.config.predict import PredictSettings
 from dmjd.config.prepare import PrepareSettings
 from dmjd.config.pretrain import PretrainSettings
@@ -89,6 +90,7 @@ VERBS = (
     Verb("embed", downstream.EmbedSettings, "Write the features of images to a file."),
     Verb("search", SearchSettings, "Find the nearest images of others, or near-duplicates, by their features."),
     Verb("export", ExportSettings, "Write a network of a run for timm, Hugging Face, ONNX or torch.export."),
+    Verb("plan", PlanSettings, "Say what a pre-training run will cost before it begins.", PRESETS),
     Verb("prepare", PrepareSettings, "Decode images once, make them smaller and pack them for the other verbs."),
     Verb("doctor", DoctorSettings, "Say what is in a set of images, a run or a backbone, and what is wrong with it."),
 )
@@ -160,7 +162,12 @@ def application(
         name="dmjd",
         help="Masked image modelling: a folder of images in, a timm backbone out.",
         default_parameter=Parameter(name_transform=lambda name: name),
-        config=[Dict(dict(given or {}), use_commands_as_keys=False, source="what is given"), *files, whole_numbers],
+        config=[
+            Dict(dict(given or {}), use_commands_as_keys=False, source="what is given"),
+            *files,
+            words,
+            whole_numbers,
+        ],
         help_formatter=InForce(below),
     )
     for verb in verbs() if known is None else known:
@@ -193,6 +200,14 @@ class InForce(DefaultFormatter):
             said = f"({', '.join(map(str, value))})" if isinstance(value, list) else str(value)
             entries.append(entry if value is None else entry.copy(default=said, required=False))
         super().__call__(console, options, panel.copy(entries=entries))
+
+
+def words(app: App, commands: Sequence[str], arguments: ArgumentCollection) -> None:
+    """Take YAML's truth values for words where a setting is one: it reads `on`, `off`, `yes` and `no` as such."""
+    for argument in arguments:
+        choices = get_args(argument.hint) if get_origin(argument.hint) is Literal else ()
+        meant = {str(yaml.safe_load(choice)): choice for choice in choices if choice in ("on", "off", "yes", "no")}
+        argument.tokens[:] = [token.evolve(value=meant.get(token.value, token.value)) for token in argument.tokens]
 
 
 def whole_numbers(app: App, commands: Sequence[str], arguments: ArgumentCollection) -> None:
@@ -270,7 +285,8 @@ def choice(below: Sequence[Path], resolve: Callable[[Mapping[str, Any]], Any]) -
         return {}
     settings = resolve({})
     out = settings.run.out
-    if (out / "config.yaml").exists() or (settings.run.resume and not out.exists()):
+    resumed = (out / "config.yaml").exists() or (settings.run.resume and not out.exists())
+    if resumed or isinstance(settings, PlanSettings):
         return {}  # the verb refuses it: no need to look at images
     from dmjd.automatic import choose  # imports torch
 

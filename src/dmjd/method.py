@@ -82,20 +82,18 @@ class DMJD(nn.Module):
         self.beta = beta
         self.normalize = Normalize(mean, std)
 
-    def forward(
-        self, images: Num[Tensor, "B C H W"], masked: Bool[Tensor, "B V L"], num_hidden: int | None = None
-    ) -> Losses:
+    def forward(self, images: Num[Tensor, "B C H W"], masked: Bool[Tensor, "B V L"] | TokenIds) -> Losses:
         """Compute the losses of a batch.
 
         Args:
             images: Pixels of 0..255, uint8 or float, where the model is.
-            masked: True = hidden.
-            num_hidden: M, where it is known (see `masking.token_ids`).
+            masked: True = hidden; or what `masking.token_ids` makes of it. Given that, torch compiles all of this as
+                one graph, as no shape depends on a mask.
 
         Raises:
             ValueError: If the views hide different numbers of tokens.
         """
-        predictions = self.predict(images, masked, num_hidden)
+        predictions = self.predict(images, masked)
         masked_loss = regression_loss(
             predictions.masked,
             predictions.masked_target,
@@ -114,11 +112,10 @@ class DMJD(nn.Module):
         )
         return Losses(masked_loss + self.visible_weight * visible_loss, masked_loss, visible_loss)
 
-    def predict(
-        self, images: Num[Tensor, "B C H W"], masked: Bool[Tensor, "B V L"], num_hidden: int | None = None
-    ) -> Predictions:
+    def predict(self, images: Num[Tensor, "B C H W"], masked: Bool[Tensor, "B V L"] | TokenIds) -> Predictions:
         """Run both branches; arguments as in `forward`."""
-        tokens = TokenIds(*(ids.to(images.device) for ids in token_ids(masked, num_hidden)))
+        tokens = masked if isinstance(masked, TokenIds) else token_ids(masked)
+        tokens = TokenIds(*(ids.to(images.device) for ids in tokens))
         with torch.no_grad():  # once per image, for all its views
             target_BLT = self.target(images)
             visible_BLT = target_BLT if self.visible_target is None else self.visible_target(images)

@@ -58,7 +58,7 @@ def train(root, alone, together):
 def equal_cases(root, images, chosen):
     """The same runs on one rank and on two."""
     alone, together = {}, []
-    for (backbone, target, parallel), (dtype, steps) in product(chosen, (("float64", 50), ("float32", 10))):
+    for (backbone, target, parallel), (dtype, steps) in product(chosen, (("float64", 20), ("float32", 10))):
         name = f"{backbone}-{target}-{dtype}"
         case = {"data": images, "backbone": backbone, "target": target, "dtype": dtype, "steps": steps}
         alone[name] = case | {"out": f"{root}/1-{name}"}
@@ -133,7 +133,7 @@ def assert_equal_weights(folder, other, tolerance):
 
 def assert_equal_runs(root, backbone, target, parallel):
     name = f"{backbone}-{target}-float64"
-    assert len(losses(root / f"1-{name}")) == 50
+    assert len(losses(root / f"1-{name}")) == 20
     assert_equal(root / f"1-{name}", root / f"2-{name}-{parallel}", 1e-12)
     assert_equal_weights(root / f"1-{name}", root / f"2-{name}-{parallel}", 1e-12)
     name = f"{backbone}-{target}-float32"

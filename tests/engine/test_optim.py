@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dmjd.backbones.convvit  # noqa: F401 (registers its models with timm)
+from dmjd.engine import checkpoint
 from dmjd.engine.distributed import ParallelModel, Ranks
 from dmjd.engine.loop import Plan, train
 from dmjd.engine.optim import create_lars, create_optimizer, warmup_poly
@@ -140,6 +141,26 @@ def test_layer_decay__heads_train_at_the_full_rate_and_their_vectors_do_not_deca
     assert groups[id(head[0].weight)]["weight_decay"] == 0.05
     assert groups[id(head[1].weight)]["weight_decay"] == groups[id(head[0].bias)]["weight_decay"] == 0
     assert min(group.get("lr_scale", 1.0) for group in optimizer.param_groups) == pytest.approx(DECAY ** (DEPTH + 1))
+
+
+@pytest.mark.parametrize("fused", [(False, True), (True, False)])
+def test_checkpoint__a_run_goes_on_with_the_kernels_of_the_device_that_it_is_on(tmp_path, fused):
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    first, then = (
+        torch.optim.AdamW(each.parameters(), lr=rate, fused=kind)
+        for each, rate, kind in ((model, 0.5, fused[0]), (other, 0.1, fused[1]))
+    )
+    model(torch.ones(1, 2)).sum().backward()
+    first.step()
+    path = checkpoint.save(tmp_path, checkpoint.collect(model, model, first), {"step": 1})
+    checkpoint.load(path, model=other, trained=other, optimizer=then)
+    assert then.param_groups[0]["fused"] == fused[1]
+    assert then.param_groups[0]["lr"] == 0.5
+    for optimizer, network in ((first, model), (then, other)):
+        optimizer.zero_grad()
+        network(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(model.weight, other.weight)
 
 
 def test_warmup_poly__rises_then_falls_on_a_straight_line_to_zero():

@@ -15,6 +15,7 @@ SEEDS = 2**63 - 1  # the largest one
 
 # Groups of the help, in this order.
 GROUPS = (
+    "Plan",
     "Run",
     "Backbone",
     "Labels",
@@ -63,7 +64,8 @@ class DeviceSettings:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes the best."""
     precision: Precision = "auto"
-    """Precision of the matrix products; auto is bf16 where the GPU has it."""
+    """Precision of the matrix products; auto is bf16 where the GPU has it, and where a network of 256 and wider is
+    pre-trained on a CPU with matrix units (AMX)."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -100,8 +102,12 @@ class RunSettings(DeviceSettings):
     """Seed of everything random, and of the held-out images where the set does not name them."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With torchrun: ddp keeps the whole model on every process, fsdp a share of it."""
-    compile: bool = False
-    """Compile the network by torch.compile: minutes at the start, faster steps after."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the network by torch.compile: minutes at the start, faster steps after; auto does on GPUs in runs of
+    2,000 steps and more. Where torch cannot, the run says so and goes on without."""
+    activation_checkpointing: bool = False
+    """Compute the inside of every block again in the backward pass instead of keeping it: less memory, a forward pass
+    more in a step."""
     resume: bool = False
     """Go on with the run in --out."""
     allow_change: tuple[str, ...] = ()
@@ -127,6 +133,15 @@ class RunSettings(DeviceSettings):
     def num_steps(self, count: int) -> int:
         """Count the steps of a run over `count` images."""
         return self.steps or max(round(self.epochs * count / self.batch_size), 1)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What `ParallelModel` takes from here."""
+        return {
+            "parallel": self.parallel,
+            "compile": self.compile,
+            "checkpointing": self.activation_checkpointing,
+        }
 
     @property
     def plan(self) -> dict[str, Any]:

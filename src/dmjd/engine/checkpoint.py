@@ -136,7 +136,7 @@ def load(path: Path, *, model: nn.Module, trained: nn.Module, optimizer: Optimiz
         model.load_state_dict(weights)
         moments, numbers = read(path / "optimizer"), read_state(path)["optimizer"]
         for group, saved in zip(optimizer.param_groups, numbers["groups"], strict=True):
-            group.update(saved)
+            group.update({key: value for key, value in saved.items() if key != "fused"})  # as the device has it
     except (RuntimeError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"the checkpoint does not fit the model: {reason}; {path}; check the settings") from None
@@ -144,9 +144,10 @@ def load(path: Path, *, model: nn.Module, trained: nn.Module, optimizer: Optimiz
     for name, value in {**moments, **numbers["states"]}.items():
         parameter, _, key = name.rpartition(":")
         states.setdefault(parameter, {})[key] = value
+    fused = {parameter for group in optimizer.param_groups if group.get("fused") for parameter in group["params"]}
     for name, parameter in trained.named_parameters():
         for key, value in states.get(name, {}).items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
+            if isinstance(value, Tensor) and (value.shape == parameter.shape or parameter in fused):
                 value = shared_like(value.to(parameter.device), parameter)
             optimizer.state[parameter][key] = value
 

@@ -6,10 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from dmjd.errors import ConfigError
+
+WIDE = 256  # narrower networks train faster in float32 on CPUs; measured in docs/decisions.md
 
 
 def choose_device(name: str) -> torch.device:
@@ -27,28 +33,70 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(f"no such device ({reason}); --device {name}; choose cpu or leave it at auto") from None
 
 
-def choose_precision(name: str, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """Make the context of a forward pass: float32, or bf16 matrix products (`auto`: on GPUs that have them)."""
-    bf16 = name == "bf16" or (
-        name == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
+def choose_precision(
+    name: str, device: torch.device, trained: nn.Module | None = None
+) -> Callable[[], AbstractContextManager[None]]:
+    """Make the context of a forward pass: float32, or bf16 matrix products.
+
+    Args:
+        name: `fp32`, `bf16`, or `auto`: bf16 on GPUs that have it, and for training where it is faster on the CPU.
+        device: Where.
+        trained: The network, if it is trained; what is only looked at on a CPU is so in float32.
+    """
+    if name == "auto" and device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif name == "auto":
+        bf16 = device.type == "cpu" and trained is not None and gains_by_bf16(trained)
+    else:
+        bf16 = name == "bf16"
     return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
-def environment(device: torch.device, precision: str) -> dict[str, str | int]:
+def gains_by_bf16(network: nn.Module) -> bool:
+    """Tell whether a CPU trains a network faster in bf16: one with units for matrices of it, if the network is wide.
+
+    A rule and no measurement, so that a run is the same each time. It goes by the widest matrix: that of a narrow
+    network is worth less than turning numbers into bf16 and back.
+    """
+    matrices = [module.weight for module in network.modules() if isinstance(module, nn.Linear)]
+    widest = max((min(matrix.shape) for matrix in matrices if matrix.requires_grad), default=0)
+    return torch.cpu._is_amx_tile_supported() and widest >= WIDE
+
+
+def computes_in_bf16(autocast: Callable[[], AbstractContextManager[None]], device: torch.device) -> bool:
+    """Tell what `choose_precision` has chosen."""
+    with autocast():
+        return torch.is_autocast_enabled(device.type)
+
+
+class Float32Attention(TorchFunctionMode):
+    """Computes attention in float32 on a CPU, where autocast would have bf16; for training.
+
+    The backward pass of torch's kernel takes two to six times as long in bf16 as in float32 there.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function of torch; attention without a backward pass, or with a mask, is left as it is."""
+        options = kwargs or {}
+        is_attention = func is F.scaled_dot_product_attention and len(args) == 3 and options.get("attn_mask") is None
+        if not (is_attention and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")):
+            return func(*args, **options)
+        with torch.autocast("cpu", enabled=False):
+            return func(*(tensor.float() for tensor in args), **options).to(args[2].dtype)
+
+
+def environment(device: torch.device, autocast: Callable[[], AbstractContextManager[None]]) -> dict[str, str | int]:
     """Describe what computes: versions, device, precision of matrix products, and the cores of the host.
 
     Args:
         device: Where.
-        precision: As `choose_precision` takes it.
+        autocast: Context of a forward pass.
     """
-    with choose_precision(precision, device)():
-        bf16 = torch.is_autocast_enabled(device.type)
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "timm", "dmjd")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "precision": "bf16" if bf16 else "fp32",
+        "precision": "bf16" if computes_in_bf16(autocast, device) else "fp32",
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count() or 1,
     }

@@ -8,27 +8,34 @@ everything here is what it would be if the file were not there.
 import copy
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from dmjd.engine.device import choose_device
+from dmjd.engine.device import Float32Attention, choose_device
 from dmjd.engine.watch import this_process, watching
 from dmjd.errors import ConfigError, Stopped
 
 T = TypeVar("T")
 Parallel = Literal["ddp", "fsdp"]
-BLOCK = re.compile(r"(^|\.)blocks\d*\.\d+$")  # what FSDP shards by itself: a block of a transformer, by timm's names
+Compile = Literal["auto", "on", "off"]
+REPAID = 2000  # steps after which a minute or two of compiling have paid on a GPU
+# A block of a transformer, by timm's names: what FSDP shards, and what is computed again, by itself.
+BLOCK = re.compile(r"(^|\.)blocks\d*\.\d+$")
 
 
 @dataclass(frozen=True)
@@ -166,11 +173,13 @@ class ParallelModel:
             optimizer has to be made afterwards.
         ranks: Who trains.
         parallel: `ddp` or `fsdp`.
-        compile: Compile forward and backward pass by torch.compile.
+        compile: Compile forward and backward pass by torch.compile: always, never, or on GPUs in runs that are long.
+        checkpointing: Keep of every block only what goes in, and compute the rest again in the backward pass.
         all_used: Whether every step uses every weight; if not, DDP has to look which it used.
 
     Attributes:
         module: The network itself, whose parameters are trained.
+        compiled: Whether its steps are compiled.
     """
 
     def __init__(
@@ -179,10 +188,13 @@ class ParallelModel:
         ranks: Ranks,
         *,
         parallel: Parallel = "ddp",
-        compile: bool = False,
+        compile: Compile = "off",
+        checkpointing: bool = False,
         all_used: bool = True,
     ):
-        self.ranks = ranks
+        self.ranks, self.compile, self.compiled = ranks, compile, False
+        if checkpointing:
+            recompute(module)
         self._copy: nn.Module | None = None
         if ranks.world_size > 1 and ranks.device.type == "cuda":  # statistics of the whole batch; GPUs only
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
@@ -192,8 +204,6 @@ class ParallelModel:
             whole = {parameter for name, parameter in module.named_parameters() if name not in saved}
             self._copy = copy.deepcopy(module, {id(parameter): parameter for parameter in whole})
             shard(module, init_device_mesh(ranks.device.type, (ranks.world_size,)), whole)
-        if compile:
-            module.compile()
         self._forward: Any = module
         if ranks.world_size > 1 and parallel == "ddp":
             device_ids = [ranks.device] if ranks.device.type == "cuda" else None
@@ -201,7 +211,31 @@ class ParallelModel:
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the network's forward pass."""
+        if torch.is_autocast_enabled("cpu") and self.ranks.device.type == "cpu":
+            with Float32Attention():
+                return self._run(*arguments)
+        return self._run(*arguments)
+
+    def _run(self, *arguments: Any) -> Any:
+        if self.compiled:
+            try:
+                return self._forward(*arguments)
+            except TorchDynamoException as error:
+                self.compiled, self.module._compiled_call_impl = False, None
+                reason = " ".join(str(error).partition("\n\n")[0].split())[:200]
+                print(f"warning: torch cannot compile ({reason}); --compile; the run goes on without", file=sys.stderr)
         return self._forward(*arguments)
+
+    def begin(self, steps: int) -> None:
+        """Compile the network for so many steps, if that is asked for or pays; the first step then takes minutes."""
+        pays = self.ranks.device.type == "cuda" and steps >= REPAID
+        if self.compile == "on" or (self.compile == "auto" and pays):
+            self.module.compile()
+            self.compiled = True
+
+    def plainly(self) -> AbstractContextManager[None]:
+        """Make the context in which the network runs as it is, compiled or not: for batches of other sizes."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -225,6 +259,22 @@ class ParallelModel:
             return self.module
         self._copy.load_state_dict({name: whole(value) for name, value in self.module.state_dict().items()})
         return self._copy
+
+
+def recompute(module: nn.Module) -> None:
+    """Have the blocks of a network keep what goes into them alone; the backward pass computes the rest again."""
+    for name, block in module.named_modules():
+        if BLOCK.search(name) and any(parameter.requires_grad for parameter in block.parameters()):
+            block.forward = partial(computed_again, block.forward)
+
+
+def computed_again(forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Run a forward pass whose inside is not kept."""
+    # Modes of torch functions are off in a backward pass; the compiler sees through this by itself.
+    modes: dict[str, Any] = {}
+    if not torch.compiler.is_compiling():
+        modes["context_fn"] = lambda: (nullcontext(), Float32Attention())
+    return checkpoint(forward, *arguments, use_reentrant=False, **modes)
 
 
 def shard(module: nn.Module, mesh: Any, ignored: set[nn.Parameter]) -> None:

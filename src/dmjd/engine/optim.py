@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import timm.optim
 from timm.optim.lars import Lars
@@ -11,6 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dmjd.errors import ConfigError
+
+FUSED = ("adam", "adamw")  # torch's own: on a GPU one kernel steps on many parameters, and nothing waits for it
 
 
 def create_optimizer(
@@ -31,14 +33,15 @@ def create_optimizer(
     Raises:
         ConfigError: If timm has no optimizer of this name, or it takes no betas.
     """
+    options: dict[str, Any] = {"opt": name, "lr": lr, "weight_decay": weight_decay, "betas": betas}
+    if name in FUSED and next(model.parameters()).is_cuda:
+        options["fused"] = True
     try:
         if heads is None:
-            return timm.optim.create_optimizer_v2(
-                model, opt=name, lr=lr, weight_decay=weight_decay, betas=betas, layer_decay=layer_decay
-            )
+            return timm.optim.create_optimizer_v2(model, layer_decay=layer_decay, **options)
         groups = timm.optim.param_groups_layer_decay(model, weight_decay, layer_decay=layer_decay or 1.0)
         groups += timm.optim.param_groups_weight_decay(heads, weight_decay)
-        return timm.optim.create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, betas=betas)
+        return timm.optim.create_optimizer_v2(groups, **options)
     except (AssertionError, IndexError, TypeError, ValueError) as error:
         raise ConfigError(f"optim.name {name!r}: {error}") from None
 

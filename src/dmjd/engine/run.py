@@ -34,7 +34,7 @@ MAY_CHANGE = {
         "log_to",
         "debug",
     ),
-    *("workers", "device", "parallel", "compile"),
+    *("workers", "device", "parallel", "compile", "activation_checkpointing"),
 }
 
 

@@ -12,7 +12,7 @@ class Stopwatch:
     """Sums the seconds that a device spends in the forward pass of modules, or waits for what an iterator yields.
 
     On a GPU the marks are events in its queue: nothing waits for it until `read`, and an item that arrives while there
-    still is work in the queue has taken no time.
+    still is work in the queue has taken no time. What is compiled together with other things is not timed.
 
     Args:
         device: What computes, or waits.
@@ -26,8 +26,9 @@ class Stopwatch:
             module.register_forward_pre_hook(lambda *_: self._mark())
             module.register_forward_hook(lambda *_: self._mark())
 
-    @torch.compiler.disable
     def _mark(self) -> None:
+        if torch.compiler.is_compiling():
+            return
         if self.on_gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()

@@ -67,6 +67,7 @@ class TargetCache:
             f"targets of {num_crops} crops are kept in {self.path}: {wanted / 1e9:.2f} GB, {there / 1e9:.2f} GB there"
         )
 
+    @torch.compiler.disable
     @torch.no_grad()
     def __call__(self, images: Num[Tensor, "B C H W"], compute: Callable[[Tensor], Tensor]) -> Float[Tensor, "B L T"]:
         """Read the targets of images of 0..255; `compute` makes those that are not there yet, and they are kept.

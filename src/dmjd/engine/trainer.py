@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from dmjd.data.loader import ReadableSamples, train_batches
 from dmjd.data.sampler import StepSampler
 from dmjd.engine import checkpoint
-from dmjd.engine.device import memory_errors
+from dmjd.engine.device import computes_in_bf16, memory_errors
 from dmjd.engine.distributed import ParallelModel
 from dmjd.engine.loop import Objective, Plan, Step, train
 from dmjd.engine.optim import learning_rate
@@ -84,7 +84,12 @@ class Trainer:
         newest = self.ranks.on_main(lambda: checkpoint.latest(self.run.checkpoints)) if resume else None
         if newest is None:
             self.run.begin()
-            return
+        else:
+            self.take_up(newest)
+        self.model.begin(self.plan.steps - self.done)
+
+    def take_up(self, newest: Path) -> None:
+        """Go on from a checkpoint, to a later end if the run is longer now."""
         planned = checkpoint.read_state(newest).get("planned", self.plan.steps)
         self.restore(newest, longer=self.plan.steps > planned)
         if self.plan.steps > planned and self.ranks.is_main:
@@ -170,8 +175,9 @@ class Trainer:
             print(f"warning: {said}; {run.address}; choose a smaller --batch_size", file=sys.stderr)
         if self.progress.has_bar:
             return
-        with self.autocast():
-            precision = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
+        precision = "bf16" if computes_in_bf16(self.autocast, device) else "fp32"
+        precision += " (see --precision)" if precision == "bf16" and device.type == "cpu" else ""
+        precision += ", compiled" if self.model.compiled else ""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         parameters = sum(each.numel() for group in self.optimizer.param_groups for each in group["params"])
         for line in (
@@ -303,7 +309,8 @@ class Trainer:
         self, step: int, evaluate: Callable[[int], dict[str, float]], keep: Callable[[str], None] | None = None
     ) -> dict[str, float]:
         """Measure what the network is worth after a step, write it down, and keep the network if it is the best."""
-        measured = evaluate(step)
+        with self.model.plainly():
+            measured = evaluate(step)
         if step not in self.run.evaluated:
             self.run.write(step, measured)
         if keep is not None:

@@ -11,4 +11,5 @@ comparison       the page of several, side by side
 results          what every judgement by labels leaves behind, with a page
 classification   the page of a classification
 dense            the page of segmentation and detection
+plan             what a run will cost, as text
 """

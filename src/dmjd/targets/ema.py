@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dmjd.backbones.feature_maps import FeatureMaps
 from dmjd.targets.protocol import TargetRequest, register_target
@@ -29,11 +30,11 @@ class EmaTeacher(FeatureTarget):
     def update(self, student: nn.Module, progress: float) -> None:
         """Move towards the student; the decay grows linearly with `progress`, from 0 to 1, through the run."""
         decay = self.decay[0] + (self.decay[1] - self.decay[0]) * progress
-        for mean, value in zip(self.maps.network.state_dict().values(), student.state_dict().values(), strict=True):
-            if mean.is_floating_point():
-                mean.lerp_(value.to(mean.dtype), 1 - decay)
-            else:
-                mean.copy_(value)
+        network = self.maps.network
+        move = get_ema_multi_avg_fn(decay)
+        move([*network.parameters()], [*student.parameters()], None)
+        for mean, value in zip(network.buffers(), student.buffers(), strict=True):
+            mean.lerp_(value, 1 - decay) if mean.is_floating_point() else mean.copy_(value)
 
 
 @register_target("ema")

@@ -12,7 +12,7 @@ from dmjd.errors import ConfigError
 from dmjd.targets.protocol import TargetRequest, register_target
 
 NUM_BINS = 9  # of 20 degrees each: unsigned gradients span 180
-AT_ONCE = 4  # images; all that is as large as the images then stays in the cache of a CPU, and small on a GPU
+AT_ONCE = 4  # images on a CPU, in whose cache all that is as large as the images then stays
 STAR = 11  # pixels of the side of a cell's picture
 
 # dmjd: the official program of the paper. maskfeat: MaskFeat's own. mmpretrain: the same with a Gaussian window.
@@ -22,8 +22,8 @@ HogVariant = Literal["dmjd", "maskfeat", "mmpretrain"]
 def central(pixels: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
     """Subtract the two neighbours, along columns and along rows; zero on the border."""
     rising, running = torch.zeros_like(pixels), torch.zeros_like(pixels)
-    torch.sub(pixels[..., 2:, :], pixels[..., :-2, :], out=rising[..., 1:-1, :])
-    torch.sub(pixels[..., 2:], pixels[..., :-2], out=running[..., 1:-1])
+    rising[..., 1:-1, :].copy_(pixels[..., 2:, :]).sub_(pixels[..., :-2, :])
+    running[..., 1:-1].copy_(pixels[..., 2:]).sub_(pixels[..., :-2])
     return rising, running
 
 
@@ -52,7 +52,7 @@ def hog_cells(
     place_H, place_W = (((side % (2 * cell_size) + 0.5) / cell_size - 1).square() for side in (row_H, column_W))
     window_HW = torch.exp(-0.5 * (place_H[:, None] + place_W))
     cells = []
-    for part in images.split(AT_ONCE):
+    for part in images.split(AT_ONCE if device.type == "cpu" and not torch.compiler.is_compiling() else len(images)):
         rising, running = (central if variant == "dmjd" else sobel)(
             part.to(torch.promote_types(part.dtype, torch.float32))
         )

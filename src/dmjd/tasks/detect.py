@@ -106,7 +106,9 @@ def fit(settings: DetectSettings, backbone: FeatureExtractor, train: DetectionSe
     """Train the network, and judge it on the way and at the end."""
     run, optim, dense, ranks = settings.run, settings.optim, settings.dense, backbone.ranks
     network = create(settings, backbone, len(train.classes), masks=train.masks)
-    model = ParallelModel(network, ranks, parallel=run.parallel, compile=run.compile, all_used=False)
+    # No two batches have equally many boxes: by itself it is not compiled, again and again.
+    compiling = {"compile": "off"} if run.compile == "auto" else {}
+    model = ParallelModel(network, ranks, **run.training | compiling, all_used=False)
 
     def objective(model: ParallelModel, batch: AnnotatedBatch) -> dict[str, Tensor]:
         images = batch.images.to(ranks.device, non_blocking=True) / 255

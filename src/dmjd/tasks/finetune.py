@@ -78,7 +78,7 @@ def fit(
     network, architecture = put_head(backbone.model, backbone.architecture, len(train.classes))
     network.to(ranks.device)
     ema = ModelEmaV3(network, decay=settings.ema) if settings.ema else None
-    model = ParallelModel(network, ranks, parallel=run.parallel, compile=run.compile)
+    model = ParallelModel(network, ranks, **run.training)
     loss = Loss(settings, len(train.classes), ranks.micro_batch(run.batch_size, optim.accumulation))
     result: ClassificationResult | None = None
 

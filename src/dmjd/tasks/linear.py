@@ -104,7 +104,7 @@ def fit_paper(
     nn.init.normal_(classifier.weight, std=0.01)
     nn.init.zeros_(classifier.bias)
     head = nn.Sequential(nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6), classifier).to(ranks.device)
-    model = ParallelModel(head, ranks, parallel=run.parallel, compile=run.compile)
+    model = ParallelModel(head, ranks, **run.training)
     labels = labels_of(held_out, seen)
 
     def objective(model: ParallelModel, batch: LabelledBatch) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any] | None:
         parts = Parts(in_memory(found.train), in_memory(found.held_out))
         if settings.teacher.cache:
             cache(settings, network, num_crops=len(parts.train) * (settings.crop.variants or 1))
-        model = ParallelModel(network, ranks, parallel=run.parallel, compile=run.compile)
+        model = ParallelModel(network, ranks, **run.training)
         scaled = Parts(Scaled(parts.train, statistics.levels), Scaled(parts.held_out, statistics.levels))
         monitor = Monitor(
             scaled, settings.model.image_hw, partial(masks_of, settings), settings.monitor.max_images, run.workers
@@ -189,7 +189,7 @@ def make_trainer(settings: PretrainSettings, model: ParallelModel, images: Sourc
         model,
         create_optimizer(model.module, lr=settings.lr, **optim.keywords),
         replace(plan, evaluations=min(plan.evaluations, affordable)),
-        autocast=choose_precision(run.precision, model.ranks.device),
+        autocast=choose_precision(run.precision, model.ranks.device, model.module),
     )
 
 
@@ -217,8 +217,8 @@ def fit(settings: PretrainSettings, trainer: Trainer, samples: MaskedSamples, mo
     num_hidden = int(masks_of(settings, torch.zeros(1, dtype=torch.long))[0, 0].sum())
 
     def objective(model: ParallelModel, batch: MaskedBatch) -> dict[str, Tensor]:
-        masked = masks_of(settings, batch.seeds.to(device, non_blocking=True))
-        losses = model(samples.pixels(batch, device), masked, num_hidden)
+        tokens = token_ids(masks_of(settings, batch.seeds.to(device, non_blocking=True)), num_hidden)
+        losses = model(samples.pixels(batch, device), tokens)
         return {"loss": losses.total, "loss_masked": losses.masked, "loss_visible": losses.visible}
 
     def evaluate(step: int) -> dict[str, float]:
@@ -236,7 +236,7 @@ def fit(settings: PretrainSettings, trainer: Trainer, samples: MaskedSamples, mo
         objective,
         evaluate,
         after_step=lambda step: network.update_targets(step / plan.steps),
-        gauge=lambda seconds: {"target_share": round(stopwatch.read() / seconds, 4)},
+        gauge=lambda seconds: {} if model.compiled else {"target_share": round(stopwatch.read() / seconds, 4)},
         untrained=True,
     )
 
@@ -277,8 +277,7 @@ def finish(
         "labels": has_labels(parts.train),
         "skipped": len(run.skipped),
         "ignored": sum(ignored_files(data).values()),
-        "environment": environment(trainer.ranks.device, settings.run.precision)
-        | {"processes": trainer.ranks.world_size},
+        "environment": environment(trainer.ranks.device, trainer.autocast) | {"processes": trainer.ranks.world_size},
         "command": shlex.join(["dmjd", "pretrain", "--config", str(out / "config.yaml"), "--out", "NEW"]),
     }
     write_atomically(out / "summary.json", json.dumps(summary, indent=1))

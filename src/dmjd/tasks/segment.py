@@ -116,7 +116,7 @@ def fit(
     """Train the network, and judge it on the way and at the end."""
     run, optim, dense, ranks = settings.run, settings.optim, settings.dense, backbone.ranks
     network = create(settings, backbone, len(train.classes))
-    model = ParallelModel(network, ranks, parallel=run.parallel, compile=run.compile, all_used=False)
+    model = ParallelModel(network, ranks, **run.training, all_used=False)
 
     def objective(model: ParallelModel, batch: AnnotatedBatch) -> dict[str, Tensor]:
         images = backbone.normalize(batch.images.to(ranks.device, non_blocking=True))

@@ -1,0 +1,76 @@
+"""A plan as a script: the run under torchrun, on one machine or by SLURM."""
+
+import math
+import shlex
+from collections.abc import Sequence
+
+from dmjd.planning.estimate import IN_A_MACHINE
+
+LONGEST = 24  # hours of a job, which then goes on in another one
+MARGIN = 1.2  # of the hours planned
+NOTICE = 300  # seconds before its end in which a job saves
+PORT = 29500
+MOST_WIDE = 110
+
+
+def machines(devices: int) -> tuple[int, int]:
+    """Split devices over machines: how many, and devices of each."""
+    return math.ceil(devices / IN_A_MACHINE), min(devices, IN_A_MACHINE)
+
+
+def torchrun(command: Sequence[str], devices: int) -> str:
+    """Write the script for one machine, or to be started on each of several."""
+    nodes, each = machines(devices)
+    launch = ["torchrun", "--nproc-per-node", str(each)]
+    head = ["#!/bin/bash", "set -e"]
+    if nodes > 1:
+        head += [f"# Start this on each of {nodes} machines; FIRST is the name of one of them."]
+        launch += ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-id", "dmjd"]
+        launch += ["--rdzv-endpoint", f"${{FIRST:?}}:{PORT}"]
+    return "\n".join([*head, folded([*launch, "-m", *map(shlex.quote, command)]), ""])
+
+
+def slurm(command: Sequence[str], devices: int, *, hours: float, cores: int, out: str) -> str:
+    """Write the script for SLURM, which asks for its job again as long as the run is not done.
+
+    Args:
+        command: After `python -m`, with --resume.
+        devices: In all.
+        hours: Of the run.
+        cores: Of a machine.
+        out: Directory of the run.
+    """
+    nodes, each = machines(devices)
+    limit = max(min(math.ceil(hours * MARGIN), LONGEST), 1)
+    launch = ["srun", "torchrun", "--nnodes", '"$SLURM_NNODES"', "--nproc-per-node", str(each), "--rdzv-backend"]
+    launch += ["c10d", "--rdzv-endpoint", f'"$first:{PORT}"', "--rdzv-id", '"$SLURM_JOB_ID"']
+    return f"""#!/bin/bash
+#SBATCH --job-name=dmjd --nodes={nodes} --ntasks-per-node=1 --gpus-per-node={each} --cpus-per-task={cores}
+#SBATCH --time={limit}:00:00 --signal=B:USR1@{NOTICE} --requeue --open-mode=append
+mkdir -p {shlex.quote(out)}
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+# {NOTICE} s before its time is over, the job has the run save and asks for another job, which goes on: --resume.
+again=
+trap 'again=yes; kill -TERM "$running"' USR1
+{folded([*launch, "-m", *map(shlex.quote, command)])} &
+running=$!
+wait "$running"  # until the run ends or the signal comes
+code=$?
+if [ -n "$again" ]; then
+  wait "$running"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
+"""
+
+
+def folded(words: Sequence[str]) -> str:
+    """Write a command in lines of readable length; words are quoted already, and a flag stays with its values."""
+    lines: list[str] = []
+    for word in words:
+        if lines and (not word.startswith("-") or len(lines[-1]) + len(word) < MOST_WIDE - 20):
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return " \\\n  ".join(lines)

@@ -1,0 +1,74 @@
+"""Which precision `auto` takes, and what is computed in it."""
+
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from timm.models.vision_transformer import Block
+from torch import nn
+from torch.nn import functional as F
+
+from dmjd.engine.device import WIDE, Float32Attention, choose_precision, environment
+from dmjd.engine.distributed import ParallelModel, Ranks
+from dmjd.engine.loop import Plan, train
+
+CPU = torch.device("cpu")
+ONE = Ranks(CPU)
+FROZEN = nn.Linear(2 * WIDE, 2 * WIDE).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "units", "precision"),
+    [
+        ("auto", nn.Sequential(nn.Linear(WIDE, WIDE)), True, "bf16"),
+        ("auto", nn.Sequential(nn.Linear(WIDE, WIDE)), False, "fp32"),
+        ("auto", nn.Sequential(nn.Linear(WIDE - 1, 4 * WIDE)), True, "fp32"),
+        ("auto", nn.Sequential(nn.Linear(8, 8), FROZEN), True, "fp32"),
+        ("auto", None, True, "fp32"),
+        ("fp32", nn.Sequential(nn.Linear(WIDE, WIDE)), True, "fp32"),
+        ("bf16", nn.Sequential(nn.Linear(8, 8)), False, "bf16"),
+    ],
+    ids=["wide", "no units", "narrow", "wide teacher", "not trained", "fp32", "bf16"],
+)
+def test_auto__is_bf16_for_wide_networks_in_training_on_cpus_with_units_for_it(
+    monkeypatch, name, network, units, precision
+):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units)
+    assert environment(CPU, choose_precision(name, CPU, network))["precision"] == precision
+
+
+def test_float32_attention__is_exact_under_autocast_and_changes_nothing_else():
+    query, key, value = (torch.randn(2, 2, 7, 8) for _ in range(3))
+    expected = F.scaled_dot_product_attention(*(each.bfloat16().float() for each in (query, key, value)))
+    small = [each.bfloat16() for each in (query, key, value)]
+    with Float32Attention():
+        with torch.autocast("cpu", torch.bfloat16):
+            found, product = F.scaled_dot_product_attention(*small), query @ key.mT
+        plain = F.scaled_dot_product_attention(query, key, value)
+    assert found.dtype == product.dtype == torch.bfloat16
+    assert torch.equal(found, expected.bfloat16())
+    assert torch.equal(plain, F.scaled_dot_product_attention(query, key, value))
+
+
+def test_train__in_bf16_attention_is_float32_in_the_backward_pass_of_checkpointed_blocks_too():
+    def trained(checkpointing):
+        torch.manual_seed(0)
+        network = nn.Sequential(OrderedDict(blocks=nn.Sequential(Block(16, 2))))
+        model = ParallelModel(network, ONE, checkpointing=checkpointing)
+        images = torch.randn(3, 5, 16)
+        (step,) = train(
+            model,
+            torch.optim.SGD(network.parameters(), lr=0.1),
+            iter([SimpleNamespace(skipped={})]),
+            lambda model, batch: {"loss": model(images).square().mean()},
+            Plan(steps=1, batch_size=3, lr=0.1),
+            start=0,
+            lr=lambda step: 0.1,
+            autocast=choose_precision("bf16", CPU),
+        )
+        return step.losses["loss"], [*network.parameters()]
+
+    (loss, weights), (again, same) = trained(False), trained(True)
+    assert loss == again
+    assert all(map(torch.equal, weights, same))
