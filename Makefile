@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-processes test-faults test-verbs test-rest test-all check docs format clean
+.PHONY: demo test test-processes test-faults test-verbs test-rest test-all check lint docs bench bench-check format clean
 
 demo: .venv/installed
 	$(BIN)/dmjd pretrain --preset quick --data shapes --out runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -32,24 +32,36 @@ test-all: .venv/installed
 	$(BIN)/python -m pytest
 
 check: .venv/installed
+	$(MAKE) --jobs 2 --output-sync=target lint test
+
+lint:
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(MAKE) test
 
 # Guides, tables and the reference from the docstrings: site/index.html
 docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	$(BIN)/mkdocs build --strict --quiet
 
+# Races of steps against plain forms, and counts of what a step needs: docs/results/bench. Hours, of a quiet machine.
+bench: .venv/installed
+	$(BIN)/python benchmarks/race.py all
+	$(BIN)/python benchmarks/counts.py
+
+# Counted again: fails where a step needs more than what is stored. Three minutes.
+bench-check: .venv/installed
+	$(BIN)/python benchmarks/counts.py check
+
 format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# An editable install: only a change of pyproject.toml needs another one.
+# An editable install: only a change of pyproject.toml needs another one. Python compiles what it imports; all at once
+# would take a minute.
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev]"
 	touch $@
 
 clean:

@@ -2,7 +2,6 @@
 
     python benchmarks/feeding.py photos FOLDER     photographs to crops of 224 px, against Pillow and torchvision
     python benchmarks/feeding.py small             images in memory to batches of two views, on one core
-    python benchmarks/feeding.py start FOLDER      seconds and memory until the first step, of 200,000 files
 
 `--pairs` says how often both sides run in turns. `small --before DIR` measures an earlier version as well: DIR is its
 `src`, of before batches were cropped at once.
@@ -19,7 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -164,65 +162,6 @@ def small(pairs: int, before: str | None) -> None:
         print(f"| ms for the masks of 1,024 images x 4 views, block {block} | {spread(seconds, 1)} |")
 
 
-def start(folder: str, count: int, workers: int) -> None:
-    """Look from outside at a run over `count` links to the images of a folder, until its first step is logged."""
-    found = open_source(folder).train
-    root = Path(folder) / "train" if (Path(folder) / "train").is_dir() else Path(folder)
-    with tempfile.TemporaryDirectory(dir=Path(folder).parent) as made:
-        links = Path(made) / "links"
-        for number in range(count):
-            place = links / f"{number // 1000:04d}"
-            if number % 1000 == 0:
-                place.mkdir(parents=True)
-            name = found.name(number % len(found))
-            os.link(root / name, place / f"{number:07d}{Path(name).suffix}")
-        for again in ("first time", "again"):
-            out = Path(made) / again.replace(" ", "-")
-            words = [
-                "pretrain",
-                "--preset",
-                "quick",
-                "--data",
-                str(links),
-                "--out",
-                str(out),
-                "--steps",
-                "2",
-                "--workers",
-                str(workers),
-            ]
-            words += ["--monitor.log_every", "1", "--monitor.evals", "0", "--monitor.max_images", "1"]
-            environment = os.environ | {"DMJD_DATA": f"{made}/cache"}
-            began, peak = time.perf_counter(), 0
-            process = subprocess.Popen(
-                [sys.executable, "-m", "dmjd", *words],
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            seconds = 0.0
-            while process.poll() is None:
-                peak = max(peak, memory(process.pid))
-                metrics = out / "metrics.jsonl"
-                if not seconds and metrics.exists() and '"loss"' in metrics.read_text():
-                    seconds = time.perf_counter() - began
-                time.sleep(0.1)
-            print(
-                f"| {count} files, {again} | first step after {seconds:.1f} s | {peak / 1e9:.2f} GB in all processes |"
-            )
-
-
-def memory(pid: int) -> int:
-    """Sum the memory of a process and its children, counting what they share once."""
-    total = 0
-    try:
-        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
-            total += process.memory_full_info().pss
-    except psutil.Error:
-        pass
-    return total
-
-
 def spread(values: Any, digits: int) -> str:
     """Write the median, and between which values all lie."""
     middle, low, high = statistics.median(values), min(values), max(values)
@@ -231,16 +170,13 @@ def spread(values: Any, digits: int) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("photos", "small", "start"))
+    parser.add_argument("part", choices=("photos", "small"))
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--count", type=int, default=200_000)
     parser.add_argument("--before")
     arguments = parser.parse_args()
     if arguments.part == "small":
         small(arguments.pairs, arguments.before)
-    elif arguments.part == "photos":
-        photos(arguments.folder, arguments.pairs, arguments.workers)
     else:
-        start(arguments.folder, arguments.count, arguments.workers)
+        photos(arguments.folder, arguments.pairs, arguments.workers)

@@ -243,7 +243,7 @@ class Runs:
 
     def compile(self, preset: str) -> Iterator[Finding]:
         """Compare the compiled network with the plain one."""
-        compiled = self.losses("compiled", preset, "--compile")
+        compiled = self.losses("compiled", preset, "--compile", "on")
         yield Finding("losses", largest(compiled, self.losses("fp32", preset)), CURVE)
 
 

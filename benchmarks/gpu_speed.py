@@ -5,7 +5,7 @@
     python benchmarks/gpu_speed.py --device cpu --toy --out toy.json
 
 A step draws masks, computes losses and gradients of images that are on the device, and lets AdamW step. The plain forms
-are the hybrid on whole maps (`dense_convvit`) and, if it is installed, `ViTMAEForPreTraining` of transformers.
+are the hybrid on whole maps (`plain.hybrid`) and, if it is installed, `ViTMAEForPreTraining` of transformers.
 All models of a size are on the device together, each with the largest batch that fits, by halving; then they are timed
 by CUDA events, a round of each in turns. What no longer fits into --minutes is left out and named.
 
@@ -30,17 +30,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import yaml
-from dense_convvit import dense_form
+from plain.hybrid import PlainHybrid
+from plain.mae import TransformersMAE
 from study import device_name
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dmjd
-from dmjd.backbones.normalize import STATISTICS, Normalize
 from dmjd.config.rules import PRESETS
 from dmjd.engine.optim import create_optimizer
-from dmjd.masking import seeded_masks
-from dmjd.method import DMJD, Losses
+from dmjd.masking import seeded_masks, token_ids
 
 # TFLOP/s of dense products as NVIDIA's data sheets have them, by a part of the GPU's name.
 PEAKS = {
@@ -81,37 +80,6 @@ HYBRID = (
 CASES = {"small": VIT + HYBRID, "base": VIT + HYBRID, "large": VIT}
 
 
-class PlainMAE(nn.Module):
-    """The MAE of transformers in the shape of ours, with our step's signature; it draws its masks itself."""
-
-    def __init__(self, ours: DMJD):
-        super().__init__()
-        from transformers import ViTMAEConfig, ViTMAEForPreTraining
-
-        encoder: Any = ours.encoder
-        vit, decoder = encoder.backbone, ours.decoder
-        config = ViTMAEConfig(
-            hidden_size=vit.embed_dim,
-            num_hidden_layers=len(vit.blocks),
-            num_attention_heads=vit.blocks[0].attn.num_heads,
-            intermediate_size=vit.blocks[0].mlp.fc1.out_features,
-            image_size=encoder.grid[0] * encoder.patch_size,
-            patch_size=encoder.patch_size,
-            decoder_hidden_size=decoder.embed.out_features,
-            decoder_num_hidden_layers=len(decoder.blocks),
-            decoder_num_attention_heads=decoder.blocks[0].attn.num_heads,
-            decoder_intermediate_size=decoder.blocks[0].mlp.fc1.out_features,
-            norm_pix_loss=True,
-        )
-        self.normalize = Normalize(*STATISTICS[3])
-        self.mae = ViTMAEForPreTraining(config)
-
-    def forward(self, images: Tensor, masked: Tensor, num_hidden: int) -> Losses:
-        """Compute the loss of a batch; the masks are not looked at."""
-        loss = self.mae(self.normalize(images)).loss
-        return Losses(loss, loss, torch.zeros_like(loss))
-
-
 def masking_of(preset: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Look up how a preset with some settings of its own masks images: arguments of `seeded_masks`."""
     asked = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())["masking"]
@@ -125,8 +93,8 @@ def create(case: Case, size: str, *, toy: bool) -> nn.Module:
         shape["decoder_depth"] = 2
     model = dmjd.build(case.preset, size, backbone=case.model, **shape, **case.settings)
     if case.form == "dense":
-        return dense_form(model)
-    return PlainMAE(model) if case.form == "transformers" else model
+        return PlainHybrid(model)
+    return TransformersMAE(model) if case.form == "transformers" else model
 
 
 class Contender:
@@ -165,7 +133,7 @@ class Contender:
         """Train on the first images once."""
         seeds = torch.arange(batch, device=self.device) + next(self.draw) * batch
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            loss = self.model(self.images[:batch], self.masks(seeds), self.num_hidden).total
+            loss = self.model(self.images[:batch], token_ids(self.masks(seeds), self.num_hidden)).total
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,255 @@
+"""What a pre-training step needs, counted, not timed: the same on any machine with the same versions.
+
+    python benchmarks/counts.py                      count, and write docs/results/bench/counts.json
+    python benchmarks/counts.py check [--only NAME]  count again, and fail where a figure is worse than the stored one
+
+Figures of a step of forward and backward pass and AdamW in float32, for the images of a batch together:
+    flops        of products, attention and convolutions, two a multiply-add
+    saved_bytes  activations that are kept for the backward pass
+    calls        operators that torch dispatches, the target's and the optimizer's included
+    syncs        those of forward and backward pass that wait for a device: a number read, places of what is not zero
+    breaks       breaks of the graph that torch.compile makes of the step, and of its parts, at size `small`
+
+Plain forms of the same steps are counted too when figures are written; what is checked is ours.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+import torch
+from plain.hybrid import PlainHybrid
+from plain.mae import TransformersMAE
+from race import MASKS, MODELS, TOY
+from timing import RESULTS
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import dmjd
+from dmjd.engine.optim import create_optimizer
+from dmjd.masking import TokenIds, seeded_masks, token_ids
+from dmjd.method import DMJD, Losses
+from dmjd.planning.work import FORMULAS
+
+WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
+UNITS = {"flops": 1e9, "saved_bytes": 1e6}
+SLACK = 1.001  # a figure that is larger by no more than this is as good
+STORED = RESULTS / "counts.json"
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What is counted: a model of `race.MODELS` at a size, and how many images."""
+
+    model: str
+    size: str
+    images: int = 1
+
+    def build(self) -> DMJD:
+        """Build it, untrained."""
+        preset, settings = MODELS[self.model]
+        toy = self.size == "toy"
+        return dmjd.build(preset, "tiny" if toy else self.size, **(TOY if toy else {}), **settings).train()
+
+
+COUNTED = {
+    f"{model}-{size}": Counted(model, size)
+    for size, models in {
+        "toy": ("hybrid",),
+        "small": ("mae", "vit", "vit-4", "hybrid", "hybrid-4"),
+        "base": ("mae", "vit", "hybrid"),
+    }.items()
+    for model in models
+}
+PLAIN: dict[str, Callable[[DMJD], nn.Module]] = {"mae": TransformersMAE, "hybrid": PlainHybrid}
+
+
+app = cyclopts.App(help=__doc__, help_format="plaintext")
+Only = Annotated[list[str] | None, cyclopts.Parameter(consume_multiple=True)]
+
+
+class Calls(TorchDispatchMode):
+    """Counts dispatched operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.name().partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Step:
+    """A training step as a run takes it, from seeds of masks to weights.
+
+    Args:
+        counted: Of what.
+    """
+
+    def __init__(self, counted: Counted):
+        self.model, self.masking = counted.build(), MASKS[counted.model]
+        self.grid = (4, 4) if counted.size == "toy" else (14, 14)
+        side = self.grid[0] * self.model.encoder.patch_size
+        self.images = torch.randint(0, 256, (counted.images, 3, side, side), dtype=torch.uint8)
+        self.seeds = torch.arange(counted.images)
+        self.num_hidden = int(seeded_masks(self.seeds[:1], self.grid, **self.masking)[0, 0].sum())
+        self.optimizer = create_optimizer(self.model, name="adamw", lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95))
+
+    def tokens(self) -> TokenIds:
+        """Draw masks."""
+        return token_ids(seeded_masks(self.seeds, self.grid, **self.masking), self.num_hidden)
+
+    def forward(self) -> Losses:
+        """Draw masks and compute the losses."""
+        return self.model(self.images, self.tokens())
+
+    def __call__(self) -> None:
+        """Take the step."""
+        self.forward().total.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def saved_bytes(forward: Callable[[], Losses], model: nn.Module) -> int:
+    """Count what a forward pass keeps for the backward pass, without weights and buffers; storages count once."""
+    owned = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = forward()
+    del losses
+    return sum(saved.values())
+
+
+def graph_breaks(step: Step) -> dict[str, int]:
+    """Count the breaks of the graphs of a model and of its parts."""
+    model, images = step.model, step.images
+    tokens = step.tokens()
+    latents = model.encoder(model.normalize(images), tokens)
+    parts: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "whole": (model, (images, tokens)),
+        "encoder": (model.encoder, (model.normalize(images), tokens)),
+        "decoder": (model.decoder, (latents, tokens)),
+        "target": (model.target, (images,)),
+    }
+    if model.projector is not None:
+        parts["projector"] = (model.projector, (latents,))
+    found = {}
+    for name, (part, arguments) in parts.items():
+        torch.compiler.reset()
+        found[name] = int(torch._dynamo.explain(part)(*arguments).graph_break_count)
+    return found
+
+
+def count(counted: Counted) -> dict[str, int]:
+    """Count everything, by name."""
+    step = Step(counted)
+    figures = work(step.forward, step.model)
+    step()  # the optimizer's first step makes its state
+    with Calls() as calls:
+        step.forward().total.backward()
+    figures["syncs"] = sum(calls.counts[name] for name in WAITING)
+    with calls:
+        step.optimizer.step()
+    figures["calls"] = calls.counts.total()
+    breaks = graph_breaks(step) if counted.size == "small" else {}  # other sizes have the same graphs
+    return figures | {f"breaks, {name}": value for name, value in breaks.items()}
+
+
+def work(forward: Callable[[], Losses], model: nn.Module) -> dict[str, int]:
+    """Count floating-point operations and saved bytes of a step of forward and backward pass."""
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as flops:
+        forward().total.backward()
+    model.zero_grad(set_to_none=True)
+    return {"flops": flops.get_total_flops(), "saved_bytes": saved_bytes(forward, model)}
+
+
+def count_plain(counted: Counted) -> dict[str, int]:
+    """Count the work of the plain form of a model."""
+    step = Step(counted)
+    plain = PLAIN[counted.model](step.model)
+    return work(lambda: plain(step.images, step.tokens()), plain)
+
+
+def worse(stored: dict[str, int], now: dict[str, int]) -> list[str]:
+    """List the figures that are worse than those stored: name, stored, now."""
+    return [
+        f"{name}: {stored[name]:,} -> {value:,}"
+        for name, value in now.items()
+        if name in stored and value > stored[name] * SLACK
+    ]
+
+
+def table(figures: dict[str, dict[str, int]], plain: dict[str, dict[str, int]]) -> str:
+    """Write figures as a table, in GFLOP and MB, those of the plain form behind a stroke."""
+    rows = ["| one image | GFLOP | saved, MB | operators | waits | graph breaks |", "|---|---|---|---|---|---|"]
+    for name, each in figures.items():
+        both = [each, plain[name]] if name in plain else [each]
+        work = [" / ".join(f"{one[key] / unit:.4g}" for one in both) for key, unit in UNITS.items()]
+        breaks = (f"{key.partition(', ')[2]} {value}" for key, value in each.items() if key.startswith("breaks, "))
+        rows.append(f"| {' | '.join([name, *work, str(each['calls']), str(each['syncs']), ', '.join(breaks)])} |")
+    return "\n".join(rows) + "\n"
+
+
+@app.default
+def write(*, only: Only = None, file: Path = STORED) -> None:
+    """Count, and store the figures.
+
+    Args:
+        only: Names of models; others keep what is stored.
+        file: Where; the table goes beside it.
+    """
+    stored = json.loads(file.read_text()) if file.exists() else {"figures": {}, "plain": {}}
+    for name in only or COUNTED:
+        stored["figures"][name] = count(COUNTED[name])
+        if COUNTED[name].model in PLAIN:
+            stored["plain"][name] = count_plain(COUNTED[name])
+        print(f"{name}: counted", flush=True)
+    stored["versions"] = versions()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(stored, indent=1) + "\n")
+    text = table(stored["figures"], stored["plain"])
+    file.with_suffix(".md").write_text(text)
+    print(text)
+
+
+@app.command
+def check(*, only: Only = None, file: Path = STORED) -> None:
+    """Count again, and fail where a figure is worse than the stored one.
+
+    Args:
+        only: Names of models; default: all that are stored.
+        file: Of the stored figures.
+    """
+    stored = json.loads(file.read_text())
+    if stored["versions"] != versions():
+        print(f"note: stored with {stored['versions']}, counted with {versions()}")
+    lines: list[str] = []
+    for name in only or stored["figures"]:
+        lines += [f"{name}, {line}" for line in worse(stored["figures"][name], count(COUNTED[name]))]
+        print(f"{name}: counted", flush=True)
+    print("\n".join(lines) or "no figure is worse than the stored one")
+    if lines:
+        raise SystemExit(1)
+
+
+def versions() -> dict[str, str]:
+    """Name what the figures depend on."""
+    return {name: version(name) for name in ("torch", "timm")}
+
+
+if __name__ == "__main__":
+    app()
