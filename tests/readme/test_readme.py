@@ -51,6 +51,8 @@ def shortened(words):
     """The command with flags that make it short; a network of timm has a shape of its own."""
     if words[0] == "pretrain" and not needs_network(words) and "--print_config" not in words:
         return [*words, *FINE, *SMALL, *([] if any(word.startswith("timm:") for word in words) else SHAPE)]
+    if words[0] == "plan":
+        return [*words, *SMALL, *SHAPE]
     if needs_network(words):
         return [*words, "--print_config"]
     return [*words, *(FINE if words[0] in ("finetune", "segment", "detect") else [])]

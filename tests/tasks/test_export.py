@@ -65,6 +65,9 @@ def test_export__plain_timm_gives_the_same_features(network, tmp_path, capsys):
     with torch.no_grad():
         found = scope["model"](Normalize(*STATISTICS)(pixels(2) * 255))
     torch.testing.assert_close(found, truth(path, pixels(2)), rtol=0, atol=1e-5)
+    expected = {"input_size": (3, 32, 32), "mean": STATISTICS[0], "std": STATISTICS[1]}
+    seen = timm.data.resolve_model_data_config(scope["model"])  # what timm's transforms go by
+    assert {key: tuple(seen[key]) for key in expected} == {key: tuple(value) for key, value in expected.items()}
     assert dmjd.load_backbone(tmp_path / "out.safetensors").num_classes == len(classes)
 
 

@@ -30,11 +30,15 @@ def save_model(original: Original, path: Path) -> None:
 
 
 def how_to_load(original: Original, path: Path) -> str:
-    """Write what to type in Python."""
+    """Write what to type in Python; timm's transforms ask the model for the size and the statistics of its images."""
     name, arguments = original.architecture
     plain: Any = json.loads(json.dumps(arguments))
     given = "".join(f", {key}={value!r}" for key, value in plain.items())
-    return f'{imports(original)}model = timm.create_model("{name}"{given}, checkpoint_path={str(path)!r}).eval()'
+    known = {key: original.model.pretrained_cfg[key] for key in ("input_size", "mean", "std")}  # type: ignore[index]
+    return (
+        f'{imports(original)}model = timm.create_model("{name}"{given}, pretrained_cfg_overlay={known!r}, '
+        f"checkpoint_path={str(path)!r}).eval()"
+    )
 
 
 def imports(original: Original) -> str:
