@@ -12,9 +12,10 @@ demo: .venv/installed
 PROCESSES := tests/engine tests/equality tests/readme tests/test_extending.py
 FAULTS := tests/faults
 VERBS := tests/tasks tests/inputs
+TESTS := test-processes test-faults test-verbs test-rest
 PYTEST := $(BIN)/python -m pytest -m "not slow" --durations 12
 test: .venv/installed
-	$(MAKE) --jobs 4 --output-sync=target test-processes test-faults test-verbs test-rest
+	$(MAKE) --jobs 4 --output-sync=target $(TESTS)
 
 test-processes:
 	$(PYTEST) $(PROCESSES)
@@ -32,7 +33,7 @@ test-all: .venv/installed
 	$(BIN)/python -m pytest
 
 check: .venv/installed
-	$(MAKE) --jobs 2 --output-sync=target lint test
+	$(MAKE) --jobs 5 --output-sync=target lint $(TESTS)
 
 lint:
 	$(BIN)/ruff format --check .
