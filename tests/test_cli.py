@@ -471,7 +471,7 @@ def test_help__settings_stand_in_groups(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize("verb", ["", *NAMES])
-def test_help__prints_in_under_a_second_without_torch(verb: str) -> None:
+def test_help__prints_soon_and_without_torch(verb: str) -> None:
     program = f"""if True:
         import sys
         from dmjd.cli import main
@@ -484,9 +484,9 @@ def test_help__prints_in_under_a_second_without_torch(verb: str) -> None:
         seconds = sum(os.times()[2:4]) - began
         assert done.returncode == 0, done.stderr
         assert not done.stderr
-        if seconds < 1:
+        if seconds < 2:
             break
-    assert seconds < 1
+    assert seconds < 2  # 0.3 to 0.7 on an idle machine, three times as many where others work
     shown = done.stdout
     assert all(name in shown for name in NAMES) if not verb else "--" in shown
     if verb == "pretrain":

@@ -165,6 +165,7 @@ def test_toy_study__runs_from_images_to_tables_and_does_not_run_twice(
     machine.work_off(1)
 
 
+@pytest.mark.slow
 def test_study__says_which_run_failed_and_where_its_log_is(toy: Path, tmp_path: Path) -> None:
     (tmp_path / "work" / "site").mkdir(parents=True)
     (tmp_path / "work" / "site" / "commit").write_text("")

@@ -3,11 +3,13 @@
 import copy
 
 import pytest
+import timm
 import torch
 
 import dmjd
 from dmjd.cli import settings_of
 from dmjd.engine.distributed import ParallelModel, Ranks
+from dmjd.errors import ConfigError
 from dmjd.masking import disjoint_masks
 
 SHAPE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -58,3 +60,24 @@ def test_activation_checkpointing__is_a_flag_of_every_verb_that_trains(verb):
     start = {"preset": "quick"} if verb == "pretrain" else {"backbone": "b"}
     assert settings_of(verb, data="d", activation_checkpointing=True, **start).run.training["checkpointing"]
     assert not settings_of(verb, data="d", **start).run.training["checkpointing"]
+
+
+@pytest.mark.parametrize(
+    ("name", "small"),
+    [
+        ("eva02_tiny_patch14_224", {"img_size": 28, "embed_dim": 24, "num_heads": 2}),
+        ("beit_base_patch16_224", {"img_size": 32, "embed_dim": 16, "num_heads": 2}),
+    ],
+)
+def test_timm__blocks_that_take_more_than_tokens_are_computed_again_too(name, small):
+    torch.manual_seed(0)
+    network = timm.create_model(name, depth=2, num_classes=3, **small)
+    images = torch.randn(2, 3, small["img_size"], small["img_size"])
+    plain = torch.autograd.grad(network(images).sum(), network.patch_embed.proj.weight)
+    again = ParallelModel(network, Ranks(torch.device("cpu")), checkpointing=True)
+    torch.testing.assert_close(torch.autograd.grad(again(images).sum(), network.patch_embed.proj.weight), plain)
+
+
+def test_network__without_blocks_is_refused():
+    with pytest.raises(ConfigError, match="no block of the network is trained; --activation_checkpointing"):
+        ParallelModel(torch.nn.Linear(2, 2), Ranks(torch.device("cpu")), checkpointing=True)

@@ -75,6 +75,7 @@ def test_every_source__is_tried(kinds):
     assert tuple(kinds) == KINDS
 
 
+@pytest.mark.slow
 def test_pretrain__killed_on_a_folder_goes_on_in_its_zip(kinds, unbroken, caches, tmp_path):
     resume.kill([*resume.RUN, *kinds["folder"], "--out", str(tmp_path)], caches, "held")
     assert train(kinds["zip, stored"], tmp_path, "held", "--resume") == unbroken("folder", "held")

@@ -27,6 +27,7 @@ NEEDED = {
     "search": "--features f.npy --out s --duplicates",
     "export": "r --to timm --out o",
     "prepare": "--data d --out s",
+    "plan": "--images 9",
     "doctor": "--data d",
 }
 WITH_DATA = ("pretrain", "knn", "linear", "finetune", "embed")  # what a line leaves out, so that it is short

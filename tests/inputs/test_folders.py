@@ -154,7 +154,7 @@ def write_odd(folder: Path, good: bool) -> None:
         (folder / name).write_bytes(content)
 
 
-@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+@pytest.mark.parametrize("locale", ["C", pytest.param("C.UTF-8", marks=pytest.mark.slow)])
 def test_pretrain__names_of_any_bytes_are_read_in_any_locale(tmp_path: Path, locale: str) -> None:
     write_odd(tmp_path / "images", good=True)
     environment = {**os.environ, "LC_ALL": locale, "LANG": locale, "OMP_NUM_THREADS": "1"}

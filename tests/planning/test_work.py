@@ -84,7 +84,7 @@ def test_memory__ranks_keep_what_they_send_and_fsdp_keeps_a_share(work: Work) ->
     alone = work.kept()
     assert alone == work.weights + work.states + work.teachers
     assert work.kept(devices=4) == alone + work.gradients
-    assert work.kept(devices=4, parallel="fsdp") == (work.weights + work.states) / 4 + work.teachers
+    assert work.kept(devices=4, parallel="fsdp") == (work.weights + work.states) / 4 + work.weights + work.teachers
     assert work.kept(accumulation=2) == alone + work.gradients
 
 

@@ -132,14 +132,6 @@ def test_readme__torchrun_trains_on_several_processes(workplace):
     assert done.stdout.count("look at runs/dmjd-8/report.html") == 1
 
 
-def test_guides__the_command_of_the_script_for_slurm_is_one(capsys):
-    (script,) = blocks(GUIDES["several-gpus.md"], "bash")
-    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
-    words = shlex.split(script.partition(" -m dmjd ")[2])
-    assert main([*words, "--print_config"]) == 0, capsys.readouterr().err
-    assert yaml.safe_load(capsys.readouterr().out)["resume"]
-
-
 def test_guides__fit_a_screen_and_are_in_the_site_and_its_first_page():
     assert all(len(guide.splitlines()) <= 45 for guide in GUIDES.values())
     listed = next(part["Guides"] for part in SITE["nav"] if "Guides" in part)

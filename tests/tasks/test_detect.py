@@ -145,6 +145,7 @@ def test_predict__an_empty_folder_twins_and_a_broken_image(backbones, tmp_path, 
     assert "b.png" in said.err
 
 
+@pytest.mark.slow
 def test_detect__two_workers_train_what_none_does(backbones, tmp_path, write_coco):
     data = write_coco(tmp_path / "data", SCENES, masks=True)
     runs = [tmp_path / workers for workers in ("0", "2")]

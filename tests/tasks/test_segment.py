@@ -167,6 +167,7 @@ def test_dense__without_images_to_learn_from_or_to_look_at_it_says_so(verb, back
     assert "no data: give --data to train, or --predict" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_segment__two_workers_train_what_none_does(scenes, backbones, tmp_path):
     runs = [tmp_path / workers for workers in ("0", "2")]
     for out in runs:

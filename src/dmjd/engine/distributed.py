@@ -230,6 +230,8 @@ class ParallelModel:
         """Compile the network for so many steps, if that is asked for or pays; the first step then takes minutes."""
         pays = self.ranks.device.type == "cuda" and steps >= REPAID
         if self.compile == "on" or (self.compile == "auto" and pays):
+            # With the forward pass, not within the first backward pass: there a failure could not be caught.
+            torch._functorch.config.force_non_lazy_backward_lowering = True
             self.module.compile()
             self.compiled = True
 
@@ -262,19 +264,28 @@ class ParallelModel:
 
 
 def recompute(module: nn.Module) -> None:
-    """Have the blocks of a network keep what goes into them alone; the backward pass computes the rest again."""
-    for name, block in module.named_modules():
-        if BLOCK.search(name) and any(parameter.requires_grad for parameter in block.parameters()):
-            block.forward = partial(computed_again, block.forward)
+    """Have the blocks of a network keep what goes into them alone; the backward pass computes the rest again.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    blocks = [
+        block
+        for name, block in module.named_modules()
+        if BLOCK.search(name) and any(parameter.requires_grad for parameter in block.parameters())
+    ]
+    if not blocks:
+        raise ConfigError("no block of the network is trained; --activation_checkpointing; leave it out")
+    for block in blocks:
+        block.forward = partial(computed_again, block.forward)
 
 
-def computed_again(forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def computed_again(forward: Callable[..., Tensor], *arguments: Any, **keywords: Any) -> Tensor:
     """Run a forward pass whose inside is not kept."""
     # Modes of torch functions are off in a backward pass; the compiler sees through this by itself.
-    modes: dict[str, Any] = {}
-    if not torch.compiler.is_compiling():
-        modes["context_fn"] = lambda: (nullcontext(), Float32Attention())
-    return checkpoint(forward, *arguments, use_reentrant=False, **modes)
+    if torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
+        keywords["context_fn"] = lambda: (nullcontext(), Float32Attention())
+    return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
 
 
 def shard(module: nn.Module, mesh: Any, ignored: set[nn.Parameter]) -> None:

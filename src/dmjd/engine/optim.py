@@ -34,7 +34,7 @@ def create_optimizer(
         ConfigError: If timm has no optimizer of this name, or it takes no betas.
     """
     options: dict[str, Any] = {"opt": name, "lr": lr, "weight_decay": weight_decay, "betas": betas}
-    if name in FUSED and next(model.parameters()).is_cuda:
+    if name.lower() in FUSED and next(model.parameters()).is_cuda:
         options["fused"] = True
     try:
         if heads is None:

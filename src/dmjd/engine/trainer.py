@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from dmjd.data.loader import ReadableSamples, train_batches
 from dmjd.data.sampler import StepSampler
 from dmjd.engine import checkpoint
-from dmjd.engine.device import computes_in_bf16, memory_errors
+from dmjd.engine.device import choose_precision, computes_in_bf16, memory_errors
 from dmjd.engine.distributed import ParallelModel
 from dmjd.engine.loop import Objective, Plan, Step, train
 from dmjd.engine.optim import learning_rate
@@ -86,7 +86,7 @@ class Trainer:
             self.run.begin()
         else:
             self.take_up(newest)
-        self.model.begin(self.plan.steps - self.done)
+        self.model.begin(self.plan.steps)
 
     def take_up(self, newest: Path) -> None:
         """Go on from a checkpoint, to a later end if the run is longer now."""
@@ -100,6 +100,9 @@ class Trainer:
         """Be where a checkpoint was."""
         state = checkpoint.read_state(path)
         self.run.restore(state, longer=longer)
+        if self.run.settings.get("precision") == "auto":  # what it came to is the run's, wherever that goes on
+            before = "fp32" if self.ranks.device.type == "cpu" else "auto"
+            self.autocast = choose_precision(state.get("precision", before), self.ranks.device)
         checkpoint.load(path, model=self.checkpointed, trained=self.model.module, optimizer=self.optimizer)
         self.done, self.logged, self.in_a_row = int(state["step"]), None, 0
         self.finite.clear()
@@ -175,7 +178,7 @@ class Trainer:
             print(f"warning: {said}; {run.address}; choose a smaller --batch_size", file=sys.stderr)
         if self.progress.has_bar:
             return
-        precision = "bf16" if computes_in_bf16(self.autocast, device) else "fp32"
+        precision = self.precision
         precision += " (see --precision)" if precision == "bf16" and device.type == "cpu" else ""
         precision += ", compiled" if self.model.compiled else ""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -188,6 +191,11 @@ class Trainer:
             f"{parameters / 1e6:.3g} M parameters are trained",
         ):
             print(f"training: {line}", file=sys.stderr, flush=True)
+
+    @property
+    def precision(self) -> str:
+        """What matrix products are computed in: bf16 or fp32."""
+        return "bf16" if computes_in_bf16(self.autocast, self.ranks.device) else "fp32"
 
     def steps(
         self, samples: ReadableSamples, collate: Callable[[list[Any]], Any] | None, objective: Objective
@@ -357,7 +365,7 @@ class Trainer:
         tensors = checkpoint.collect(self.checkpointed, self.model.module, self.optimizer)
         if not self.ranks.on_main(lambda: checkpoint.is_finite(tensors)):
             raise DivergedError(f"weights are not finite at step {step.number}")
-        state = self.run.state() | {"step": step.number, "planned": self.plan.steps}
+        state = self.run.state() | {"step": step.number, "planned": self.plan.steps, "precision": self.precision}
         self.ranks.on_main(lambda: checkpoint.save(self.run.checkpoints, tensors, state))
         self.saved = (step.number, time.perf_counter())
         self.progress.done = step.number

@@ -10,7 +10,7 @@ IN_A_MACHINE = 8  # devices
 FEWEST = 8  # images of a device at a time, below which kernels are too small to fill it; judgement
 # Images of 224 px that a core decodes and crops in a second: half of what two workers did (docs/results.md, Feeding).
 DECODED = {"files": 538, "prepared": 755}
-STEPPED = 32  # bytes that AdamW moves for a trained number: weight, gradient and two moments there and back, the norm
+STEPPED = 32  # bytes that AdamW moves for a trained number: 16 read, 12 written, and 4 for the norm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,8 @@
 """Devices: what data sheets say of GPUs, and what is known of the device of this machine."""
 
 import os
-import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -99,11 +98,11 @@ def _of_sheet(name: str, sheet: dict[str, float | str]) -> Device:
 
 def _this_gpu(device: torch.device) -> Device:
     """Find the GPU of this machine among those that are listed; of another one only the memory is known."""
-    called = torch.cuda.get_device_name(device)
+    called, memory = torch.cuda.get_device_name(device), float(torch.cuda.get_device_properties(device).total_memory)
     for name, sheet in _sheets().items():
-        if re.match(rf"{re.escape(str(sheet['torch']))}(?!\w)", called):
-            return listed()[name]
-    return Device(name=called, memory=float(torch.cuda.get_device_properties(device).total_memory), source="driver")
+        if called == sheet["torch"]:
+            return replace(listed()[name], memory=memory)
+    return Device(name=called, memory=memory, source="driver")
 
 
 def _this_cpu() -> Device:

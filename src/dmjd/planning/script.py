@@ -4,6 +4,7 @@ import math
 import shlex
 from collections.abc import Sequence
 
+from dmjd.errors import ConfigError
 from dmjd.planning.estimate import IN_A_MACHINE
 
 LONGEST = 24  # hours of a job, which then goes on in another one
@@ -14,8 +15,16 @@ MOST_WIDE = 110
 
 
 def machines(devices: int) -> tuple[int, int]:
-    """Split devices over machines: how many, and devices of each."""
-    return math.ceil(devices / IN_A_MACHINE), min(devices, IN_A_MACHINE)
+    """Split devices over machines: how many, and devices of each.
+
+    Raises:
+        ConfigError: If some would have more than others.
+    """
+    nodes = math.ceil(devices / IN_A_MACHINE)
+    if devices % nodes:
+        even = f"give a multiple of {nodes}, such as {devices - devices % nodes}"
+        raise ConfigError(f"{devices} devices on {nodes} machines of {IN_A_MACHINE}; --devices; {even}")
+    return nodes, devices // nodes
 
 
 def torchrun(command: Sequence[str], devices: int) -> str:
@@ -52,7 +61,9 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # {NOTICE} s before its time is over, the job has the run save and asks for another job, which goes on: --resume.
 again=
-trap 'again=yes; kill -TERM "$running"' USR1
+# The signal goes to the steps by SLURM: srun itself would kill them at once.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={NOTICE - 60} SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
+trap 'again=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 {folded([*launch, "-m", *map(shlex.quote, command)])} &
 running=$!
 wait "$running"  # until the run ends or the signal comes

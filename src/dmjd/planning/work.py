@@ -125,14 +125,15 @@ class Work:
     def kept(self, *, devices: int = 1, accumulation: int = 1, parallel: str = "ddp") -> float:
         """Count the bytes of a device that do not depend on its batch.
 
-        DDP keeps a copy of the gradients to send; FSDP a share of weights, gradients and states, and the whole of one
-        block for a moment, which is not counted. From the second part of a step on, gradients are there while
-        activations are.
+        DDP keeps a copy of the gradients to send; FSDP a share of weights, gradients and states, a whole copy of the
+        weights for evaluations, and for a moment the whole of one block, which is not counted. From the second part of
+        a step on, whole gradients are there while activations are.
         """
         share = devices if parallel == "fsdp" else 1
         sent = self.gradients if parallel == "ddp" and devices > 1 else 0
-        summed = self.gradients / share if accumulation > 1 else 0
-        return (self.weights + self.states) / share + self.teachers + sent + summed
+        copy = self.weights if share > 1 else 0
+        summed = self.gradients if accumulation > 1 else 0
+        return (self.weights + self.states) / share + copy + self.teachers + sent + summed
 
     def memory(self, batch: int, **how: Any) -> float:
         """Count the bytes of a device where most is needed; `how` as in `kept`."""

@@ -20,7 +20,7 @@ from dmjd.config.rules import PRESETS, flags_of, is_flat, plain
 from dmjd.data.checkup import file_of
 from dmjd.data.decode import Wanted
 from dmjd.data.source import Source, open_source
-from dmjd.engine.device import choose_device, choose_precision, computes_in_bf16
+from dmjd.engine.device import choose_device, choose_precision, computes_in_bf16, memory_errors
 from dmjd.engine.distributed import recompute
 from dmjd.engine.optim import create_optimizer
 from dmjd.errors import ConfigError
@@ -217,13 +217,18 @@ def refuse_another(device: Device) -> None:
 
 
 def measure(settings: PlanSettings, parts: StepParts, work: Work, device: Device) -> Trial:
-    """Train on the device of this machine."""
+    """Train on the device of this machine.
+
+    Raises:
+        ConfigError: If it has not the memory.
+    """
     torch.manual_seed(settings.run.seed)
     asked = settings.run.device
     chosen = choose_device("cpu" if device.kind == "cpu" else asked if asked.startswith("cuda") else "auto")
-    bench = Bench(parts, chosen, settings.run.precision)
     most = settings.run.batch_size // settings.devices
-    return try_steps(bench, work, usable=device.usable, most=most, seconds=settings.measure or 0.0)
+    with memory_errors("leave --measure out"):
+        bench = Bench(parts, chosen, settings.run.precision)
+        return try_steps(bench, work, usable=device.usable, most=most, seconds=settings.measure or 0.0)
 
 
 def speed_of(settings: PlanSettings, work: Work, device: Device, precision: str, trial: Trial | None) -> Pace:

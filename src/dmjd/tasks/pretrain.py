@@ -29,7 +29,7 @@ from dmjd.data.source import Parts, Scaled, Source, has_labels, measure_levels, 
 from dmjd.data.statistics import Statistics, statistics_of
 from dmjd.engine.checkpoint import write_atomically
 from dmjd.engine.claim import claim
-from dmjd.engine.device import choose_precision, environment, memory_errors
+from dmjd.engine.device import choose_precision, computes_in_bf16, environment, memory_errors
 from dmjd.engine.distributed import ParallelModel, join_ranks
 from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_optimizer
@@ -163,7 +163,9 @@ def cache(settings: PretrainSettings, network: DMJD, *, num_crops: int) -> None:
         StorageError: If there is not that much space.
     """
     assert settings.teacher.cache
-    caches = cache_targets(network, settings.teacher.cache, precision=settings.run.precision)
+    device = next(network.parameters()).device
+    bf16 = computes_in_bf16(choose_precision(settings.run.precision, device, network), device)
+    caches = cache_targets(network, settings.teacher.cache, precision="bf16" if bf16 else "fp32")
     if not caches:
         raise ConfigError("no frozen teacher among the targets; --teacher.cache; leave it out")
     for each in caches:
