@@ -11,7 +11,8 @@ from zipfile import ZipFile
 import pytest
 from prefork import Dmjd
 
-RUNS = sorted((Path(__file__).parents[1] / "fixtures" / "runs").glob("*.zip"))
+OLDEST, *LATER = sorted((Path(__file__).parents[1] / "fixtures" / "runs").glob("*.zip"))
+RUNS = [OLDEST, *(pytest.param(path, marks=pytest.mark.slow) for path in LATER)]
 SMALL = ["embed_dim=8", "depth=1", "num_heads=2"]
 SETTINGS = ["--batch_size=8", "--steps=4", "--monitor.max_images=60", "--monitor.evals=0"]
 
