@@ -106,6 +106,7 @@ def test_finetune__stopped_and_resumed_it_ends_as_if_unbroken(backbones, colours
     assert (stopped / "last.safetensors").stat().st_size == (unbroken / "last.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 def test_finetune__two_workers_train_what_none_does(backbones, colours, tmp_path):
     flags = f"{LIGHT} {RANDOM}"
     assert main(words("finetune", backbones["vit"], colours, tmp_path / "0", flags)) == 0
