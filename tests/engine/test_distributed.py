@@ -269,7 +269,7 @@ def test_sigterm_to_one_rank__all_save_and_leave_with_143(images, tmp_path, sign
 @pytest.mark.parametrize(
     ("broken", "code", "message"),
     [
-        (["--batch_size", "7"], 2, "batch_size 7 is no multiple of 2 processes"),
+        pytest.param(["--batch_size", "7"], 2, "batch_size 7 is no multiple of 2 processes", marks=pytest.mark.slow),
         (["--batch_size", "8", "--resume"], 4, "no checkpoint is whole"),  # rank 0 finds it, every rank is told
     ],
 )

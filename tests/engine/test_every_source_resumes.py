@@ -94,6 +94,7 @@ def check_resumption(kind: str, kept: str, kinds, unbroken, caches: Path, out: P
     assert curve == unbroken(kind, kept)
 
 
+@pytest.mark.slow
 def test_shards__killed_while_a_worker_reads_them_end_as_the_folder_unbroken(kinds, unbroken, caches, tmp_path):
     check_resumption("4 shards", "read", kinds, unbroken, caches, tmp_path)
 
