@@ -55,8 +55,8 @@ def test_checkpointing__gives_the_same_gradients_and_keeps_a_third_at_most(backb
     assert names == same_names
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "linear", "finetune", "segment", "detect"])
-def test_activation_checkpointing__is_a_flag_of_every_verb_that_trains(verb):
+@pytest.mark.parametrize("verb", ["pretrain", "finetune", "segment", "detect"])
+def test_activation_checkpointing__is_a_flag_of_every_verb_that_trains_blocks(verb):
     start = {"preset": "quick"} if verb == "pretrain" else {"backbone": "b"}
     assert settings_of(verb, data="d", activation_checkpointing=True, **start).run.training["checkpointing"]
     assert not settings_of(verb, data="d", **start).run.training["checkpointing"]
@@ -76,6 +76,11 @@ def test_timm__blocks_that_take_more_than_tokens_are_computed_again_too(name, sm
     plain = torch.autograd.grad(network(images).sum(), network.patch_embed.proj.weight)
     again = ParallelModel(network, Ranks(torch.device("cpu")), checkpointing=True)
     torch.testing.assert_close(torch.autograd.grad(again(images).sum(), network.patch_embed.proj.weight), plain)
+
+
+def test_linear__which_trains_none_refuses_it():
+    with pytest.raises(ConfigError, match="linear trains no blocks; --activation_checkpointing; leave it out"):
+        settings_of("linear", data="d", backbone="b", activation_checkpointing=True)
 
 
 def test_network__without_blocks_is_refused():

@@ -5,8 +5,10 @@ import json
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from jaxtyping import config as shape_checks
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 import dmjd
 from dmjd.backbones.convvit import Layout
@@ -101,6 +103,22 @@ def test_model__without_a_compiler_it_says_so_once_and_goes_on_plain(capsys, mon
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: torch cannot compile")
     assert "--compile" in line
+
+
+def test_model__a_backward_pass_that_does_not_compile_is_plain_too(capsys):
+    def fail(graph, inputs):
+        raise RuntimeError("no backward pass")
+
+    network, inputs = nn.Sequential(nn.Linear(3, 5), nn.GELU()), torch.randn(2, 3)
+    expected = gradients(network, network(inputs).sum())
+    model = ParallelModel(network, ONE, compile="on")
+    model.begin(1)
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=fail)
+    network.compile(backend=backend)
+    found = gradients(network, model(inputs).sum())
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    assert not model.compiled
+    assert "no backward pass" in capsys.readouterr().err
 
 
 def test_plainly__batches_of_other_sizes_are_not_compiled():

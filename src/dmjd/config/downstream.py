@@ -107,6 +107,8 @@ class LinearSettings:
     log: Annotated[LogSettings, group("Log")] = field(default_factory=LogSettings)
 
     def __post_init__(self) -> None:
+        if self.run.activation_checkpointing:
+            raise ConfigError("linear trains no blocks; --activation_checkpointing; leave it out")
         names_settings(self, self.run.allow_change)
         within(-1000, 1000, self, "layers")
         within(0, 1000, self, "blr")
