@@ -3,22 +3,25 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-processes test-faults test-verbs test-rest test-all check lint docs bench bench-check format clean
+.PHONY: demo test test-all check lint docs bench bench-check format clean
 
 demo: .venv/installed
 	$(BIN)/dmjd pretrain --preset quick --data shapes --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-# Four processes side by side: what starts processes of its own, and often waits for them, and everything else.
-PROCESSES := tests/engine tests/equality tests/readme tests/test_extending.py
+# Five processes side by side, on two cores: what starts processes of its own often waits for them.
+RANKS := tests/engine
 FAULTS := tests/faults
-VERBS := tests/tasks tests/inputs
-TESTS := test-processes test-faults test-verbs test-rest
-PYTEST := $(BIN)/python -m pytest -m "not slow" --durations 12
+VERBS := tests/tasks
+PAGES := tests/inputs tests/equality tests/readme tests/test_extending.py
+TESTS := test-ranks test-faults test-verbs test-pages test-rest
+.PHONY: $(TESTS)
+KIND ?= not slow and not long
+PYTEST = $(BIN)/python -m pytest -m "$(KIND)" --durations 12
 test: .venv/installed
-	$(MAKE) --jobs 4 --output-sync=target $(TESTS)
+	$(MAKE) --jobs 5 --output-sync=target $(TESTS)
 
-test-processes:
-	$(PYTEST) $(PROCESSES)
+test-ranks:
+	$(PYTEST) $(RANKS)
 
 test-faults:
 	$(PYTEST) $(FAULTS)
@@ -26,14 +29,17 @@ test-faults:
 test-verbs:
 	$(PYTEST) $(VERBS)
 
+test-pages:
+	$(PYTEST) $(PAGES)
+
 test-rest:
-	$(PYTEST) $(addprefix --ignore=,$(PROCESSES) $(FAULTS) $(VERBS))
+	$(PYTEST) $(addprefix --ignore=,$(RANKS) $(FAULTS) $(VERBS) $(PAGES))
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest
 
 check: .venv/installed
-	$(MAKE) --jobs 5 --output-sync=target lint $(TESTS)
+	$(MAKE) --jobs 6 --output-sync=target KIND="not slow" lint $(TESTS)
 
 lint:
 	$(BIN)/ruff format --check .

@@ -4,7 +4,8 @@
 
 One `dmjd pretrain` of a tiny network with a loader process evaluates and saves every hundred steps until it is stopped
 by SIGTERM. Every ten seconds: resident memory of the process and of all its processes together, open files and threads;
-the time of a step is what metrics.jsonl says.
+the time of a step is what metrics.jsonl says, and its CPU time, which other work on the machine changes less, what the
+process has used in five minutes over the steps in them, with their evaluations and checkpoints.
 
 The table has the slope of each, per hour (Theil and Sen: the median slope of all pairs of samples, with its interval of
 95 %), after the first fifth of the time, in which pools fill. Samples that follow each other are alike, so the
@@ -34,7 +35,15 @@ TINY = """
     --decoder.embed_dim 32 --decoder.depth 1 --decoder.num_heads 2 --batch_size 64 --device cpu --precision fp32
     --workers 1 --data_on_device no --monitor.log_every 20 --monitor.max_images 500 --monitor.max_share 100
 """.split()  # noqa: SIM905 (as it is typed)
-COLUMNS = ("seconds", "rss_mib", "tree_rss_mib", "open_files", "threads", "processes")
+NAMES = {
+    "rss_mib": "memory, MiB",
+    "tree_rss_mib": "memory of all processes, MiB",
+    "open_files": "open files",
+    "threads": "threads",
+    "processes": "processes",
+}
+COLUMNS = ("seconds", *NAMES, "cpu_seconds", "steps")
+WINDOW = 30  # samples between two of which the CPU time of a step is counted
 
 
 def start(out: Path, data: str, threads: int) -> subprocess.Popen[bytes]:
@@ -46,14 +55,16 @@ def start(out: Path, data: str, threads: int) -> subprocess.Popen[bytes]:
 
 
 def lines(out: Path) -> list[dict[str, float]]:
-    """Read the metrics of a run."""
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    """Read the metrics of a run, but for a line that is being written."""
+    file = out / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
 
 
-def look(process: psutil.Process, began: float) -> tuple[float, ...]:
+def look(process: psutil.Process, began: float, out: Path) -> tuple[float, ...]:
     """Take one sample; resident memory of several processes counts what they share more than once."""
     with process.oneshot():
         rss, files, threads = process.memory_info().rss, process.num_fds(), process.num_threads()
+        times = process.cpu_times()
     children = process.children(recursive=True)
     tree = rss
     for child in children:
@@ -61,17 +72,19 @@ def look(process: psutil.Process, began: float) -> tuple[float, ...]:
             tree += child.memory_info().rss
         except psutil.NoSuchProcess:
             continue
-    return time.monotonic() - began, rss / 2**20, tree / 2**20, files, threads, 1 + len(children)
+    steps = max((values["step"] for values in lines(out)), default=0)
+    used = times.user + times.system
+    return time.monotonic() - began, rss / 2**20, tree / 2**20, files, threads, 1 + len(children), used, steps
 
 
-def watch(run: subprocess.Popen[bytes], minutes: float) -> list[tuple[float, ...]]:
+def watch(run: subprocess.Popen[bytes], minutes: float, out: Path) -> list[tuple[float, ...]]:
     """Take a sample every ten seconds until the time is over, then stop the run."""
     samples, began, process = [], time.monotonic(), psutil.Process(run.pid)
     while time.monotonic() - began < 60 * minutes:
         time.sleep(EVERY)
         if run.poll() is not None:
             sys.exit(f"the run has ended by itself; exit code {run.returncode}")
-        samples.append(look(process, began))
+        samples.append(look(process, began, out))
     run.terminate()
     if run.wait() != STOPPED:
         sys.exit(f"the run did not stop as it should; exit code {run.returncode}")
@@ -97,7 +110,7 @@ def main() -> None:
     parser.add_argument("--data", default="shapes")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    samples = watch(start(options.out, options.data, options.threads), options.minutes)
+    samples = watch(start(options.out, options.data, options.threads), options.minutes, options.out)
     with (options.out / "samples.csv").open("w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *samples])
     metrics = lines(options.out)
@@ -107,11 +120,12 @@ def main() -> None:
     print(f"{hours[-1] * 60:.1f} minutes, {steppings[-1]['step']} steps,", end=" ")
     print(f"{len(metrics) - len(steppings)} evaluations, {len(samples)} samples\n")
     print("| | median | lowest | highest | slope per hour (95 %) |\n|---|---|---|---|---|")
-    names = ("memory, MiB", "memory of all processes, MiB", "open files", "threads", "processes")
-    for name, key in zip(names, COLUMNS[1:], strict=True):
+    for key, name in NAMES.items():
         print(row(name, hours, by_name[key]))
     milliseconds = [64e3 / values["images_per_second"] for values in steppings]
     print(row("a step, ms", [values["seconds"] / 3600 for values in steppings], milliseconds))
+    used, steps = (np.array(by_name[key])[::WINDOW] for key in ("cpu_seconds", "steps"))
+    print(row("a step, ms of CPU time", hours[::WINDOW][1:], 1000 * np.diff(used) / np.diff(steps)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ PR_SET_CHILD_SUBREAPER): so on Linux; elsewhere it is started as usual.
 
 import atexit
 import ctypes
+import gc
 import json
 import os
 import runpy
@@ -111,6 +112,9 @@ if __name__ == "__main__":
     from dmjd.registry import Registry  # noqa: F401
     from dmjd.tasks import detect, embed, finetune, pretrain, segment  # noqa: F401
 
+    # A collection in what is forked would touch, and so copy, all that is imported: half of the time of a short run.
+    gc.collect()
+    gc.freeze()
     words = serve(socket.socket(fileno=int(sys.argv[1])))
     sys.argv = ["dmjd", *words]
     runpy.run_module("dmjd.cli", run_name="__main__", alter_sys=True)

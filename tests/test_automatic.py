@@ -85,6 +85,7 @@ def test_auto__images_that_do_not_decode_are_one_line(tmp_path):
         auto(tmp_path)
 
 
+@pytest.mark.long
 def test_auto__a_run_keeps_what_was_chosen_and_resumes_by_it(photos, tmp_path):
     out = tmp_path / "run"
     words = ["pretrain", "--data", str(photos), "--out", str(out), "--minutes", "0.02", "--device", "cpu"]

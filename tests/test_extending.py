@@ -175,12 +175,14 @@ def in_a_new_process(root: Path, *words: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.long
 def test_extending__another_distribution_offers_them_by_entry_points(elsewhere: Path) -> None:
     settings = yaml.safe_load((elsewhere / "runs" / "mine" / "config.yaml").read_text())
     assert (settings["model"]["backbone"], settings["masked"]["target"]) == ("mean_vit", "mean_color")
     assert losses(elsewhere / "runs" / "mine")
 
 
+@pytest.mark.long
 def test_extending__a_backbone_of_another_distribution_is_opened_by_other_verbs(elsewhere: Path) -> None:
     words = "embed --backbone runs/mine/backbone.safetensors --data images.sqlite --out features.npy --device cpu"
     done = in_a_new_process(elsewhere, *words.split())
@@ -188,6 +190,7 @@ def test_extending__a_backbone_of_another_distribution_is_opened_by_other_verbs(
     assert np.load(elsewhere / "features.npy").shape == (24, 16)
 
 
+@pytest.mark.long
 def test_extending__a_verb_of_another_distribution_runs_and_has_help(
     elsewhere: Path, backbones: dict[str, Path]
 ) -> None:

@@ -61,6 +61,7 @@ def test_pack__takes_the_first_training_images_of_each_class_and_all_test_images
     }
 
 
+@pytest.mark.long
 def test_correct__finds_no_difference_between_a_cpu_and_itself(tmp_path: Path) -> None:
     gpu(BENCHMARKS, "correct", "--toy", "--only", "masks", "crops", "step", KIT=tmp_path, OUT=tmp_path)
     checks = json.loads((tmp_path / "correct.json").read_text())["checks"]

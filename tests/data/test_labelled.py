@@ -86,6 +86,7 @@ def test_samples__are_a_function_of_seed_epoch_and_index_alone(pets):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.long
 def test_samples__two_workers_load_what_none_does(pets):
     samples = LabelledSamples(open_source(str(pets)).train, transform(), seed=1)
     alone, together = (

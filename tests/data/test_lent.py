@@ -45,6 +45,7 @@ def test_lent__batches_that_are_kept_or_looked_at_stay_as_they_are(dtype: torch.
     assert all((images.float() == number).all() for images, number in kept)
 
 
+@pytest.mark.long
 def test_lent__a_worker_has_as_many_slots_as_batches_are_under_way() -> None:
     slots = [int(batch.seeds[0]) for batch in loaded(Numbered())]
     assert max(slots) <= 4  # two that the loader asked for, one that is looked at, one between

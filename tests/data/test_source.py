@@ -178,6 +178,7 @@ register_source("stripes")(Opener(lambda data: data == "stripes", open_stripes))
 """.strip()
 
 
+@pytest.mark.long
 def test_register_source__a_file_of_another_distribution_is_enough(tmp_path):
     assert len([line for line in STRIPES.splitlines() if line]) < 30
     (tmp_path / "stripes.py").write_text(STRIPES)

@@ -142,6 +142,7 @@ def assert_equal_runs(root, backbone, target, parallel):
     torch.testing.assert_close(one, two, rtol=1e-6, atol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("backbone", "target", "parallel"), CASES)
 def test_two_ranks__give_the_losses_and_weights_of_one(runs, backbone, target, parallel):
     assert_equal_runs(runs, backbone, target, parallel)
@@ -153,6 +154,7 @@ def test_two_ranks__give_the_losses_and_weights_of_one_whatever_is_trained(all_r
     assert_equal_runs(all_runs, backbone, target, parallel)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks__with_accumulation_and_clipping_give_the_losses_of_one(runs, parallel):
     assert_equal(runs / "1-parts", runs / f"2-parts-{parallel}", 1e-12)
@@ -169,6 +171,7 @@ def assert_resumed(root, first, then, workers, parallel):
     assert_equal_weights(folder, unbroken, 1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("workers", "parallel"), RESUMED)
 @pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
 def test_resume__on_another_number_of_ranks_goes_on_alike(runs, first, then, workers, parallel):
@@ -182,6 +185,7 @@ def test_resume__with_workers_it_goes_on_alike(all_runs, first, then, workers, p
     assert_resumed(all_runs, first, then, workers, parallel)
 
 
+@pytest.mark.long
 def test_fsdp__a_rank_holds_half_of_the_weights_and_ddp_all(runs):
     shares = {
         name: [json.loads((runs / name / f"share-{rank}.json").read_text()) for rank in (0, 1)]
@@ -191,11 +195,13 @@ def test_fsdp__a_rank_holds_half_of_the_weights_and_ddp_all(runs):
     assert shares["2-convvit-ema-float64-fsdp"] == pytest.approx([0.5, 0.5], abs=0.02)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_synchronized__ranks_average_gradients_in_the_last_part_of_a_step_alone(runs, parallel):
     assert json.loads((runs / f"accumulation-{parallel}.json").read_text()) == [False, True]
 
 
+@pytest.mark.long
 def test_checkpoints__have_the_same_tensors_whatever_the_ranks(runs):
     for one, two in (("1-vit-hog-float64", "2-vit-hog-float64-ddp"), ("1-parts", "2-parts-fsdp")):
         for file in ("model.safetensors", "optimizer.safetensors"):
@@ -236,6 +242,7 @@ def start_rank(rank, port, arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("signalled", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_sigterm_to_one_rank__all_save_and_leave_with_143(images, tmp_path, signalled, free_tcp_port):
     arguments = [
@@ -266,6 +273,7 @@ def test_sigterm_to_one_rank__all_save_and_leave_with_143(images, tmp_path, sign
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("broken", "code", "message"),
     [

@@ -88,6 +88,7 @@ def errors(text: str) -> list[str]:
 # -- deaths ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("culprit", "number"),
     [
@@ -117,6 +118,7 @@ def test_rank__killed_or_stopped_it_is_named_and_all_processes_are_gone_in_30_s(
         print(f"{number.name} of rank {culprit}: {seconds:.1f} s")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_torchrun__killed_it_is_named_and_all_ranks_and_their_workers_are_gone_in_30_s(
     ranks: int, colours: Path, tmp_path: Path
@@ -191,6 +193,7 @@ CASES = {  # exit code, flags that are wrong, how the line begins
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "case", ["directory", *(pytest.param(name, marks=pytest.mark.slow) for name in ("settings", "names", "data"))]
 )

@@ -14,6 +14,7 @@ import runs
 
 from dmjd.cli import main
 
+pytestmark = pytest.mark.long
 SHORT = ["--steps", "4", "--device", "cpu", "--workers", "0", "--precision", "fp32"]
 VERBS = ("knn", "embed", "linear", "finetune", "segment", "detect", "pretrain")
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import runs
 
+pytestmark = pytest.mark.long
 STORED = json.loads(runs.STORED.read_text())
 
 

@@ -17,6 +17,7 @@ SMALL = ["embed_dim=8", "depth=1", "num_heads=2"]
 SETTINGS = ["--batch_size=8", "--steps=4", "--monitor.max_images=60", "--monitor.evals=0"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_resume__goes_on_with_the_runs_of_earlier_versions(path, tmp_path):
     run = tmp_path / "run"

@@ -70,7 +70,9 @@ def killed_and_resumed(verb: str, drawn: Path, folder: Path, kills: int) -> int:
     return done
 
 
-@pytest.mark.parametrize(("verb", "kills"), [("ema", 8), ("finetune", 4), ("segment", 4), ("detect", 4)])
+@pytest.mark.parametrize(
+    ("verb", "kills"), [pytest.param("ema", 8, marks=pytest.mark.long), ("finetune", 4), ("segment", 4), ("detect", 4)]
+)
 def test_verbs__killed_at_random_and_resumed_they_end_as_if_unbroken(
     drawn: Path, tmp_path: Path, verb: str, kills: int
 ) -> None:

@@ -145,6 +145,7 @@ def test_pretrain__below_nohup_a_hangup_does_nothing(
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.long
 def test_pretrain__the_second_signal_acts_at_once(data: Path, tmp_path: Path) -> None:
     twice = (
         "import os, signal, sys\n"
@@ -161,6 +162,7 @@ def test_pretrain__the_second_signal_acts_at_once(data: Path, tmp_path: Path) ->
 # -- a second process --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_pretrain__a_second_process_in_the_same_directory_is_refused_and_harms_nothing(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,6 +67,7 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [each for each in processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "said"),
     [(signal.SIGKILL, "was killed by signal 9, perhaps for want of memory"), (signal.SIGSTOP, "was stopped")],
@@ -109,6 +110,7 @@ class SlowDisk(View):
         return super().read(index, reduce)
 
 
+@pytest.mark.long
 def test_read_batches__a_worker_that_waits_for_its_disk_is_waited_for(data: Path) -> None:
     images = SlowDisk(folder_images(data, Wanted(3)))
     read = read_batches(images, range(8), small, batch_size=4, workers=2, pin_memory=False)

@@ -79,6 +79,7 @@ def test_detect__trains_judges_and_predicts(name, masks, flags, backbones, tmp_p
     assert (seen / "masks").is_dir() == masks
 
 
+@pytest.mark.long
 def test_detect__finds_squares(backbones, tmp_path, capsys, write_coco):
     data = write_coco(tmp_path / "data", SCENES)
     flags = "--steps 100 --optim.blr 0.6 --optim.warmup_epochs 2 --fpn_channels 16 --head_channels 32 --log.evals 0"
@@ -86,6 +87,7 @@ def test_detect__finds_squares(backbones, tmp_path, capsys, write_coco):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["map50"] > 0.5
 
 
+@pytest.mark.long
 def test_detect__stopped_and_resumed_it_ends_as_if_unbroken(backbones, tmp_path, interrupt, write_coco):
     data, unbroken, stopped = write_coco(tmp_path / "data", SCENES), tmp_path / "unbroken", tmp_path / "stopped"
     flags = "--steps 20 --drop_path 0.2"

@@ -68,6 +68,7 @@ def photos(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.long
 def test_doctor__in_a_process_of_its_own_finds_all_that_is_wrong(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "found"
     command = [sys.executable, "-m", "dmjd", "doctor", str(photos), "--out", str(out)]

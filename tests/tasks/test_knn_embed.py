@@ -241,6 +241,7 @@ def left_after(seconds: float, state: Path) -> dict[str, object]:
     raise AssertionError("nothing was written")
 
 
+@pytest.mark.long
 def test_embed__killed_and_resumed_it_writes_the_same_bytes(
     backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -145,6 +145,7 @@ def test_prepare__other_channels_are_one_line(tmp_path: Path, capsys: pytest.Cap
 # -- stopped, and gone on ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_prepare__killed_it_goes_on_to_the_same_bytes(
     photos: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
