@@ -15,6 +15,7 @@ from torch import Tensor
 from dmjd.backbones import Encoder, encoder_of, register_encoder
 from dmjd.backbones.files import create_network, read_file, read_task, save_backbone
 from dmjd.backbones.normalize import Normalize, default_statistics
+from dmjd.backbones.pyramid import take_any_size
 from dmjd.config.pretrain import ModelSettings, PretrainSettings
 from dmjd.config.rules import PRESETS, to_dict
 from dmjd.heads import Decoder, LinearHead, MisalignedProjector, Projector
@@ -22,6 +23,7 @@ from dmjd.initialization import StartingWeights
 from dmjd.masking import mask_counts, seeded_masks
 from dmjd.method import DMJD
 from dmjd.targets import TargetRequest, create_target
+from dmjd.targets.teacher import FeatureTarget
 
 # Sections of the settings that a model is made of.
 SECTIONS = ("model", "masking", "masked", "visible", "hog", "teacher", "decoder")
@@ -142,7 +144,8 @@ def from_settings(
         CheckpointError: If the weights to start from, or a teacher, do not load.
     """
     model, masking = settings.model, settings.masking
-    mask_counts(model.grid, **asdict(masking))  # raises where no such masks exist
+    for height, width in settings.crop_sizes:  # raises where no such masks exist
+        mask_counts((height // model.patch_size, width // model.patch_size), **asdict(masking))
     encoder = create_encoder(model)
     mean, std = statistics or default_statistics(model.in_chans)
     request = TargetRequest(
@@ -178,15 +181,21 @@ def from_settings(
     )
     if start:
         start.into_heads(network)
+    if settings.crop.progressive:
+        if any(isinstance(module, FeatureTarget) for module in network.modules()):
+            raise ValueError("crop.progressive is not for networks among the targets; leave it out")
+        take_any_size(encoder.backbone)
     return network
 
 
-def masks_of(settings: PretrainSettings, seeds: Int[Tensor, " B"]) -> Bool[Tensor, "B V L"]:
-    """Draw the masks of samples, True = hidden, by their seeds."""
+def masks_of(
+    settings: PretrainSettings, seeds: Int[Tensor, " B"], grid: tuple[int, int] | None = None
+) -> Bool[Tensor, "B V L"]:
+    """Draw the masks of samples, True = hidden, by their seeds, for whole crops or for those of another grid."""
     masking = settings.masking
     return seeded_masks(
         seeds,
-        settings.model.grid,
+        grid or settings.model.grid,
         block=masking.block,
         num_views=masking.num_views,
         mask_ratio=masking.mask_ratio,

@@ -5,7 +5,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dmjd.backbones import Latents
-from dmjd.backbones.blocks import NORM_EPS, QueryBlock, init_weights, sincos_positions, transformer_blocks
+from dmjd.backbones.blocks import NORM_EPS, QueryBlock, init_weights, transformer_blocks
+from dmjd.backbones.positions import Grid, resample_positions, sincos_positions
 from dmjd.masking import TokenIds, gather_tokens
 
 
@@ -30,7 +31,7 @@ class Decoder(nn.Module):
         self,
         in_dim: int,
         out_dim: int,
-        grid: tuple[int, int],
+        grid: Grid,
         *,
         embed_dim: int = 512,
         depth: int = 8,
@@ -42,7 +43,7 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(in_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(sincos_positions(grid, embed_dim), requires_grad=False)
-        self.cross = cross
+        self.grid, self.cross = grid, cross
         self.blocks = transformer_blocks(embed_dim, 0 if cross else depth - 1, num_heads, mlp_ratio)
         for _ in range(depth - len(self.blocks)):
             self.blocks.append(QueryBlock(embed_dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True))
@@ -51,12 +52,12 @@ class Decoder(nn.Module):
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, latents: Latents, tokens: TokenIds) -> Float[Tensor, "N M T"]:
-        """Predict the hidden tokens, in the order of `tokens.hidden`."""
+    def forward(self, latents: Latents, tokens: TokenIds, grid: Grid | None = None) -> Float[Tensor, "N M T"]:
+        """Predict the hidden tokens, in the order of `tokens.hidden`; for another grid, positions are interpolated."""
         num_rows, num_hidden = tokens.hidden.shape
         # Blocks do not care for the order of tokens: with the mask tokens last, nothing has to be unshuffled.
         prefix_NPE, visible_NKE = self.embed(latents.prefix), self.embed(latents.visible)
-        position_NLE = self.pos_embed.expand(num_rows, -1, -1)
+        position_NLE = resample_positions(self.pos_embed, self.grid, grid or self.grid).expand(num_rows, -1, -1)
         visible_NKE = visible_NKE + gather_tokens(position_NLE, tokens.visible)
         hidden_NME = self.mask_token + gather_tokens(position_NLE, tokens.hidden)
         x, hidden_NME = torch.cat([prefix_NPE, visible_NKE], dim=1), hidden_NME.to(visible_NKE.dtype)
@@ -79,8 +80,8 @@ class LinearHead(nn.Module):
         self.pred = nn.Linear(in_dim, out_dim)
         self.apply(init_weights)
 
-    def forward(self, latents: Latents, tokens: TokenIds) -> Float[Tensor, "N M T"]:
-        """Predict the hidden tokens, in the order of `tokens.hidden`."""
+    def forward(self, latents: Latents, tokens: TokenIds, grid: Grid | None = None) -> Float[Tensor, "N M T"]:
+        """Predict the hidden tokens, in the order of `tokens.hidden`; they know their positions from the encoder."""
         return self.pred(latents.hidden)
 
 

@@ -120,7 +120,8 @@ class DMJD(nn.Module):
             target_BLT = self.target(images)
             visible_BLT = target_BLT if self.visible_target is None else self.visible_target(images)
         latents = self.encoder(self.normalize(images), tokens)
-        masked_NMT = self.decoder(latents, tokens)
+        grid = images.shape[-2] // self.encoder.patch_size, images.shape[-1] // self.encoder.patch_size
+        masked_NMT = self.decoder(latents, tokens, grid)
         masked_target_NMT = gather_tokens(target_BLT, tokens.hidden)
         if self.projector is None:
             return Predictions(masked_NMT, masked_target_NMT, None, None)

@@ -8,8 +8,8 @@ from timm.optim import param_groups_layer_decay
 from torch.nn import functional as F
 
 import dmjd
-from dmjd.backbones.blocks import sincos_positions
 from dmjd.backbones.files import open_backbone, put_head, save_backbone
+from dmjd.backbones.positions import sincos_positions
 from dmjd.backbones.pyramid import Pyramid
 from dmjd.backbones.vit import create_vit
 from dmjd.config.pretrain import ModelSettings

@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 
 import dmjd
-from dmjd.backbones.blocks import QueryBlock, sincos_positions, transformer_blocks
+from dmjd.backbones.blocks import QueryBlock, transformer_blocks
 from dmjd.backbones.files import save_backbone
+from dmjd.backbones.positions import sincos_positions
 from dmjd.backbones.vit import ViT, create_vit
 from dmjd.masking import token_ids
 

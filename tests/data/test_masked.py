@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from dmjd.data.crops import RandomCrop
@@ -40,6 +41,16 @@ def test_samples__with_so_many_variants_crops_come_again_and_masks_do_not(folder
     assert torch.equal(batches[1].images, batches[3].images)
     assert not torch.equal(batches[0].images, batches[1].images)
     assert len({int(batch.seeds) for batch in batches}) == 4
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_samples__crops_have_the_size_of_their_epoch(folder: Path, memory: bool) -> None:
+    whole = samples_of(folder, memory=memory)
+    samples = replace(stacked(whole) if memory else whole, sizes=((0, (8, 8)), (2, (16, 16))))
+    assert [one(samples, epoch, 0).images.shape[2:] for epoch in (0, 1, 2, 9)] == [(8, 8), (8, 8), (16, 16), (16, 16)]
+    assert torch.equal(one(samples, 2, 0).images, one(replace(samples, sizes=()), 2, 0).images)
+    mixed = samples.__getitems__([(1, 0), (2, 1)])
+    assert mixed.images.shape[2:] == (8, 8), "a batch has the size of its first epoch"
 
 
 def test_samples__are_a_function_of_seed_epoch_and_index_alone(folder: Path) -> None:

@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 
 import dmjd
-from dmjd.backbones.blocks import sincos_positions
 from dmjd.backbones.convvit import ConvViT
 from dmjd.backbones.normalize import STATISTICS
+from dmjd.backbones.positions import sincos_positions
 from dmjd.heads import MisalignedProjector
 from dmjd.masking import token_ids
 from dmjd.reference import our_name

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -116,6 +117,19 @@ def test_pretrain__learning_rate_follows_the_rule(run):
 
 def test_pretrain__the_same_seed_gives_the_same_losses(run, photos, tmp_path):
     assert losses(pretrain(photos, tmp_path / "again")) == losses(run[1])
+
+
+@pytest.mark.parametrize("model", ["vit", "vit --model.mask_token --decoder.depth 0", "convvit"])
+def test_pretrain__with_crops_that_grow_it_resumes_as_if_unbroken(model, photos, tmp_path):
+    flags = f"--model.backbone {model} --masking.block 1 --steps 12 --monitor.evals 0"
+    whole = losses(pretrain(photos, tmp_path / "whole", flags))
+    grown, out = losses(pretrain(photos, tmp_path / "grown", f"{flags} --crop.progressive 0.5")), tmp_path / "grown"
+    assert all(own != other for own, other in zip(grown, whole, strict=True))
+    # As if killed after step 6, when crops are small still.
+    shutil.rmtree(out / "checkpoints" / "step-00000012")
+    (out / "summary.json").unlink()
+    assert main(["pretrain", "--data", str(photos), "--out", str(out), "--resume"]) == 0
+    assert losses([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]) == grown
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ A new backbone is one file: a function that makes the encoder, registered by the
 
     vit, convvit              encoders of masked views
     blocks, normalize         parts that several of them and the heads share
+    positions                 of tokens on a grid
+    depthwise                 the hybrid's convolutions, on whole maps or, by Triton, on visible rows
     files                     backbone.safetensors, and backbones by name, for every verb that starts from one
     feature_maps, pyramid     maps of any backbone: for targets, for dense tasks (windows: attention for large images)
     huggingface               teachers that transformers loads

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from timm.layers.patch_embed import resample_patch_embed
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
+
+from dmjd.backbones.positions import resample_positions
 
 # What one of two networks may have alone: what belongs to a task, and tokens that are no part of an image.
 OPTIONAL = ("cls_token", "reg_token", "mask_token", "norm", "fc_norm", "head")
@@ -70,8 +71,7 @@ def adapt_positions(
     """
     prefix, tokens = given.tensor_split([given.shape[1] - math.prod(before)], dim=1)
     own = ours[:, : ours.shape[1] - math.prod(after)]
-    if before != after:
-        tokens = resample_abs_pos_embed(tokens, list(after), list(before), num_prefix_tokens=0)
+    tokens = resample_positions(tokens, before, after)
     return torch.cat([prefix if prefix.shape == own.shape else own, tokens], dim=1)
 
 

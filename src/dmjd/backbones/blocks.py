@@ -1,4 +1,4 @@
-"""Transformer parts that encoders and decoder share: timm's block, fixed positions, MAE's initialisation."""
+"""Transformer parts that encoders and decoder share: timm's block, MAE's initialisation."""
 
 from collections.abc import Iterable
 from itertools import islice, repeat
@@ -36,20 +36,6 @@ class QueryBlock(Block):
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         queries = queries + attn.proj(attended)
         return queries + self.mlp(self.norm2(queries))
-
-
-def sincos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "1 L D"]:
-    """Compute fixed 2-D sine-cosine positions (MAE): the first half of the width encodes columns, the second rows.
-
-    Raises:
-        ValueError: If `dim` is not a multiple of 4.
-    """
-    if dim % 4:
-        raise ValueError(f"a width of {dim} cannot hold 2-D sine-cosine positions; choose a multiple of 4")
-    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    row, column = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
-    angles = [axis.flatten()[:, None] * frequency for axis in (column, row)]
-    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)[None].float()
 
 
 def init_weights(module: nn.Module) -> None:

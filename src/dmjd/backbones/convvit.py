@@ -16,7 +16,6 @@ import timm
 import torch
 from jaxtyping import Float, Int
 from timm.layers import DropPath
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -25,7 +24,8 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
 from dmjd.backbones import Architecture, Latents, encodes, register_encoder
-from dmjd.backbones.blocks import NORM_EPS, init_weights, sincos_positions, transformer_blocks
+from dmjd.backbones.blocks import NORM_EPS, init_weights, transformer_blocks
+from dmjd.backbones.positions import resample_positions, sincos_positions
 from dmjd.masking import TokenIds, gather_tokens
 
 CONV_NORM_EPS = 1e-5  # of the LayerNorms of stages 1 and 2
@@ -291,9 +291,7 @@ class ConvViT(nn.Module):
         rows2 = self.patch_embed2(rows1)
         for block in self.blocks2:
             rows2 = block(rows2, layout2)
-        position = self.pos_embed
-        if grid != self.grid:
-            position = resample_abs_pos_embed(position, list(grid), list(self.grid), num_prefix_tokens=0)
+        position = resample_positions(self.pos_embed, self.grid, grid)
         x = self.patch_embed4(self.patch_embed3(rows2)).view(num_rows, -1, self.embed_dim)
         x = x + gather_tokens(position.expand(num_rows, num_tokens, -1), tokens)
         for block in self.blocks3:

@@ -10,7 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dmjd.backbones import Architecture, Latents, encodes, register_encoder
-from dmjd.backbones.blocks import init_weights, sincos_positions
+from dmjd.backbones.blocks import init_weights
+from dmjd.backbones.positions import sincos_positions
 from dmjd.masking import TokenIds, gather_tokens
 
 SIZES = ("tiny", "small", "base", "large")

@@ -1,7 +1,8 @@
 """Samples of pretraining: a random crop of every image, and the seed of its masks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,6 +51,7 @@ class MaskedSamples(Dataset[MaskedBatch]):
         variants: How many different crops there are of an image; None takes another one in every epoch.
         levels: The range of deep images.
         stack: All images in one tensor, if they are to be cropped at once.
+        sizes: From which epoch on crops have which height and width, if not always those of `crop`.
     """
 
     images: Source
@@ -58,22 +60,29 @@ class MaskedSamples(Dataset[MaskedBatch]):
     variants: int | None = None
     levels: Levels = BYTES
     stack: Stack | None = None
+    sizes: tuple[tuple[int, tuple[int, int]], ...] = ()
+
+    def crop_at(self, epoch: int) -> RandomCrop:
+        """Find what makes the crops of an epoch."""
+        begun = [size for first, size in self.sizes if epoch >= first]
+        return replace(self.crop, size=begun[-1]) if begun else self.crop
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> MaskedBatch:
-        """Crop the images of these (epoch, index).
+        """Crop the images of these (epoch, index), all to the size of the first one's epoch.
 
         Raises:
             DataError: If neither one nor the images after it decode.
         """
         epochs, indices = torch.tensor(keys).unbind(dim=1)
         shown = epochs % self.variants if self.variants else epochs
-        draws, of_masks = self.crop.draws(mix_all(self.seed, shown, indices, CROP)), self.mask_seeds(epochs, indices)
+        crop, of_masks = self.crop_at(int(epochs[0])), self.mask_seeds(epochs, indices)
+        draws = crop.draws(mix_all(self.seed, shown, indices, CROP))
         if self.stack is not None:
             rows = self.stack.rows[indices].to(self.stack.pixels.device, non_blocking=True)
             pixels = self.stack.pixels.index_select(0, rows)
-            images = self.crop.of_many(self.levels.scale(pixels), draws)
+            images = crop.of_many(self.levels.scale(pixels), draws)
             return MaskedBatch(images, of_masks, self.stack.numbers[indices], {})
-        crops, read, skipped = zip(*map(self._crop, indices.tolist(), draws), strict=True)
+        crops, read, skipped = zip(*map(partial(self._crop, crop), indices.tolist(), draws), strict=True)
         return MaskedBatch(_stacked(crops, self.levels), of_masks, torch.tensor(read), join_skipped(skipped))
 
     def pixels(self, batch: MaskedBatch, device: torch.device) -> Num[Tensor, "B C H W"]:
@@ -84,12 +93,12 @@ class MaskedSamples(Dataset[MaskedBatch]):
         """Compute the seeds of the masks of samples."""
         return mix_all(self.seed, epochs, indices, MASKS)
 
-    def _crop(self, index: int, draws: np.ndarray) -> tuple[Tensor, int, dict[str, str]]:
+    def _crop(self, crop: RandomCrop, index: int, draws: np.ndarray) -> tuple[Tensor, int, dict[str, str]]:
         """Read an image, or the next one that decodes, no larger than its crop needs."""
         image, read, skipped = read_or_substitute(
-            self.images, index, lambda height, width: self.crop.factor(draws, height, width)
+            self.images, index, lambda height, width: crop.factor(draws, height, width)
         )
-        return self.crop.of_one(image, draws), read, skipped
+        return crop.of_one(image, draws), read, skipped
 
 
 def _stacked(crops: Sequence[Tensor], levels: Levels) -> Num[Tensor, "B C h w"]:

@@ -5,7 +5,7 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from dmjd.evaluation.monitor import Monitor, evenly
 from dmjd.evaluation.shown import glance, most_alike, patch_features, principal_colours, token_errors
 from dmjd.evaluation.verdict import judge
 from dmjd.factory import from_settings, masks_of, save_pretrained
-from dmjd.masking import token_ids
+from dmjd.masking import mask_counts, token_ids
 from dmjd.method import DMJD
 from dmjd.reports.nearest_pictures import NearestPictures, write_nearest
 from dmjd.reports.pretraining import write_report
@@ -207,7 +207,10 @@ def training_samples(settings: PretrainSettings, images: Source, levels: Levels,
         raise ConfigError(f"images of several sizes, or too many to hold; {images.address}; --data_on_device auto")
     stack = stack.to(device) if stack and (asked == "yes" or stack.fits(device)) else None
     cropping = RandomCrop(settings.model.image_hw, crop.scale, crop.ratio, crop.flip)
-    return MaskedSamples(images, cropping, settings.run.seed, crop.variants, levels, stack)
+    run, sizes = settings.run, settings.crop_sizes
+    epochs = run.num_steps(len(images)) * run.batch_size / len(images)
+    parts = tuple((round(epochs * part / len(sizes)), size) for part, size in enumerate(sizes))
+    return MaskedSamples(images, cropping, run.seed, crop.variants, levels, stack, parts)
 
 
 def fit(settings: PretrainSettings, trainer: Trainer, samples: MaskedSamples, monitor: Monitor) -> dict[str, float]:
@@ -216,11 +219,13 @@ def fit(settings: PretrainSettings, trainer: Trainer, samples: MaskedSamples, mo
     network: Any = model.module
     targets: list[Any] = [network.target, network.visible_target]
     stopwatch = Stopwatch(device, (target for target in targets if isinstance(target, nn.Module)))
-    num_hidden = int(masks_of(settings, torch.zeros(1, dtype=torch.long))[0, 0].sum())
+    patch_size, masking = settings.model.patch_size, asdict(settings.masking)
 
     def objective(model: ParallelModel, batch: MaskedBatch) -> dict[str, Tensor]:
-        tokens = token_ids(masks_of(settings, batch.seeds.to(device, non_blocking=True)), num_hidden)
-        losses = model(samples.pixels(batch, device), tokens)
+        images = samples.pixels(batch, device)
+        grid = images.shape[-2] // patch_size, images.shape[-1] // patch_size
+        masked = masks_of(settings, batch.seeds.to(device, non_blocking=True), grid)
+        losses = model(images, token_ids(masked, mask_counts(grid, **masking)[0]))
         return {"loss": losses.total, "loss_masked": losses.masked, "loss_visible": losses.visible}
 
     def evaluate(step: int) -> dict[str, float]:

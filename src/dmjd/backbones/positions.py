@@ -1,0 +1,27 @@
+"""Positions of tokens on a grid: fixed ones, and those of another grid."""
+
+import torch
+from jaxtyping import Float
+from timm.layers.pos_embed import resample_abs_pos_embed
+from torch import Tensor
+
+Grid = tuple[int, int]  # rows and columns of tokens
+
+
+def sincos_positions(grid: Grid, dim: int) -> Float[Tensor, "1 L D"]:
+    """Compute fixed 2-D sine-cosine positions (MAE): the first half of the width encodes columns, the second rows.
+
+    Raises:
+        ValueError: If `dim` is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"a width of {dim} cannot hold 2-D sine-cosine positions; choose a multiple of 4")
+    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, column = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
+    angles = [axis.flatten()[:, None] * frequency for axis in (column, row)]
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)[None].float()
+
+
+def resample_positions(positions: Float[Tensor, "1 L D"], grid: Grid, wanted: Grid) -> Float[Tensor, "1 l D"]:
+    """Interpolate the positions of a grid to another one (bicubic, antialiased); for the same they stay as they are."""
+    return resample_abs_pos_embed(positions, list(wanted), list(grid), num_prefix_tokens=0)
