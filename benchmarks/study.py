@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 WARMUP = 0.05  # share of the steps
 ROUNDS = 7  # of timing
+STEPS = 6  # of an arm in each, so that one, two or three sizes of crops come equally often
 SHARED = ("data", "rows", "rates", "judges", "finetune", "common")
 Settings = dict[str, Any]
 
@@ -369,14 +370,15 @@ def measure_times(study: Study, images: Path, device: str) -> None:
     flops: dict[str, float] = {}
     for arm, step in steps.items():
         with FlopCounterMode(display=False) as counter:
-            step()
-        flops[arm] = counter.get_total_flops()
+            for _ in range(STEPS):
+                step()
+        flops[arm] = counter.get_total_flops() / STEPS
     for turn in range(ROUNDS):
         for arm, step in steps.items():
             began = clock(device)
-            for _ in range(3):
+            for _ in range(STEPS):
                 step()
-            seconds[arm].append((clock(device) - began) / 3)
+            seconds[arm].append((clock(device) - began) / STEPS)
         print(f"round {turn + 1} of {ROUNDS}", file=sys.stderr)
     arms = {}
     for arm, times in seconds.items():
@@ -400,8 +402,12 @@ def clock(device: str) -> float:
 
 
 def training_step(study: Study, arm: str, images: Path, device: str) -> Any:
-    """Make a function that does one training step of an arm, on the first images of the training part."""
+    """Make a function that does one training step of an arm, on the first images of the training part.
+
+    Where crops grow, steps take their sizes in turns.
+    """
     import torch
+    from torch.nn.functional import interpolate
 
     from dmjd.cli import application, layers_of
     from dmjd.data.decode import Wanted
@@ -419,12 +425,14 @@ def training_step(study: Study, arm: str, images: Path, device: str) -> Any:
     optimizer = create_optimizer(network, lr=1e-4, **settings.optim.keywords)
     source = open_source(str(images), Wanted(3, settings.model.image_hw), seed=0).train
     pixels = torch.stack([source.read(index) for index in range(settings.run.batch_size)]).to(device)
+    crops = [interpolate(pixels.float(), size=size).to(pixels.dtype) for size in settings.crop_sizes]
     draw = count()
 
     def step() -> None:
-        first = next(draw) * len(pixels)
-        masked = masks_of(settings, torch.arange(first, first + len(pixels), device=device))
-        loss = network(pixels, masked, int(masked[0, 0].sum())).total
+        number = next(draw)
+        images, seeds = crops[number % len(crops)], torch.arange(len(pixels), device=device) + number * len(pixels)
+        grid = tuple(side // settings.model.patch_size for side in images.shape[-2:])
+        loss = network(images, masks_of(settings, seeds, grid)).total
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -125,6 +126,21 @@ def test_studies__of_the_project_name_arms_that_they_describe_and_dmjd_takes(tmp
         assert named <= cells, path
         for arm in study.arms:
             assert parsed(study.settings(studies.Job(arm, 1, 0, 1e-3, False)), tmp_path).lr == pytest.approx(1e-3)
+
+
+def test_times__count_smaller_crops_as_less_work(toy: Path, tmp_path: Path) -> None:
+    for number in range(16):
+        path = tmp_path / "images" / "train" / f"class{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((16, 16, 3), number, np.uint8)).save(path)
+    growing = {"two": TOY["arms"]["two"], "growing": TOY["arms"]["two"] | {"crop": {"progressive": [0.5]}}}
+    toy.write_text(yaml.safe_dump(TOY | {"arms": growing, "runs": [{"cells": ["two@1", "growing@1"], "seeds": 1}]}))
+    threads = torch.get_num_threads()
+    study = studies.Study(toy)
+    studies.measure_times(study, tmp_path / "images", "cpu")
+    torch.set_num_threads(threads)
+    arms = json.loads((study.folder / "times.json").read_text())["arms"]
+    assert arms["growing"]["mflop_per_row"] / arms["two"]["mflop_per_row"] == pytest.approx((1 + 1 / 4) / 2, rel=0.1)
 
 
 @pytest.mark.slow
