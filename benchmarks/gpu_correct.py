@@ -9,6 +9,7 @@ program fails then. The checks, by the name for --only:
 masks    hashes, uniform numbers and masks from the same seeds: equal to the last bit
 crops    boxes equal to the last bit; pixels within one level
 step     losses and gradients of one step, float32, by preset
+rows     the hybrid's convolution and its gradients, in the form that the device chooses, against maps in float64
 golden   losses and norms of gradients of the official programs (FOLDER has their files, as tests/parity reads them)
 curve    the losses of 20 steps of `dmjd pretrain`, float32, against those of the CPU
 repeat   a second run: equal to the last bit, in float32 and in bf16
@@ -42,9 +43,11 @@ from study import device_name
 from torch import Tensor, nn
 
 import dmjd
+from dmjd.backbones.convvit import layout_of
+from dmjd.backbones.depthwise import DepthwiseOnRows, Layout
 from dmjd.cli import main as dmjd_main
 from dmjd.data.crops import RandomCrop
-from dmjd.masking import seeded_masks
+from dmjd.masking import seeded_masks, token_ids
 from dmjd.random import mix_all, uniforms
 from dmjd.reference import our_name
 
@@ -144,6 +147,32 @@ def largest_difference(ours: nn.Module, theirs: nn.Module) -> float:
     whole = torch.stack([other.norm() for _, other in pairs]).norm()
     # Some gradients are nothing but rounding, such as that of a key's bias: a thousandth of the whole is added.
     return max(((mine - other).norm() / (other.norm() + 1e-3 * whole)).item() for mine, other in pairs)
+
+
+def rows(device: str) -> Iterator[Finding]:
+    """Compare the convolutions of both stages of a base hybrid, with three quarters of the tokens hidden."""
+    torch.manual_seed(0)
+    visible = token_ids(dmjd.block_masks(4, (14, 14), num_views=2, mask_ratio=0.75)).visible
+    for side, dim in ((4, 256), (2, 384)):
+        maps = layout_of(visible, (14, 14), side)
+        layout = layout_of(visible.to(device), (14, 14), side).for_its_device()
+        form = "on rows" if layout.table else "on maps"
+        given = [torch.randn(shape) for shape in ((len(maps.places), dim), (dim, 1, 5, 5), (dim,))]
+        gradient = torch.randn_like(given[0])
+        for precision, allowed in ((torch.float32, LOSS), (torch.bfloat16, BF16)):
+            rounded = [given[0].to(precision), *given[1:], gradient.to(precision)]
+            expected = convolution(maps, *(each.double() for each in rounded))
+            found = convolution(layout, *(each.to(device) for each in rounded))
+            for part, ours, theirs in zip(("outputs", "rows", "weights", "biases"), found, expected, strict=True):
+                difference = ((ours.cpu().double() - theirs).norm() / theirs.norm()).item()
+                yield Finding(f"{form}, {dim} channels, {precision}: {part}", difference, allowed)
+
+
+def convolution(layout: Layout, rows: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor) -> list[Tensor]:
+    """Compute outputs, and gradients of rows, weight and bias."""
+    given = [each.detach().requires_grad_() for each in (rows, weight, bias)]
+    out = DepthwiseOnRows.apply(*given, layout)
+    return [out.detach(), *torch.autograd.grad(out, given, gradient)]
 
 
 def golden(path: Path, device: str) -> Iterator[Finding]:
@@ -264,6 +293,7 @@ def checks_of(given: argparse.Namespace, folder: Path) -> Iterator[tuple[str, st
     yield "crops", "", partial(crops, device)
     for name in PRESETS:
         yield "step", name, partial(step, name, device, toy=toy)
+    yield "rows", "", partial(rows, device)
     for path in sorted(given.golden.glob("*.safetensors")) if given.golden else ():
         if path.stem != "convvit_classifier":
             yield "golden", path.stem, partial(golden, path, device)

@@ -5,7 +5,8 @@
     python benchmarks/gpu_speed.py --device cpu --toy --out toy.json
 
 A step draws masks, computes losses and gradients of images that are on the device, and lets AdamW step. The plain forms
-are the hybrid on whole maps (`plain.hybrid`) and, if it is installed, `ViTMAEForPreTraining` of transformers.
+are the hybrid on whole maps (`plain.hybrid`), ours with only the depthwise convolutions on maps (`maps`), as without
+Triton, and, if it is installed, `ViTMAEForPreTraining` of transformers.
 All models of a size are on the device together, each with the largest batch that fits, by halving; then they are timed
 by CUDA events, a round of each in turns. What no longer fits into --minutes is left out and named.
 
@@ -22,7 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dmjd
+from dmjd.backbones.convvit import ConvBlock
 from dmjd.config.rules import PRESETS
 from dmjd.engine.optim import create_optimizer
 from dmjd.masking import seeded_masks, token_ids
@@ -60,7 +62,7 @@ class Case(NamedTuple):
     model: str
     preset: str
     settings: dict[str, Any]
-    form: str = "dmjd"  # or "dense", "transformers"
+    form: str = "dmjd"  # or "dense", "maps", "transformers"
 
 
 VIT = (
@@ -74,6 +76,7 @@ VIT = (
 HYBRID = (
     Case("convvit", "convmae", {}),
     Case("convvit", "dmjd", {}),
+    Case("convvit", "dmjd", {}, "maps"),
     Case("convvit", "dmjd", {}, "dense"),
     Case("convvit", "fastconvmae", {}),
 )
@@ -94,6 +97,9 @@ def create(case: Case, size: str, *, toy: bool) -> nn.Module:
     model = dmjd.build(case.preset, size, backbone=case.model, **shape, **case.settings)
     if case.form == "dense":
         return PlainHybrid(model)
+    if case.form == "maps":
+        for block in (each for each in model.modules() if isinstance(each, ConvBlock)):
+            block.register_forward_pre_hook(lambda _, given: (given[0], replace(given[1], table=None)))
     return TransformersMAE(model) if case.form == "transformers" else model
 
 

@@ -25,7 +25,7 @@ ONE = Ranks(torch.device("cpu"))
 def unchecked(monkeypatch):
     """Leave out the checks of shapes, which only tests have: they are no part of what is compiled."""
     shape_checks.update("jaxtyping_disable", True)
-    for name in ("__init__", "to_map", "to_rows"):
+    for name in ("__init__", "for_its_device", "to_map", "to_rows"):
         monkeypatch.setattr(Layout, name, inspect.unwrap(getattr(Layout, name)))
     torch.compiler.reset()
     yield

@@ -2,14 +2,13 @@
 
 A token holds 4 x 4 positions of stage 1 and 2 x 2 of stage 2. Every patch embedding is aligned with the tokens, so all
 that a position does alone (norms, 1x1 convolutions, MLPs, embeddings) is done for visible tokens only, as rows of a
-matrix. Only the depthwise convolution looks around: it sees a map with zeros at hidden positions.
+matrix. Only the depthwise convolution (`depthwise`) looks around: it sees a map with zeros at hidden positions.
 
 Rows are nested: token by token, in it the 2 x 2 positions of stage 2, in each of those its 2 x 2 positions of stage 1.
 A patch embedding then joins neighbouring rows, which costs nothing. S counts the rows of a stage.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -19,12 +18,11 @@ from timm.layers import DropPath
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_weight
 
 from dmjd.backbones import Architecture, Latents, encodes, register_encoder
 from dmjd.backbones.blocks import NORM_EPS, init_weights, transformer_blocks
+from dmjd.backbones.depthwise import DepthwiseOnRows, Layout
 from dmjd.backbones.positions import resample_positions, sincos_positions
 from dmjd.masking import TokenIds, gather_tokens
 
@@ -48,64 +46,13 @@ def nested_positions(grid: tuple[int, int], side: int, device: torch.device | No
     return numbers.reshape(rows * columns, side * side)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where the rows of a stage lie in the maps of N views; map positions without a row are zero."""
-
-    places: Int[Tensor, " S"]
-    num_maps: int | torch.SymInt  # a symbol while a graph is made of the network
-    height: int
-    width: int
-
-    @classmethod
-    def of(cls, tokens: Int[Tensor, "N K"], grid: tuple[int, int], side: int) -> "Layout":
-        """Lay out the positions of the given tokens of every map."""
-        height, width = grid[0] * side, grid[1] * side
-        positions_NKs = nested_positions(grid, side, tokens.device)[tokens]
-        maps_N = height * width * torch.arange(tokens.shape[0], device=tokens.device)
-        return cls((positions_NKs + maps_N[:, None, None]).flatten(), tokens.shape[0], height, width)
-
-    def to_map(self, rows: Float[Tensor, "S D"]) -> Float[Tensor, "N D H W"]:
-        """Scatter rows over maps of zeros (channels last in memory)."""
-        empty = rows.new_zeros(self.num_maps * self.height * self.width, rows.shape[1])
-        full = empty.index_copy(0, self.places, rows)
-        return full.view(self.num_maps, self.height, self.width, -1).permute(0, 3, 1, 2)
-
-    def to_rows(self, maps: Float[Tensor, "N D H W"]) -> Float[Tensor, "S D"]:
-        """Gather the rows again."""
-        return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1]).index_select(0, self.places)
-
-
-class DepthwiseOnRows(torch.autograd.Function):
-    """A depthwise convolution of the maps that rows lie in, read at the same rows.
-
-    Its backward pass lays the maps out again instead of keeping them, and computes the weights' gradient in their own
-    precision: that is more exact, and on CPUs twice as fast as the kernel for bf16.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, layout: Layout) -> Tensor:
-        """Convolve; the padding keeps the size of the maps."""
-        ctx.save_for_backward(rows, weight)
-        ctx.layout = layout
-        weight, bias = weight.to(rows.dtype), bias.to(rows.dtype)
-        padding = [side // 2 for side in weight.shape[2:]]
-        return layout.to_rows(F.conv2d(layout.to_map(rows), weight, bias, padding=padding, groups=len(weight)))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Compute the gradients of rows, weight and bias."""
-        rows, weight = ctx.saved_tensors
-        padding, groups = [side // 2 for side in weight.shape[2:]], len(weight)
-        full, gradient_map = ctx.layout.to_map(rows), ctx.layout.to_map(gradient)
-        flipped = weight.flip(2, 3).to(rows.dtype)
-        of_map = F.conv2d(gradient_map, flipped, padding=padding, groups=groups)
-        of_weight = conv2d_weight(
-            full.to(weight.dtype), weight.shape, gradient_map.to(weight.dtype), padding=padding, groups=groups
-        )
-        of_weight = of_weight.clone(memory_format=torch.contiguous_format)  # DDP compares even the stride of size 1
-        return ctx.layout.to_rows(of_map), of_weight, gradient.sum(0, dtype=weight.dtype), None
+def layout_of(tokens: Int[Tensor, "N K"], grid: tuple[int, int], side: int) -> Layout:
+    """Lay out the positions of the given tokens of every map, token by token."""
+    height, width = grid[0] * side, grid[1] * side
+    positions_NKs = nested_positions(grid, side, tokens.device)[tokens]
+    maps_N = height * width * torch.arange(tokens.shape[0], device=tokens.device)
+    places = (positions_NKs + maps_N[:, None, None]).flatten()
+    return Layout(places, tokens.shape[0], height, width)
 
 
 class Pointwise(nn.Conv2d):
@@ -279,7 +226,8 @@ class ConvViT(nn.Module):
         grid = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
         num_tokens = grid[0] * grid[1]
         num_rows, batch_size = tokens.shape[0], images.shape[0]
-        layout1, layout2 = Layout.of(tokens, grid, 4), Layout.of(tokens, grid, 2)
+        layout1 = layout_of(tokens, grid, 4).for_its_device()
+        layout2 = layout_of(tokens, grid, 2).for_its_device()
         embedded = self.patch_embed1(images)  # once per image, in raster order
         size1 = layout1.height * layout1.width
         view_N = torch.arange(num_rows, device=tokens.device)
@@ -327,8 +275,8 @@ class ConvViT(nn.Module):
         rows1, rows2, latent = self.stages(x, tokens)
         last = latent.transpose(1, 2).unflatten(2, grid)
         maps = [
-            Layout.of(tokens, grid, 4).to_map(rows1),
-            Layout.of(tokens, grid, 2).to_map(rows2),
+            layout_of(tokens, grid, 4).to_map(rows1),
+            layout_of(tokens, grid, 2).to_map(rows2),
             last,
             F.max_pool2d(last, 1, stride=2) if 3 in wanted else last,
         ]
