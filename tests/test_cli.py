@@ -361,7 +361,7 @@ def test_settings__the_learning_rate_follows_the_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "steps"), [(["--epochs", 2], 20), (["--epochs", 0.01], 1), (["--epochs", 0], 1), (["--steps", 7], 7)]
+    ("flags", "steps"), [(["--epochs", 2], 20), (["--epochs", 0.01], 1), (["--epochs", 0], 500), (["--steps", 7], 7)]
 )
 def test_settings__steps_come_from_epochs_or_are_given(flags: list[object], steps: int) -> None:
     assert settings_of("pretrain", "--data", "d", "--batch_size", 10, *flags).run.num_steps(100) == steps

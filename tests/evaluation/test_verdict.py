@@ -58,3 +58,24 @@ def test_judge__names_what_became_of_a_run(changes, kind):
     verdict = judge(untrained, GOOD | changes)
     assert verdict.kind == kind
     assert bool(verdict.advice) == (kind != "learned")
+
+
+@pytest.mark.parametrize(
+    ("num_images", "looks", "words"),
+    [
+        (5000, 400.0, []),
+        (5000, 18.0, ["seen 18 times"]),
+        (300, 400.0, ["more than 300 images"]),
+        (300, 18.0, ["seen 18 times", "more than 300 images"]),
+    ],
+)
+def test_verdict__of_a_good_run_says_what_few_looks_or_few_images_leave_undone(num_images, looks, words):
+    verdict = judge(UNTRAINED, GOOD).knowing(num_images, looks)
+    assert verdict.kind == "learned"
+    assert all(each in verdict.advice for each in words)
+    assert bool(verdict.advice) == bool(words)
+
+
+def test_verdict__of_a_bad_run_is_about_what_went_wrong():
+    verdict = judge(UNTRAINED, GOOD | {"rankme": 5.0})
+    assert verdict.knowing(300, 1.0) == verdict

@@ -9,6 +9,8 @@ FEWER = 0.5  # RankMe of the features over that of the untrained network, below 
 PREDICTED = 0.05  # share of the hidden tokens that has to be explained for anything to have been learned
 STUCK = (-0.02, 0.01)  # what predictions explain that are the mean target, or close to it
 GAP = 0.2  # between what is explained of training and of held-out images, where a run has learned them by heart
+FEW_LOOKS = 100  # times that an image was seen; published runs have 200 to 1600
+FEW_IMAGES = 1000  # below which weights of others are the better start
 
 
 class Verdict(NamedTuple):
@@ -23,6 +25,17 @@ class Verdict(NamedTuple):
     kind: Kind
     line: str
     advice: str = ""
+
+    def knowing(self, num_images: int, looks: float) -> "Verdict":
+        """Say of a good run what else could be better: `looks` is how often its views have shown each image."""
+        if self.kind != "learned":
+            return self
+        advice = []
+        if looks < FEW_LOOKS:
+            advice.append(f"more --minutes or --epochs: each image was seen {looks:.0f} times, and hundreds are usual")
+        if num_images < FEW_IMAGES:
+            advice.append(f"more than {num_images} images, or weights of others to start from (--init)")
+        return self._replace(advice="; ".join(advice))
 
 
 def judge(untrained: Mapping[str, float], trained: Mapping[str, float]) -> Verdict:

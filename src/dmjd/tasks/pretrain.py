@@ -271,7 +271,8 @@ def finish(
         draw(settings, network, samples, parts, steps=steps)
     if run.log_to and (pictures := out / "samples.safetensors").exists():
         run.show(read_strips(pictures), steps)
-    verdict = judge(run.summary["untrained"], trained)
+    seen = steps * settings.run.batch_size * settings.masking.num_views
+    verdict = judge(run.summary["untrained"], trained).knowing(len(parts.train), seen / len(parts.train))
     summary = run.summary | {
         "trained": trained,
         "verdict": verdict._asdict(),
