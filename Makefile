@@ -49,7 +49,7 @@ lint:
 # Guides, tables and the reference from the docstrings: site/index.html
 docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Races of steps against plain forms, and counts of what a step needs: docs/results/bench. Hours, of a quiet machine.
 bench: .venv/installed
