@@ -124,6 +124,8 @@ def main() -> None:
         print(row(name, hours, by_name[key]))
     milliseconds = [64e3 / values["images_per_second"] for values in steppings]
     print(row("a step, ms", [values["seconds"] / 3600 for values in steppings], milliseconds))
+    if len(samples) < 3 * WINDOW:
+        return
     used, steps = (np.array(by_name[key])[::WINDOW] for key in ("cpu_seconds", "steps"))
     print(row("a step, ms of CPU time", hours[::WINDOW][1:], 1000 * np.diff(used) / np.diff(steps)))
 

@@ -361,7 +361,7 @@ def test_settings__the_learning_rate_follows_the_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "steps"), [(["--epochs", 2], 20), (["--epochs", 0.01], 1), (["--epochs", 0], 500), (["--steps", 7], 7)]
+    ("flags", "steps"), [(["--epochs", 2], 20), (["--epochs", 0.01], 1), (["--epochs", 0], 1), (["--steps", 7], 7)]
 )
 def test_settings__steps_come_from_epochs_or_are_given(flags: list[object], steps: int) -> None:
     assert settings_of("pretrain", "--data", "d", "--batch_size", 10, *flags).run.num_steps(100) == steps
@@ -369,6 +369,17 @@ def test_settings__steps_come_from_epochs_or_are_given(flags: list[object], step
 
 CHANGED = """--preset quick --model.image_size 64x32 --model.embed_dim 48 --crop.scale 0.2 0.9 --crop.no-flip
 --optim.blr 1e-5 --data 007"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "images", "steps"),
+    [
+        *(([], 31, 48), ([], 307, 480), ([], 3068, 500), ([], 50_000, 7812)),
+        *((["--epochs", 3], 320, 15), (["--steps", 7], 9, 7)),
+    ],
+)
+def test_settings__fine_tuning_goes_on_where_images_are_few(flags: list[object], images: int, steps: int) -> None:
+    assert settings_of("finetune", *NEEDED["finetune"], *flags).run.num_steps(images) == steps
 
 
 def test_config_yaml__reads_back_to_equal_settings(tmp_path: Path) -> None:

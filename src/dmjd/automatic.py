@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from statistics import median
+from statistics import mean, median
 
 import torch
 from torch.optim import Optimizer
@@ -144,6 +144,8 @@ def make(settings: PretrainSettings, device: torch.device | None = None) -> tupl
 def time_image(settings: PretrainSettings, images: PackedImages, device: torch.device, count: int) -> float:
     """Train a few steps of `count` of some images, as the run will, and return the seconds that one takes.
 
+    Where crops grow, it is the mean over their sizes.
+
     Raises:
         ConfigError: If settings do not go together.
         OutOfMemoryError: If the device has not the memory.
@@ -158,18 +160,22 @@ def time_image(settings: PretrainSettings, images: PackedImages, device: torch.d
     )
     network, optimizer = make(settings, device)
     autocast = choose_precision(settings.run.precision, device, network)
-    taken = []
-    for step in range(TIMED + 1):
-        began = time.perf_counter()
-        batch = samples.__getitems__([(step, index % len(images)) for index in range(count)])
-        with autocast():
-            loss = network(samples.pixels(batch, device), masks_of(settings, batch.seeds.to(device))).total
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()  # waits for the device
-        taken.append((time.perf_counter() - began) / count)
-    return median(taken[1:])
+    means = []
+    for height, width in settings.crop_sizes:
+        sized, taken = replace(samples, crop=replace(samples.crop, size=(height, width))), list[float]()
+        grid = height // settings.model.patch_size, width // settings.model.patch_size
+        for step in range(TIMED + 1):
+            began = time.perf_counter()
+            batch = sized.__getitems__([(step, index % len(images)) for index in range(count)])
+            with autocast():
+                loss = network(sized.pixels(batch, device), masks_of(settings, batch.seeds.to(device), grid)).total
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()  # waits for the device
+            taken.append((time.perf_counter() - began) / count)
+        means.append(median(taken[1:]))
+    return mean(means)
 
 
 def describe(

@@ -134,7 +134,7 @@ BAD = {  # command line: what its error line has to say, each of the parts
     "pretrain --teacher.decay nan 1": "teacher.decay (nan, 1.0) | 0 to 1",
     "pretrain --teacher.layers 99999": "teacher.layers (99999,)",
     "pretrain --data {colours} --teacher.cache kept --crop.variants 2": "no frozen teacher",
-    "pretrain --preset mae --crop.progressive 0.3": "crop.progressive 0.3 of 224 is 67x67, not a multiple",
+    "pretrain --data {colours} --preset quick --epochs 1 --batch_size 8 --crop.progressive 0.5": "2 sizes of crops",
     "pretrain --preset mae --crop.progressive 2": "crop.progressive",
     "pretrain --preset data2vec --crop.progressive 0.5": "crop.progressive is not for networks among the targets",
     "pretrain --hog.cell_size 100000": "hog.cell_size 100000 | 1 to 1024",

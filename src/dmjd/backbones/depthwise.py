@@ -57,7 +57,7 @@ class Layout:
         Nothing is measured: two runs of one command would be two runs, since the forms round differently.
         """
         device = self.places.device
-        if triton is None or device.type != "cuda" or torch.compiler.is_exporting():  # an exported program is for all
+        if triton is None or device.type != "cuda":  # programs for others are exported on a CPU
             return self
         runs = torch.compiler.is_compiling() or _runs(device)  # what compiles for a GPU is Triton itself
         return self.on_rows() if runs else self

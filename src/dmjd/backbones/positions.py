@@ -24,4 +24,6 @@ def sincos_positions(grid: Grid, dim: int) -> Float[Tensor, "1 L D"]:
 
 def resample_positions(positions: Float[Tensor, "1 L D"], grid: Grid, wanted: Grid) -> Float[Tensor, "1 l D"]:
     """Interpolate the positions of a grid to another one (bicubic, antialiased); for the same they stay as they are."""
+    if grid == wanted:  # timm interpolates even then in what it exports
+        return positions
     return resample_abs_pos_embed(positions, list(wanted), list(grid), num_prefix_tokens=0)

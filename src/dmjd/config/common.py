@@ -12,8 +12,6 @@ from dmjd.errors import ConfigError
 Precision = Literal["auto", "fp32", "bf16"]
 LogTo = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 SEEDS = 2**63 - 1  # the largest one
-# What no epochs come to: so many steps, but no fewer and no more epochs than these (docs/results/tuning_length.md).
-FEW_STEPS, EPOCHS = 500, (10, 100)
 
 # Groups of the help, in this order.
 GROUPS = (
@@ -95,7 +93,7 @@ class RunSettings(DeviceSettings):
     config: Path | None = None
     """YAML file that overrides the preset."""
     epochs: float = 100.0
-    """Passes over the images; 0 goes by their number: as many as make 500 steps, at least 10 and at most 100."""
+    """Passes over the images."""
     steps: int | None = None
     """Optimizer steps, instead of epochs."""
     batch_size: int = 1024
@@ -134,9 +132,7 @@ class RunSettings(DeviceSettings):
 
     def num_steps(self, count: int) -> int:
         """Count the steps of a run over `count` images."""
-        fewest, most = EPOCHS
-        epochs = self.epochs or min(max(fewest, FEW_STEPS * self.batch_size / max(count, 1)), most)
-        return self.steps or max(round(epochs * count / self.batch_size), 1)
+        return self.steps or max(round(self.epochs * count / self.batch_size), 1)
 
     @property
     def training(self) -> dict[str, Any]:

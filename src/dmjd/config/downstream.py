@@ -186,6 +186,10 @@ def tuning_lr(run: RunSettings, optim: OptimSettings) -> float:
     return optim.blr * run.batch_size / 256
 
 
+# What no epochs come to: so many steps, but no fewer and no more epochs than these (docs/results/tuning_length.md).
+FEW_STEPS, EPOCHS = 500, (10, 100)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinetuneRun(RunSettings):
     """Where, how long and on what `dmjd finetune` computes."""
@@ -195,6 +199,14 @@ class FinetuneRun(RunSettings):
     out: Path = Path("runs/finetune")
     preset: str = "quick"
     """Recipe to start from: quick, base, large."""
+    epochs: float = 0.0
+    """Passes over the images; 0 goes by their number: as many as make 500 steps, at least 10 and at most 100."""
+
+    def num_steps(self, count: int) -> int:
+        """Count the steps of a run over `count` images."""
+        fewest, most = EPOCHS
+        by_number = min(max(fewest, FEW_STEPS * self.batch_size / max(count, 1)), most)
+        return self.steps or max(round((self.epochs or by_number) * count / self.batch_size), 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -222,9 +222,9 @@ class CropSettings:
     variants: int | None = None
     """Different crops of an image: epoch e shows crop e mod variants. Default: another crop every epoch."""
     progressive: tuple[float, ...] = ()
-    """Shares of the side that crops have earlier in the run, such as 0.5; give the flag once for each, in their order.
-    All parts of the run, the last with whole crops, have as many epochs. Not with networks among the targets; `plan`
-    takes all crops for whole ones."""
+    """Shares of the side that crops have earlier in the run, in whole tokens, such as 0.5; give the flag once for each,
+    in their order. All parts of the run, the last with whole crops, have as many epochs, give or take one. Not with
+    networks among the targets. Memory is that of whole crops, which `plan` takes all for."""
 
     def __post_init__(self) -> None:
         within(1, 1_000_000, self, "variants")
@@ -310,16 +310,13 @@ class PretrainSettings:
             raise ConfigError(f"monitor.channels {self.monitor.channels}: channels are 0 to {self.model.in_chans - 1}")
         if self.model.mask_token != (self.decoder.depth == 0):
             raise ConfigError("model.mask_token and decoder.depth 0 (a linear head) belong together: set both or none")
-        for share, size in zip(self.crop.progressive, self.crop_sizes, strict=False):
-            if any(side % self.model.patch_size or not side for side in size):
-                said = f"crop.progressive {share:g} of {self.model.image_size} is {size[0]}x{size[1]}"
-                raise ConfigError(f"{said}, not a multiple of model.patch_size {self.model.patch_size}")
 
     @property
     def crop_sizes(self) -> list[tuple[int, int]]:
-        """Height and width of a crop, in pixels, in the parts of the run."""
-        height, width = self.model.image_hw
-        return [(round(height * share), round(width * share)) for share in (*self.crop.progressive, 1.0)]
+        """Height and width of a crop, in pixels, in the parts of the run: whole tokens."""
+        (rows, columns), patch = self.model.grid, self.model.patch_size
+        shares = (*self.crop.progressive, 1.0)
+        return [(patch * max(round(rows * share), 1), patch * max(round(columns * share), 1)) for share in shares]
 
     @property
     def lr(self) -> float:

@@ -27,6 +27,8 @@ def room(shape: tuple[int, ...], dtype: torch.dtype) -> Num[Tensor, "*shape"]:
     size = int(np.prod(shape)) * dtype.itemsize
     slot = next((slot for slot in _slots if len(slot) == size + 1 and slot[-1] == FREE), None)
     if slot is None:
+        # Crops that grow leave slots behind that no batch fits.
+        _slots[:] = [slot for slot in _slots if slot[-1] == LENT or len(slot) == size + 1]
         slot = torch.empty(size + 1, dtype=torch.uint8).share_memory_()
         _slots.append(slot)
     slot[-1] = LENT

@@ -148,12 +148,19 @@ def describe_runs(folder: Path) -> list[dict[str, Any]]:
     facts = {
         "data": settings["data"].rpartition("/")[2],  # where it lies is nobody's business
         "recipe": settings.get("preset"),
-        "length": f"{settings['steps']} steps" if "steps" in settings else f"{settings['epochs']:g} epochs",
+        "length": length(settings),
         "images in a step": settings["batch_size"],
         "settings that differ from the recipe": differing(settings, key),
     }
     views = settings.get("masking", {}).get("num_views", 1)
     return [*before, {"title": title, "facts": {**facts, **results(folder, views)}}]
+
+
+def length(settings: Mapping[str, Any]) -> str:
+    """Write how long a run was to be."""
+    if "steps" in settings:
+        return f"{settings['steps']} steps"
+    return f"{settings['epochs']:g} epochs" if settings["epochs"] else "as many epochs as its images ask for"
 
 
 def differing(settings: Mapping[str, Any], key: str | None) -> str:

@@ -87,6 +87,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any] | None:
         monitor = Monitor(
             scaled, settings.model.image_hw, partial(masks_of, settings), settings.monitor.max_images, run.workers
         )
+        samples = training_samples(settings, parts.train, statistics.levels, ranks.device)
         trainer = make_trainer(settings, model, parts.train, monitor)
         trainer.begin(resume=run.resume)
         if trainer.done == trainer.plan.steps and (out / "summary.json").exists():
@@ -95,7 +96,6 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any] | None:
             print(f"this run is done; look at {write_report(out)}")
             return json.loads((out / "summary.json").read_text("utf-8"))
         name_broken(trainer.run, parts)
-        samples = training_samples(settings, parts.train, statistics.levels, ranks.device)
         with trainer.run.logging():
             trained = fit(settings, trainer, samples, monitor)
             return finish(settings, trainer, samples, scaled, trained)
@@ -199,7 +199,7 @@ def training_samples(settings: PretrainSettings, images: Source, levels: Levels,
     """Make the training samples that settings describe, from a tensor on the device if they are few and small.
 
     Raises:
-        ConfigError: If they are to be on the device and are no tensor.
+        ConfigError: If they are to be on the device and are no tensor, or crops have more sizes than there are epochs.
     """
     crop, asked = settings.crop, settings.run.data_on_device
     stack = stack_of(images) if asked != "no" else None
@@ -209,7 +209,11 @@ def training_samples(settings: PretrainSettings, images: Source, levels: Levels,
     cropping = RandomCrop(settings.model.image_hw, crop.scale, crop.ratio, crop.flip)
     run, sizes = settings.run, settings.crop_sizes
     epochs = run.num_steps(len(images)) * run.batch_size / len(images)
-    parts = tuple((round(epochs * part / len(sizes)), size) for part, size in enumerate(sizes))
+    first = [int(epochs * part / len(sizes)) for part in range(len(sizes))]
+    if len({*first}) < len(first):
+        said = f"{len(first)} sizes of crops and {epochs:.3g} epochs; --crop.progressive"
+        raise ConfigError(f"{said}; choose fewer sizes, or more --epochs")
+    parts = tuple(zip(first, sizes, strict=True))
     return MaskedSamples(images, cropping, run.seed, crop.variants, levels, stack, parts)
 
 
@@ -271,8 +275,13 @@ def finish(
         draw(settings, network, samples, parts, steps=steps)
     if run.log_to and (pictures := out / "samples.safetensors").exists():
         run.show(read_strips(pictures), steps)
-    seen = steps * settings.run.batch_size * settings.masking.num_views
-    verdict = judge(run.summary["untrained"], trained).knowing(len(parts.train), seen / len(parts.train))
+    asked, seen = settings.run, steps * settings.run.batch_size * settings.masking.num_views
+    verdict = judge(run.summary["untrained"], trained).knowing(
+        len(parts.train),
+        seen / len(parts.train),
+        longer="--steps" if asked.steps else "--minutes" if asked.preset == "auto" else "--epochs",
+        starts_anew=settings.init is None,
+    )
     summary = run.summary | {
         "trained": trained,
         "verdict": verdict._asdict(),
