@@ -19,13 +19,15 @@ STEPS = 30
 
 @dataclass(frozen=True)
 class Numbered(Dataset[MaskedBatch]):
-    """Batches full of their number, which say how many slots their worker has."""
+    """Batches full of their number, which say how many slots their worker has; larger ones from the second epoch on."""
 
     images: Source | None = None
     dtype: torch.dtype = torch.uint8
+    later: int = 4  # height
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> MaskedBatch:
-        batch = lent.room((len(keys), 4, 4, 3), self.dtype).fill_(keys[0][1]).permute(0, 3, 1, 2)
+        height = self.later if keys[0][0] else 4
+        batch = lent.room((len(keys), height, 4, 3), self.dtype).fill_(keys[0][1]).permute(0, 3, 1, 2)
         indices = torch.tensor([index for _, index in keys])
         return MaskedBatch(batch, torch.full_like(indices, len(lent._slots)), indices, {})
 
@@ -50,6 +52,13 @@ def test_lent__a_worker_has_as_many_slots_as_batches_are_under_way() -> None:
     slots = [int(batch.seeds[0]) for batch in loaded(Numbered())]
     assert max(slots) <= 4  # two that the loader asked for, one that is looked at, one between
     assert int(list(loaded(Numbered()))[-1].seeds[0]) > 4
+
+
+@pytest.mark.long
+def test_lent__slots_that_no_batch_fits_any_more_are_given_up() -> None:
+    slots = [int(batch.seeds[0]) for batch in loaded(Numbered(later=5))]
+    assert max(slots[:24]) <= 4
+    assert slots[-1] <= 5
 
 
 def test_lent__without_workers_memory_is_like_any_other() -> None:
