@@ -43,6 +43,7 @@ def test_auto__fits_the_images_and_says_so_in_six_lines_at_most(photos, capsys):
     assert "23 images, shorter side 40 px, 3 channels" in lines[0]
 
 
+@pytest.mark.long
 def test_auto__takes_the_channels_that_images_have(stacks):
     assert auto(stacks, minutes=0.02).model.in_chans == 5
 
@@ -64,6 +65,7 @@ def test_auto__flags_stand_above_what_is_chosen(photos):
     assert settings.optim.warmup_epochs == pytest.approx(0.15)
 
 
+@pytest.mark.long
 def test_auto__warms_up_for_a_share_of_the_steps_that_are_said(photos):
     settings = auto(photos, minutes=0.02, steps=40)
     assert settings.run.num_steps(23) == 40

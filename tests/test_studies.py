@@ -117,6 +117,7 @@ def test_verdict__of_an_interval_and_a_margin() -> None:
     assert (low, high) == pytest.approx((2 - 2.484, 2 + 2.484), abs=1e-3)  # t of 2 degrees: 4.303
 
 
+@pytest.mark.long
 def test_studies__of_the_project_name_arms_that_they_describe_and_dmjd_takes(tmp_path: Path) -> None:
     for path in sorted((ROOT / "benchmarks" / "studies").glob("*.yaml")):
         study = studies.Study(path)

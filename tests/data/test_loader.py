@@ -42,6 +42,7 @@ def equal(some: list[MaskedBatch], others: list[MaskedBatch]) -> bool:
     )
 
 
+@pytest.mark.long
 def test_train_batches__two_workers_load_what_none_does(folder: Path) -> None:
     samples = samples_of(folder)
     alone = batches_of(samples)
@@ -89,6 +90,7 @@ def read(source: Source, indices: Sequence[int], **options: object) -> list[tupl
     return list(read_batches(source, indices, small, **chosen))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 2])
 def test_read_batches__are_in_order_without_what_does_not_decode(folder: Path, workers: int) -> None:
     images = folder_images(folder, Wanted(3))

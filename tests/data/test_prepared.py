@@ -153,6 +153,7 @@ def test_prepared__reading_copies_nothing_and_cannot_spoil_the_set(copied: Path)
     verify(copied)
 
 
+@pytest.mark.long
 def test_prepared__a_worker_process_reads_the_same_pixels(packed: Path) -> None:
     images = open_prepared(str(packed), Wanted())["train"]
     images.read(0)

@@ -49,6 +49,7 @@ def test_log_to__knows_what_the_setting_names() -> None:
     assert LOGGERS.keys() == {*get_args(LogTo)}
 
 
+@pytest.mark.long
 def test_log_to__tensorboard_has_the_numbers_of_all_steps_once_and_the_pictures(colours: Path, tmp_path: Path) -> None:
     dmjd.pretrain(colours, tmp_path / "run", **TINY, log_to=["tensorboard"])
     run = dmjd.pretrain(colours, tmp_path / "run", **{**TINY, "steps": 5}, resume=True)

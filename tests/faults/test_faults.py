@@ -117,6 +117,7 @@ def run(unbroken: Path, tmp_path: Path) -> Path:
 # -- killed ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_pretrain__killed_again_and_again_it_ends_as_if_unbroken(data: Path, unbroken: Path, tmp_path: Path) -> None:
     out, delays, killed = tmp_path / "run", random.Random(0), 0
     for leg in range(3):

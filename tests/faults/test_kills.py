@@ -71,7 +71,12 @@ def killed_and_resumed(verb: str, drawn: Path, folder: Path, kills: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("verb", "kills"), [pytest.param("ema", 8, marks=pytest.mark.long), ("finetune", 4), ("segment", 4), ("detect", 4)]
+    ("verb", "kills"),
+    [
+        pytest.param("ema", 8, marks=pytest.mark.long),
+        *(pytest.param(verb, 4, marks=pytest.mark.long) for verb in ("finetune", "segment")),
+        ("detect", 4),
+    ],
 )
 def test_verbs__killed_at_random_and_resumed_they_end_as_if_unbroken(
     drawn: Path, tmp_path: Path, verb: str, kills: int

@@ -365,6 +365,7 @@ def test_open_archive__a_bomb_in_a_zip_file_is_a_bad_image(tmp_path: Path) -> No
         images.read(1)
 
 
+@pytest.mark.long
 def test_pretrain__every_bad_file_of_a_folder_is_named_with_its_reason_and_the_run_ends_well(tmp_path: Path) -> None:
     folder = tmp_path / "images" / "train"
     folder.mkdir(parents=True)

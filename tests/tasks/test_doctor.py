@@ -96,6 +96,7 @@ def test_doctor__in_a_process_of_its_own_finds_all_that_is_wrong(photos: Path, t
     assert text.index("Leakage: 2 of 8 held-out images") < text.index("1 of 31 files does not decode")
 
 
+@pytest.mark.long
 def test_doctor__recommends_a_command_that_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "set").mkdir()
     for number in range(24):

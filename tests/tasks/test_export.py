@@ -117,6 +117,7 @@ def test_export__a_program_of_torch_takes_any_number_of_images_of_0_to_1(network
     assert json.loads(kept["metadata.json"])["classes"] == classes
 
 
+@pytest.mark.long
 def test_export__a_segmenter_keeps_its_head_in_a_program(tmp_path):
     path = FIXTURES / "segment.safetensors"
     export(ExportSettings(path, to="torch", out=tmp_path / "segmenter"))

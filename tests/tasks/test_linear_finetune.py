@@ -95,6 +95,7 @@ RANDOM = (
 )
 
 
+@pytest.mark.long
 def test_finetune__stopped_and_resumed_it_ends_as_if_unbroken(backbones, colours, tmp_path, interrupt):
     flags = f"{LIGHT.replace('--steps 6', '--steps 30')} {RANDOM}"
     unbroken, stopped = tmp_path / "unbroken", tmp_path / "stopped"

@@ -109,6 +109,12 @@ def test_pretrain__the_share_of_time_for_targets_is_logged(photos, tmp_path):
     assert min(shares["network"]) > max(shares["pixels"])
 
 
+def test_pretrain__that_learns_nothing_says_so_from_the_middle_on(photos, tmp_path, capsys):
+    pretrain(photos, tmp_path / "run", "--optim.blr 0 --steps 8 --monitor.evals 3")
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: step")]
+    assert [line.split(":")[1] for line in warned] == [" step 6"]
+
+
 def test_pretrain__learning_rate_follows_the_rule(run):
     _, lines = run
     first = next(line["lr"] for line in lines if "lr" in line)
@@ -119,6 +125,7 @@ def test_pretrain__the_same_seed_gives_the_same_losses(run, photos, tmp_path):
     assert losses(pretrain(photos, tmp_path / "again")) == losses(run[1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["vit", "vit --model.mask_token --decoder.depth 0", "convvit"])
 def test_pretrain__with_crops_that_grow_it_resumes_as_if_unbroken(model, photos, tmp_path):
     flags = f"--model.backbone {model} --masking.block 1 --steps 12 --monitor.evals 0"

@@ -237,7 +237,8 @@ def fit(settings: PretrainSettings, trainer: Trainer, samples: MaskedSamples, mo
         stopwatch.read()  # the time of targets in here is none of the steps'
         if 0 < step < plan.steps and trainer.ranks.is_main:
             verdict = judge(trainer.run.summary["untrained"], measured)
-            if verdict.kind == "collapsed" or (verdict.kind == "nothing" and step > plan.steps / 2):
+            # Early on, good runs pass the mean target and lose directions that they find again.
+            if verdict.kind in ("collapsed", "nothing") and step > plan.steps / 2:
                 print(f"warning: step {step}: {verdict.line}; {verdict.advice}", file=sys.stderr)
         return measured
 
