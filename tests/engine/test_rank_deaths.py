@@ -193,10 +193,8 @@ CASES = {  # exit code, flags that are wrong, how the line begins
 }
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "case", ["directory", *(pytest.param(name, marks=pytest.mark.slow) for name in ("settings", "names", "data"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_error__on_all_ranks_is_said_once_and_torchrun_reports_the_exit_code(
     case: str, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,7 +117,7 @@ def test_readme__every_command_does_what_it_says(workplace, monkeypatch, capsys)
             )
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_readme__torchrun_trains_on_several_processes(workplace):
     (line,) = {line for document in DOCUMENTS for line in commands(document) if line.startswith("torchrun ")}
     launch, _, command = line.partition(" -m dmjd ")
