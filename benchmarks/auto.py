@@ -36,6 +36,7 @@ DENSE = {
     "bccd": ("detect --preset bccd", "map"),
 }
 SETS = ("clothing", "camvid", "bccd", "cifar10-10000", "clothing-1000", "cifar10-50000")  # in the order of rows
+FEATURES = {"explained": 2, "rankme": 1}  # and the digits that the table has of them
 MEASURES = {"linear": "linear", "tuned-0.1": "tuned, 10 %", "tuned-1": "tuned, all", "dense": "mIoU or AP"}
 
 
@@ -166,7 +167,7 @@ def write_table() -> None:
     found = [json.loads(path.read_text()) for path in FOLDER.glob("*.json")]
     order = {name: place for place, name in enumerate(SETS)}
     keys = sorted({(each["set"], each["recipe"]) for each in found}, key=lambda key: (order[key[0]], place(key[1])))
-    head = ["set", "recipe", "seeds", "epochs", "steps", "explained", "RankMe", *MEASURES.values(), "verdict"]
+    head = ["set", "recipe", "cores", "seeds", "epochs", "steps", "explained", "RankMe", *MEASURES.values(), "verdict"]
     lines = [head, ["---"] * len(head)]
     for name, recipe in keys:
         runs = [each for each in found if (each["set"], each["recipe"]) == (name, recipe)]
@@ -174,13 +175,12 @@ def write_table() -> None:
         scores = [mean([run["scores"].get(key) for run in runs], 1) for key in MEASURES]
         lengths = [mean([run.get(key) for run in runs], 0) for key in ("epochs", "steps")]
         verdicts = ", ".join(sorted({run["verdict"]["kind"] for run in runs if "verdict" in run}))
-        lines.append([name, recipe, str(len(runs)), *lengths, *features, *scores, verdicts])
-    said = "Percent, means over seeds. Written by `python benchmarks/auto.py table` from the files of [auto](auto).\n"
+        cores = ", ".join(sorted({str(run["cores"]) for run in runs}))
+        lines.append([name, recipe, cores, str(len(runs)), *lengths, *features, *scores, verdicts])
+    said = "Percent, means over seeds; `auto-5` had 5 minutes of two cores, or twice as many of one.\n"
+    said += "Written by `python benchmarks/auto.py table` from the files of [auto](auto).\n"
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     (RESULTS / "auto.md").write_text(f"# Preset auto\n\n{said}\n{table}\n")
-
-
-FEATURES = {"explained": 2, "rankme": 1}
 
 
 def place(recipe: str) -> float:

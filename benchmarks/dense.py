@@ -40,7 +40,8 @@ def dmjd(words: str, out: Path, **paths: Path) -> dict:
     done = out / ("summary.json" if words.startswith("pretrain") else "result.json")
     if not done.exists():
         print(words, paths, flush=True)
-        command = [sys.executable, "-m", "dmjd.cli", *words.split(), "--out", str(out), "--device", "cpu", "--resume"]
+        command = [sys.executable, "-m", "dmjd.cli", *words.split(), "--out", str(out), "--device", "cpu"]
+        command += ["--resume"] if (out / "checkpoints").exists() else []
         command += [word for name, path in paths.items() for word in (f"--{name}", str(path))]
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     return json.loads(done.read_text())

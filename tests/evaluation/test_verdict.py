@@ -70,13 +70,12 @@ def test_judge__names_what_became_of_a_run(changes, kind):
     ],
 )
 def test_verdict__of_a_good_run_says_what_few_looks_or_few_images_leave_undone(num_images, looks, words):
-    verdict = judge(UNTRAINED, GOOD).knowing(num_images, looks, longer="--epochs", starts_anew=True)
+    verdict = judge(UNTRAINED, GOOD).knowing(num_images, looks, longer="--epochs")
     assert verdict.kind == "learned"
     assert all(each in verdict.advice for each in words)
     assert bool(verdict.advice) == bool(words)
-    assert not judge(UNTRAINED, GOOD).knowing(num_images, looks, longer="--epochs", starts_anew=False).advice
 
 
 def test_verdict__of_a_bad_run_is_about_what_went_wrong():
     verdict = judge(UNTRAINED, GOOD | {"rankme": 5.0})
-    assert verdict.knowing(300, 1.0, longer="--epochs", starts_anew=True) == verdict
+    assert verdict.knowing(300, 1.0, longer="--epochs") == verdict

@@ -26,21 +26,20 @@ class Verdict(NamedTuple):
     line: str
     advice: str = ""
 
-    def knowing(self, num_images: int, looks: float, *, longer: str, starts_anew: bool) -> "Verdict":
-        """Say of a good run what else could be better.
+    def knowing(self, num_images: int, looks: float, *, longer: str) -> "Verdict":
+        """Say of a good run from random weights what else could be better.
 
         Args:
             num_images: That it was trained on.
             looks: How often its views have shown each of them.
             longer: The flag that makes it longer.
-            starts_anew: Whether it began with random weights.
         """
         if self.kind != "learned":
             return self
         advice = []
-        if looks < FEW_LOOKS and starts_anew:
+        if looks < FEW_LOOKS:
             advice.append(f"more {longer}: each image was seen {looks:.3g} times, and hundreds are usual")
-        if num_images < FEW_IMAGES and starts_anew:
+        if num_images < FEW_IMAGES:
             advice.append(f"more than {num_images} images, or weights of others to start from (--init)")
         return self._replace(advice="; ".join(advice))
 

@@ -276,13 +276,11 @@ def finish(
         draw(settings, network, samples, parts, steps=steps)
     if run.log_to and (pictures := out / "samples.safetensors").exists():
         run.show(read_strips(pictures), steps)
-    asked, seen = settings.run, steps * settings.run.batch_size * settings.masking.num_views
-    verdict = judge(run.summary["untrained"], trained).knowing(
-        len(parts.train),
-        seen / len(parts.train),
-        longer="--steps" if asked.steps else "--minutes" if asked.preset == "auto" else "--epochs",
-        starts_anew=settings.init is None,
-    )
+    asked, verdict = settings.run, judge(run.summary["untrained"], trained)
+    if settings.init is None:
+        looks = steps * asked.batch_size * settings.masking.num_views / len(parts.train)
+        longer = "--steps" if asked.steps else "--minutes or --epochs" if asked.preset == "auto" else "--epochs"
+        verdict = verdict.knowing(len(parts.train), looks, longer=longer)
     summary = run.summary | {
         "trained": trained,
         "verdict": verdict._asdict(),
