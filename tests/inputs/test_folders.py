@@ -154,6 +154,7 @@ def write_odd(folder: Path, good: bool) -> None:
         (folder / name).write_bytes(content)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("locale", ["C", pytest.param("C.UTF-8", marks=pytest.mark.slow)])
 def test_pretrain__names_of_any_bytes_are_read_in_any_locale(tmp_path: Path, locale: str) -> None:
     write_odd(tmp_path / "images", good=True)

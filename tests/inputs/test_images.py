@@ -135,6 +135,7 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_decode__mutated_files_are_images_or_bad_images_in_time_and_memory(tmp_path: Path, count: int) -> None:
     path, rng, reasons = tmp_path / "image", random.Random(count), set[str]()

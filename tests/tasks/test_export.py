@@ -92,6 +92,7 @@ def test_export__timm_and_transformers_open_the_folder_offline(network, tmp_path
         assert list(model.config.id2label.values()) == classes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("network", ["vit-classes", "convvit"], indirect=True)
 def test_export__onnx_takes_any_number_of_images_of_0_to_1(network, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
