@@ -1,9 +1,10 @@
 """Starts of the command line that need not import everything again: they are forked from a process that has.
 
-`Dmjd(words)` stands for `subprocess.Popen([sys.executable, "-m", "dmjd.cli", *words])`. Imports take three seconds of a
-start, and the tests of faults start hundreds. What is forked is a process like any other, with files, signals, a group
-and children of its own. It is a child of this one, which adopts it from the short-lived process between (prctl(2),
-PR_SET_CHILD_SUBREAPER): so on Linux; elsewhere it is started as usual.
+`Dmjd(words)` stands for `subprocess.Popen([sys.executable, "-m", "dmjd.cli", *words])`, and `start_ranks` for torchrun
+where that is not what is tested. Imports take three seconds of a start, and the tests of faults start hundreds. What is
+forked is a process like any other, with files, signals, a group and children of its own. It is a child of this one,
+which adopts it from the short-lived process between (prctl(2), PR_SET_CHILD_SUBREAPER): so on Linux; elsewhere it is
+started as usual.
 """
 
 import atexit
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 ADOPT = 36  # PR_SET_CHILD_SUBREAPER
@@ -28,12 +30,14 @@ class Dmjd(subprocess.Popen[str]):
 
     Args:
         words: Of the command line, without `dmjd`.
+        script: A program to run instead of `dmjd`, with these words.
         options: As `subprocess.Popen` has them.
     """
 
-    def __init__(self, words: list[str], **options: Any):
+    def __init__(self, words: list[str], script: Path | None = None, **options: Any):
         options = {"text": True, **options, "env": {**os.environ, **(options.get("env") or {}), **ONE_THREAD}}
-        super().__init__([sys.executable, "-m", "dmjd.cli", *map(str, words)], **options)
+        program = [str(script)] if script else ["-m", "dmjd.cli"]
+        super().__init__([sys.executable, *program, *map(str, words)], **options)
 
     def _execute_child(self, args: list[str], *details: Any) -> None:  # of CPython 3.11 and later
         if sys.platform != "linux":
@@ -42,7 +46,7 @@ class Dmjd(subprocess.Popen[str]):
         _, _, _, _, cwd, env, _, _, _, *pipes, _restore, _gid, _gids, _uid, _umask, session, _group = details
         reads, _, _, writes, _, errors = pipes
         files = [own if file == -1 else file for own, file in enumerate((reads, writes, errors))]
-        request = {"words": args[3:], "env": dict(env), "cwd": str(cwd or os.getcwd()), "session": session}
+        request = {"command": args[1:], "env": dict(env), "cwd": str(cwd or os.getcwd()), "session": session}
         adopt(True)
         try:
             socket.send_fds(server(), [json.dumps(request).encode()], files)
@@ -51,6 +55,14 @@ class Dmjd(subprocess.Popen[str]):
             adopt(False)
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+
+
+def start_ranks(words: list[str], script: Path | None = None) -> list[Dmjd]:
+    """Start two ranks that meet at a port that was free a moment ago, with pipes for what they say."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return [Dmjd(words, script, env=meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes) for rank in (0, 1)]
 
 
 def adopt(yes: bool) -> None:
@@ -71,7 +83,7 @@ def server() -> socket.socket:
 
 
 def serve(requests: socket.socket) -> list[str]:
-    """Fork for every request; comes back in what was forked, with its words."""
+    """Fork for every request; comes back in what was forked, with its command."""
     while True:
         content, files, _, _ = socket.recv_fds(requests, LENGTH, 3)
         if not content:
@@ -101,7 +113,7 @@ def serve(requests: socket.socket) -> list[str]:
         os.environ.clear()
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
-        return list(request["words"])
+        return list(request["command"])
 
 
 if __name__ == "__main__":
@@ -115,6 +127,12 @@ if __name__ == "__main__":
     # A collection in what is forked would touch, and so copy, all that is imported: half of the time of a short run.
     gc.collect()
     gc.freeze()
-    words = serve(socket.socket(fileno=int(sys.argv[1])))
-    sys.argv = ["dmjd", *words]
-    runpy.run_module("dmjd.cli", run_name="__main__", alter_sys=True)
+    program, *words = serve(socket.socket(fileno=int(sys.argv[1])))
+    if program == "-m":
+        module, *words = words
+        sys.argv = ["dmjd", *words]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [program, *words]
+        sys.path[0] = str(Path(program).parent)
+        runpy.run_path(program, run_name="__main__")

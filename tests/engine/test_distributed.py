@@ -1,10 +1,7 @@
 """One rank or two, copied or shared out: the same run."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from prefork import start_ranks
 from ranks import Case, run
 from safetensors.torch import load_file
 
@@ -22,18 +20,7 @@ from dmjd.errors import ConfigError
 SCRIPT = Path(__file__).with_name("ranks.py")
 CASES = [("vit", "hog", "ddp"), ("convvit", "ema", "fsdp")]
 ALL_CASES = list(product(("vit", "convvit"), ("hog", "ema"), ("ddp", "fsdp")))  # `make test-all`
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 RESUMED = [(0, "ddp"), (0, "fsdp")]
-TORCHRUN = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--nproc-per-node",
-    "2",
-    "--master-port",
-    "0",
-    "--standalone",
-]
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +36,11 @@ def train(root, alone, together):
     """Train some cases on one rank, in this process, and others on two."""
     file = root / f"cases-{len([*root.glob('cases-*')])}.json"
     file.write_text(json.dumps(together))
-    result = subprocess.run([*TORCHRUN, str(SCRIPT), str(file)], capture_output=True, text=True, env=ENVIRONMENT)
-    assert result.returncode == 0, result.stderr
+    ranks = start_ranks([file], SCRIPT)
     for case in alone:
         run(Case(**case), Ranks(choose_device("cpu")))
+    said = [process.communicate() for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], said
 
 
 def equal_cases(root, images, chosen):
@@ -230,21 +218,9 @@ def test_micro_batch__a_batch_that_ranks_do_not_divide_is_a_configuration_error(
     assert ranks.micro_batch(8 * accumulation * world_size, accumulation) == 8
 
 
-def start_rank(rank, port, arguments):
-    environment = ENVIRONMENT | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    command = [sys.executable, "-m", "dmjd", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("signalled", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_sigterm_to_one_rank__all_save_and_leave_with_143(images, tmp_path, signalled, free_tcp_port):
+def test_sigterm_to_one_rank__all_save_and_leave_with_143(images, tmp_path, signalled):
     arguments = [
         "pretrain",
         "--preset",
@@ -259,7 +235,7 @@ def test_sigterm_to_one_rank__all_save_and_leave_with_143(images, tmp_path, sign
         "cpu",
     ]
     arguments += ["--workers", "0", "--out", str(tmp_path / "run"), "--monitor.saves", "20000"]
-    ranks = [start_rank(rank, free_tcp_port, arguments) for rank in (0, 1)]
+    ranks = start_ranks(arguments)
     try:
         next(line for line in ranks[0].stderr if line.endswith("saved\n"))
         ranks[signalled].send_signal(signal.SIGTERM)
@@ -281,7 +257,7 @@ def test_sigterm_to_one_rank__all_save_and_leave_with_143(images, tmp_path, sign
         (["--batch_size", "8", "--resume"], 4, "no checkpoint is whole"),  # rank 0 finds it, every rank is told
     ],
 )
-def test_two_ranks__an_error_ends_both_with_its_code_and_a_line(images, tmp_path, free_tcp_port, broken, code, message):
+def test_two_ranks__an_error_ends_both_with_its_code_and_a_line(images, tmp_path, broken, code, message):
     (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
     arguments = [
         "pretrain",
@@ -295,7 +271,7 @@ def test_two_ranks__an_error_ends_both_with_its_code_and_a_line(images, tmp_path
         str(tmp_path / "run"),
         *broken,
     ]
-    ranks = [start_rank(rank, free_tcp_port, arguments) for rank in (0, 1)]
+    ranks = start_ranks(arguments)
     errors = [process.communicate(timeout=120)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [code, code], errors
     assert errors[0].startswith(f"error: {message}")

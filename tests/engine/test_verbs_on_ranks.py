@@ -1,13 +1,12 @@
 """Every verb on two ranks: what it writes is what one rank writes, and rank 0 alone speaks."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from prefork import start_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "equality"))
 import runs
@@ -74,14 +73,12 @@ def outputs(tmp_path_factory):
     runs.paint(root / "data")
     lines = root / "lines.json"
     lines.write_text(json.dumps(commands(root / "data", root / "two")))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    script = str(Path(__file__).with_name("verbs.py"))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*torchrun, script, str(lines)], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
+    ranks = start_ranks([lines], Path(__file__).with_name("verbs.py"))
     for line in commands(root / "data", root / "one"):
         assert main(line) == 0
-    return root / "one", root / "two", result.stdout
+    said = [process.communicate() for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], said
+    return root / "one", root / "two", "".join(out for out, _ in said)
 
 
 def test_ranks__features_are_those_of_one_in_the_same_order(outputs):
