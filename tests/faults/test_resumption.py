@@ -73,7 +73,13 @@ def assert_same(out: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("step", [1, 2, EPOCH - 1, EPOCH, EPOCH + 1, 2 * EPOCH, STEPS - 2, STEPS - 1])
+@pytest.mark.parametrize(
+    "step",
+    [
+        *(1, EPOCH - 1, EPOCH, 2 * EPOCH, STEPS - 1),
+        *(pytest.param(step, marks=pytest.mark.slow) for step in (2, EPOCH + 1, STEPS - 2)),
+    ],
+)
 def test_resume__after_any_step_it_is_the_unbroken_run_bit_by_bit(
     data: Path, unbroken: dict[int, tuple[Path, Seen]], tmp_path: Path, step: int, parts: int, workers: int
 ) -> None:
@@ -95,7 +101,9 @@ def writes(data: Path, unbroken: dict[int, tuple[Path, Seen]], tmp_path_factory:
     return breaker.calls
 
 
-@pytest.mark.parametrize("tenth", range(10))
+@pytest.mark.parametrize(
+    "tenth", [pytest.param(tenth, marks=pytest.mark.slow) if tenth % 3 else tenth for tenth in range(10)]
+)
 def test_pretrain__a_disk_that_is_full_at_any_point_is_one_line_and_later_the_run_ends_as_if_unbroken(
     data: Path,
     unbroken: dict[int, tuple[Path, Seen]],

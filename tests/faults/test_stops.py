@@ -57,9 +57,12 @@ MOMENTS = {
     "pictures are drawn": (dmjd.tasks.pretrain, "draw", 1, RESUME),
     "report is written": (dmjd.tasks.pretrain, "write_report", 1, RESUME),
 }
+SLOW = {"untrained evaluation", "later step", "checkpoint is read back", "last evaluation", "pictures are drawn"}
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment", [pytest.param(moment, marks=pytest.mark.slow) if moment in SLOW else moment for moment in MOMENTS]
+)
 def test_pretrain__a_signal_at_any_moment_ends_it_soon_and_it_ends_as_if_unbroken(
     data: Path,
     unbroken: Path,
@@ -204,7 +207,7 @@ def assert_finite(out: Path) -> None:
     assert all(bool(value.isfinite().all()) for path in files for value in load_file(path).values())
 
 
-@pytest.mark.parametrize("log_every", [1, 7])
+@pytest.mark.parametrize("log_every", [1, pytest.param(7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e30])
 def test_pretrain__single_gradients_that_are_no_numbers_are_left_out_and_counted(
     data: Path,
@@ -223,7 +226,7 @@ def test_pretrain__single_gradients_that_are_no_numbers_are_left_out_and_counted
     assert_finite(out)
 
 
-@pytest.mark.parametrize("log_every", [1, 7])
+@pytest.mark.parametrize("log_every", [1, pytest.param(7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e30])
 def test_pretrain__three_in_a_row_go_back_to_a_good_checkpoint_and_the_run_ends(
     data: Path,

@@ -258,7 +258,7 @@ def numbers(verb: str) -> Iterator[tuple[str, type, int]]:
 
 @pytest.mark.parametrize("verb", NEEDED)
 @pytest.mark.parametrize(
-    "value", ["nan", "1e300", *(pytest.param(value, marks=pytest.mark.slow) for value in ("-inf", "1" + 30 * "0", "x"))]
+    "value", ["nan", *(pytest.param(value, marks=pytest.mark.slow) for value in ("1e300", "-inf", "1" + 30 * "0", "x"))]
 )
 def test_numbers__of_every_verb_refuse_what_is_none_or_beyond_all_bounds(
     verb: str, value: str, capsys: pytest.CaptureFixture[str]
