@@ -2,6 +2,7 @@
 
 import json
 import pydoc
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 import dmjd
 from dmjd.cli import VERBS
+from dmjd.engine.trainer import Trainer
 from dmjd.errors import CheckpointError, ConfigError, DataError
 
 TRAINING = {"steps": 2, "batch_size": 4, "workers": 0, "device": "cpu"}
@@ -36,6 +38,11 @@ def test_pretrain__returns_files_and_numbers_of_the_run(run: dmjd.TrainingOutcom
     assert [line["step"] for line in run.metrics if "loss" in line] == [1, 2]
     assert "<html" in run.report.read_text()
     assert not (run.out / "tensorboard").exists(), "nothing else is written that nobody has asked for"
+
+
+def test_build__what_is_no_preset_of_pretraining_is_refused() -> None:
+    with pytest.raises(ValueError, match="no preset 'finetune/quick'; choose one of"):
+        dmjd.build("finetune/quick")
 
 
 def test_pretrain__loads_as_a_timm_model(run: dmjd.TrainingOutcome) -> None:
@@ -124,6 +131,20 @@ def test_mistakes__are_errors_and_no_exits(run: dmjd.TrainingOutcome, colours: P
         dmjd.pretrain(tmp_path / "nothing", tmp_path / "run", **TINY)
     with pytest.raises(ConfigError, match="there is a run already"):
         dmjd.pretrain(colours, run.out, **TINY)
+
+
+def test_pretrain__ctrl_c_is_an_interrupt_that_says_how_to_go_on(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_around = Trainer.look_around
+
+    def interrupted(self: Trainer, step: Any) -> tuple[bool, bool]:
+        signal.raise_signal(signal.SIGINT)
+        return look_around(self, step)
+
+    monkeypatch.setattr(Trainer, "look_around", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"stopped by SIGINT at step 1; .*; go on with --resume"):
+        dmjd.pretrain(colours, tmp_path / "run", **TINY)
 
 
 def test_help__lists_every_verb_with_its_arguments() -> None:

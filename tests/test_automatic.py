@@ -4,10 +4,17 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from timm.models.vision_transformer import Block
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
+from dmjd.automatic import time_image
 from dmjd.cli import main, settings_of
+from dmjd.data.memory import PackedImages
+from dmjd.data.source import open_source
 from dmjd.errors import ConfigError, DataError
 
 
@@ -85,6 +92,70 @@ def test_auto__images_that_do_not_decode_are_one_line(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match="none of 1 images decodes"):
         auto(tmp_path)
+
+
+@pytest.fixture
+def starve(monkeypatch):
+    """Let blocks that are wider than so many numbers ask for more memory than there is."""
+    forward = Block.forward
+
+    def starved(most):
+        def hungry(block, x, *rest, **options):
+            if x.shape[-1] > most:
+                torch.empty(1 << 60)
+            return forward(block, x, *rest, **options)
+
+        monkeypatch.setattr(Block, "forward", hungry)
+
+    return starved
+
+
+def test_auto__a_larger_network_without_memory_is_not_taken(photos, starve):
+    starve(128)
+    assert auto(photos, minutes=10_000).model.embed_dim == 128
+
+
+def test_auto__the_smallest_network_without_memory_is_one_line(photos, starve):
+    starve(0)
+    with pytest.raises(ConfigError, match=r"^out of memory .*; give a smaller --model.image_size"):
+        auto(photos, minutes=0.02)
+
+
+class Attention(TorchFunctionMode):
+    """Notes in which precision attention is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_time_image__takes_the_steps_that_a_run_takes(photos):
+    images = PackedImages(open_source(str(photos)).train)
+    model = {"image_size": "32", "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+    decoder = {"embed_dim": 32, "depth": 3, "num_heads": 2}
+
+    def kept(**given):
+        """The numbers that are kept for backward passes."""
+        settings = settings_of(
+            "pretrain", data=str(photos), preset="quick", precision="bf16", model=model, decoder=decoder, **given
+        )
+        sizes = []
+
+        def keep(tensor):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with Attention() as attention, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            assert time_image(settings, images, torch.device("cpu"), 4) > 0
+        assert attention.dtypes == {torch.float32}
+        return sum(sizes)
+
+    assert kept(activation_checkpointing=True) < kept() / 2
 
 
 @pytest.mark.long

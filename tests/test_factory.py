@@ -74,6 +74,14 @@ def test_backbone__a_vit_of_timm_is_trained_and_opened_again(tmp_path):
     assert all(torch.equal(value, again[name]) for name, value in ours.items())
 
 
+@pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "vit_little_patch16_reg4_gap_256"])
+def test_backbone__every_weight_of_a_vit_of_timm_is_trained_whatever_its_pooling(name):
+    model = replace(MODEL, backbone=f"timm:{name}", patch_size=16)
+    network = from_settings(replace(SMALL, model=model, masking=MaskingSettings(mask_ratio=0.5, block=1)))
+    network(torch.rand(2, 3, 32, 32) * 255, dmjd.disjoint_masks(2, 4, num_views=2, mask_ratio=0.5)).total.backward()
+    assert [name for name, each in network.named_parameters() if each.requires_grad and each.grad is None] == []
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

@@ -224,12 +224,12 @@ MAY_IMPORT = {  # every room, and what it may import beside itself
     "factory": METHOD | {"config", "initialization"},
     "formats": METHOD | {"networks"},
     "planning": METHOD | {"engine"},
-    "automatic": METHOD | {"data", "config", "engine", "evaluation", "factory"},
+    "automatic": METHOD | {"data", "config", "engine", "factory"},
     "tasks": METHOD
     | {"data", "config", "engine", "evaluation", "networks", "reports", "factory", "reference", "formats", "planning"},
     "cli": {"errors", "config", "automatic", "tasks"},
     "__main__": {"cli"},
-    "api": {"backbones", "cli", "engine", "tasks"},
+    "api": {"backbones", "cli", "engine", "errors", "tasks"},
     "__init__": METHOD | {"factory", "reference", "api"},
 }
 

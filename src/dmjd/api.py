@@ -2,7 +2,8 @@
 
 Settings have the names of their flags: those of a section as a mapping, `model={"size": "small"}`, or with two
 underscores, `model__size="small"`; `dmjd VERB --help` lists them. What stands above what is as there: defaults, the
-preset, the file that `config` names, what is given. What a user has to mend is a `dmjd.errors.UserError`.
+preset, the file that `config` names, what is given. What a user has to mend is a `dmjd.errors.UserError`. Ctrl-C ends a
+run as it does on the command line, and is a `KeyboardInterrupt` then; other signals end the process.
 """
 
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from typing import Any
 from torch import nn
 
 from dmjd.backbones.files import load_backbone
-from dmjd.cli import settings_of
+from dmjd.cli import say_stopped, settings_of
 from dmjd.engine.run import read_lines
+from dmjd.errors import Stopped
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,7 @@ def report(run: str | Path, *others: str | Path, out: str | Path | None = None) 
 
 def _do(verb: str, **given: Any) -> Outcome:
     """Do what a verb does; where it has written is what it says, or what it was told."""
-    numbers = getattr(import_module(f"dmjd.tasks.{verb}"), verb)(settings_of(verb, **given)) or {}
+    numbers = _run(verb, settings_of(verb, **given))
     out = numbers.get("out", given.get("out"))
     return Outcome(numbers, None if out is None else Path(out))
 
@@ -241,6 +243,17 @@ def _do(verb: str, **given: Any) -> Outcome:
 def _train(verb: str, network: str, **given: Any) -> TrainingOutcome:
     """Train as a verb does; a network is called so in the directory of the run."""
     settings = settings_of(verb, **given)
-    numbers = getattr(import_module(f"dmjd.tasks.{verb}"), verb)(settings) or {}
+    numbers = _run(verb, settings)
     out = settings.run.out
     return TrainingOutcome(numbers, out, out / network, out / "report.html")
+
+
+def _run(verb: str, settings: Any) -> dict[str, Any]:
+    """Do what a verb does; Ctrl-C, when all is saved, is the `KeyboardInterrupt` that it is elsewhere in Python."""
+    try:
+        return getattr(import_module(f"dmjd.tasks.{verb}"), verb)(settings) or {}
+    except Stopped as stop:
+        if stop.received == "SIGINT":
+            raise KeyboardInterrupt(stop.said) from None
+        say_stopped(stop.said)
+        raise

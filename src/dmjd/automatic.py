@@ -15,18 +15,17 @@ from torch.optim import Optimizer
 
 from dmjd.config import auto
 from dmjd.config.auto import Chosen, Facts
-from dmjd.config.pretrain import PretrainSettings
+from dmjd.config.pretrain import SHAPE, PretrainSettings
 from dmjd.data.checkup import open_as_most
 from dmjd.data.crops import RandomCrop
 from dmjd.data.levels import BYTES
 from dmjd.data.masked import MaskedSamples
 from dmjd.data.memory import MEMORY_LIMIT, PackedImages, stack_of
-from dmjd.data.source import HELD_OUT_PARTS, Source, Subset, hold_out, measure_levels
-from dmjd.engine.device import choose_precision
-from dmjd.engine.distributed import join_ranks
+from dmjd.data.source import HELD_OUT_PARTS, Source, Subset, evenly, hold_out, measure_levels
+from dmjd.engine.device import choose_precision, is_memory_error, memory_errors
+from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
 from dmjd.engine.optim import create_optimizer
 from dmjd.errors import ConfigError, DataError
-from dmjd.evaluation.monitor import evenly
 from dmjd.factory import from_settings, masks_of
 from dmjd.method import DMJD
 
@@ -35,6 +34,7 @@ NUM_LOOKED_AT = 64
 TIMED = 2  # steps, after one to warm up
 IMAGES = {"cpu": 32, "gpu": 256}  # in each of them: fewer would leave a GPU idle
 SPARE = 0.9  # of the minutes for steps; the others go to evaluations, checkpoints and the report
+SMALLER = "give a smaller --model.image_size, or choose cpu for --device"  # where the smallest network does not fit
 Parse = Callable[[Chosen], PretrainSettings]  # settings with these below what a user gives
 
 
@@ -50,9 +50,9 @@ def choose(settings: PretrainSettings, parse: Parse) -> Chosen:
 
     Raises:
         DataError: If there are no images, or none decodes.
-        ConfigError: If settings do not go together.
+        ConfigError: If settings do not go together, or the smallest network has not the memory.
     """
-    with join_ranks(settings.run.device) as ranks:
+    with join_ranks(settings.run.device) as ranks, memory_errors(SMALLER):
         chosen, said = ranks.on_main(lambda: _choose(settings, parse, ranks.device, ranks.world_size))
         if ranks.is_main:
             for line in said:
@@ -87,15 +87,15 @@ def _choose(
     for network in auto.networks(facts):
         trial = parse(network)
         if trial.model.size != network["model"]["size"]:  # the user's own, and so are width and depth
-            own = {key: value for key, value in network["model"].items() if key not in auto.SHAPE}
+            own = {key: value for key, value in network["model"].items() if key not in SHAPE}
             network = network | {"model": own}
             trial = parse(network)
         if trial.model == model:  # there is no other one
             continue
         try:
             took = time_image(trial, few, device, IMAGES[kind]) / world_size
-        except torch.OutOfMemoryError:
-            if not chosen:
+        except (RuntimeError, MemoryError) as error:
+            if not (chosen and is_memory_error(error)):
                 raise
             break
         took = took if held else max(took, reading)
@@ -148,7 +148,7 @@ def time_image(settings: PretrainSettings, images: PackedImages, device: torch.d
 
     Raises:
         ConfigError: If settings do not go together.
-        OutOfMemoryError: If the device has not the memory.
+        RuntimeError: If the device has not the memory, see `is_memory_error`.
     """
     crop, stack = settings.crop, stack_of(images)
     samples = MaskedSamples(
@@ -159,6 +159,7 @@ def time_image(settings: PretrainSettings, images: PackedImages, device: torch.d
         stack=stack.to(device) if stack and stack.fits(device) else None,
     )
     network, optimizer = make(settings, device)
+    model = ParallelModel(network, Ranks(device), checkpointing=settings.run.activation_checkpointing)
     autocast = choose_precision(settings.run.precision, device, network)
     means = []
     for height, width in settings.crop_sizes:
@@ -168,7 +169,7 @@ def time_image(settings: PretrainSettings, images: PackedImages, device: torch.d
             began = time.perf_counter()
             batch = sized.__getitems__([(step, index % len(images)) for index in range(count)])
             with autocast():
-                loss = network(sized.pixels(batch, device), masks_of(settings, batch.seeds.to(device), grid)).total
+                loss = model(sized.pixels(batch, device), masks_of(settings, batch.seeds.to(device), grid)).total
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -197,7 +198,7 @@ def describe(
     return [
         f"{facts.num_images} images, shorter side {facts.side} px, {channels}; {where}; {facts.minutes:g} minutes",
         f"{model.backbone} {network}, {model.image_size} px in patches of {model.patch_size}: "
-        f"{1000 * seconds:.2g} ms an image",
+        f"{1000 * seconds:.3g} ms an image",
         f"{masking.num_views} views of an image hide {masking.mask_ratio:.0%} each; {predicted}",
         f"{passes:.3g} epochs, {steps} steps of {run.batch_size} images, peak learning rate {settings.lr:.2g}: "
         f"about {minutes:.0f} minutes; an image is seen {passes * masking.num_views:.0f} times",

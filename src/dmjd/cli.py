@@ -22,7 +22,9 @@ from cyclopts import (
     CycloptsError,
     MissingArgumentError,
     Parameter,
+    UnknownCommandError,
     UnknownOptionError,
+    UnusedCliTokensError,
 )
 from cyclopts.config import Dict, Yaml
 from cyclopts.help import DefaultFormatter, HelpPanel
@@ -285,9 +287,9 @@ def choice(below: Sequence[Path], resolve: Callable[[Mapping[str, Any]], Any]) -
         return {}
     settings = resolve({})
     out = settings.run.out
-    resumed = (out / "config.yaml").exists() or (settings.run.resume and not out.exists())
-    if resumed or isinstance(settings, PlanSettings):
-        return {}  # the verb refuses it: no need to look at images
+    refused = (out / "config.yaml").exists() or out.is_file() or (settings.run.resume and not out.exists())
+    if refused or isinstance(settings, PlanSettings):
+        return {}  # by the verb, or resumed with what was chosen: no need to look at images
     from dmjd.automatic import choose  # imports torch
 
     return plain_flags(choose(settings, lambda chosen: resolve(plain_flags(chosen))))
@@ -375,7 +377,12 @@ def usage(error: CycloptsError) -> str:
         error.argument = next(flag for flag in error.argument.children if flag.required and not flag.has_tokens)
     message = re.sub(r"\[(\w+)\]\[(\w+)\]", r"\1.\2", " ".join(str(error).split())).rstrip(".")
     if isinstance(error, MissingArgumentError) and error.argument and error.argument.name == "--data":
-        return "no data; --data; give a folder of images, or --data shapes for the built-in demo"
+        stray = f"not understood: {' '.join(error.unused_tokens)}; " if error.unused_tokens else ""
+        return f"{stray}no data; --data; give a folder of images, or --data shapes for the built-in demo"
+    if isinstance(error, UnusedCliTokensError):
+        return f"not understood: {' '.join(error.unused_tokens or ())}; a flag of several values is given once for each"
+    if isinstance(error, UnknownCommandError):
+        return message.partition(" Available commands:")[0]  # some of them
     if isinstance(error, UnknownOptionError):
         names = [name for argument in error.argument_collection if argument.parse for name in argument.names]
         wrong = re.sub(r"[^\w-]+", ".", (error.token.keyword or error.token.value).partition("=")[0]).strip(".-")

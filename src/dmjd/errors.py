@@ -41,8 +41,13 @@ class StorageError(UserError):
 
 
 class Stopped(SystemExit):
-    """A signal ended a run; `said` is the line for the user. Not an error: nothing that catches errors catches it."""
+    """A signal ended a run. Not an error: nothing that catches errors catches it.
 
-    def __init__(self, said: str):
+    Attributes:
+        said: The line for the user.
+        received: Name of the signal, if it came to this process.
+    """
+
+    def __init__(self, said: str, received: str | None = None):
         super().__init__(143)
-        self.said = said
+        self.said, self.received = said, received

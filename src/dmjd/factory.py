@@ -13,10 +13,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dmjd.backbones import Encoder, encoder_of, register_encoder
-from dmjd.backbones.files import create_network, read_file, read_task, save_backbone
+from dmjd.backbones.files import create_network, load_around, read_file, read_task, save_backbone
 from dmjd.backbones.normalize import Normalize, default_statistics
 from dmjd.backbones.pyramid import take_any_size
-from dmjd.config.pretrain import ModelSettings, PretrainSettings
+from dmjd.config.pretrain import SHAPE, ModelSettings, PretrainSettings
 from dmjd.config.rules import PRESETS, to_dict
 from dmjd.heads import Decoder, LinearHead, MisalignedProjector, Projector
 from dmjd.initialization import StartingWeights
@@ -27,7 +27,6 @@ from dmjd.targets.teacher import FeatureTarget
 
 # Sections of the settings that a model is made of.
 SECTIONS = ("model", "masking", "masked", "visible", "hog", "teacher", "decoder")
-SHAPE = ("embed_dim", "depth", "num_heads")  # what a size stands for
 OPTIONS = (*SHAPE, "class_token", "reg_tokens", "mask_token", "conv_mlp_ratio")  # what only some backbones have
 
 
@@ -44,11 +43,10 @@ def build(preset: str, size: str | None = None, *, image_size: int | tuple[int, 
     Raises:
         ValueError: If there is no such preset or setting, or the settings do not go together.
     """
-    path = PRESETS / f"{preset}.yaml"
-    if not path.is_file():
-        names = sorted(file.stem for file in PRESETS.glob("*.yaml"))
+    names = sorted(file.stem for file in PRESETS.glob("*.yaml"))
+    if preset not in names:
         raise ValueError(f"there is no preset {preset!r}; choose one of {', '.join(names)}")
-    recipe = yaml.safe_load(path.read_text())
+    recipe = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())
     values = sections_of(recipe)
     size = size or recipe["model"]["size"]
     if size != recipe["model"]["size"]:  # another size than the preset's: what the preset changes of its own goes
@@ -96,8 +94,9 @@ def load_pretrained(path: str | Path) -> DMJD:
     """
     task = read_task(path, "pretrain")
     config = json.loads(read_file(path)[0]["pretrained_cfg"])
-    settings = replace(model_settings(sections_of(task["settings"])), init=str(path))
-    return from_settings(settings, (config["mean"], config["std"]))
+    network = from_settings(model_settings(sections_of(task["settings"])), (config["mean"], config["std"]))
+    load_around(path, network)
+    return network
 
 
 def section_kinds() -> dict[str, Any]:

@@ -54,10 +54,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"no such checkpoint; {path}; check the path") from None
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"{found[1]} beside its tensors" if found else "more than tensors"
+        if not found:
+            raise CheckpointError(f"not a checkpoint; {path}; check the file") from None
         raise CheckpointError(
-            f"the checkpoint pickles {what}, which is not loaded; {path}; in a place you trust, run "
-            'torch.save({"model": torch.load(FILE, weights_only=False)["model"]}, NEW) and load NEW'
+            f"the checkpoint pickles {found[1]} beside its tensors, which is not loaded; {path}; in a place you trust, "
+            'run torch.save({"model": torch.load(FILE, weights_only=False)["model"]}, NEW) and load NEW'
         ) from None
     except Exception as error:  # a broken pickle fails in every way there is
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

@@ -94,6 +94,13 @@ def test_archive__other_files_are_passed_over_and_counted(tmp_path, ending, caps
 
 
 @both
+def test_archive__folders_beside_train_that_are_no_parts_are_named(tmp_path, ending, capsys):
+    data = packed(tmp_path / f"x{ending}", dict.fromkeys(["train/a.png", "valid/b.png", "bus/c.png", "d.png"], png()))
+    assert names(data) == ["train/a.png", "valid/b.png"]
+    assert capsys.readouterr().err.startswith(f"not read: bus; {data}; ")
+
+
+@both
 def test_archive__an_image_that_does_not_decode_is_bad_and_others_read(tmp_path, ending):
     source = only(packed(tmp_path / f"x{ending}", {"a.png": b"", "b.png": png()[:40], "c.png": png(7)}))
     for index in range(2):

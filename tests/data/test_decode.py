@@ -211,7 +211,9 @@ def test_decode__frames_of_a_folder_are_images_of_their_own(tmp_path: Path) -> N
 def test_decode__channels_that_are_not_wanted_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "image.tif"
     path.write_bytes(tiff(np.zeros((9, 13, 5), np.uint16), photometric="minisblack", planarconfig="contig"))
-    with pytest.raises(DataError, match=r"5 channels, not 4; .*image.tif; say --model.in_chans 5") as refused:
+    with pytest.raises(
+        DataError, match=r"5 channels, not 4; .*image.tif; pretrain .* with --model.in_chans 5, or"
+    ) as refused:
         decode(path, Wanted(4))
     assert "\n" not in str(refused.value)
 

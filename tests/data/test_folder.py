@@ -88,6 +88,13 @@ def test_open_folder__parts_are_those_that_there_are(tmp_path, write):
     assert opened(write(tmp_path, "train/b.png", "test/c.png", "other/d.png")) == ["train", "val", "test"]
 
 
+def test_open_folder__folders_beside_train_that_are_no_parts_are_named(tmp_path, write, capsys):
+    write(tmp_path, "train/a.png", "valid/b.png", ".hidden/c.png", *(f"other{number}/d.png" for number in range(6)))
+    assert opened(tmp_path) == ["train", "valid"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"not read: other0, other1, other2, other3, other4 and 1 more; {tmp_path}; beside train, ")
+
+
 def test_open_folder__a_part_that_training_looks_at_needs_images_and_others_do_not(tmp_path, write):
     write(tmp_path, "train/a.png", "val/b.png")
     (tmp_path / "test").mkdir()

@@ -10,6 +10,7 @@ from dmjd.data import listing
 from dmjd.data.decode import Wanted
 from dmjd.data.folder import folder_images, ignored_files
 from dmjd.data.listing import list_files
+from dmjd.errors import DataError
 
 ENDINGS = frozenset([".png", ".jpg"])
 
@@ -61,6 +62,20 @@ def test_folder_images__names_five_kinds_of_ignored_files(tmp_path: Path, capsys
 def test_ignored_files__are_those_of_folders_of_images(tmp_path: Path) -> None:
     assert ignored_files(str(touch(tmp_path, "a.png", "b.heic", "deep/c.heic"))) == {".heic": 2}
     assert ignored_files("shapes") == {}
+
+
+def test_folder_images__says_that_linked_folders_are_not_followed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = touch(tmp_path / "set", "cat/a.png", "dog/b.png")
+    touch(tmp_path / "elsewhere", "c.png")
+    (root / "owl").symlink_to(tmp_path / "elsewhere")
+    folder_images(root, Wanted())
+    assert capsys.readouterr().err == f"2 images; ignored: 1 linking to a folder; {root}\n"
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "owl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"no images; .*links; .*, and folders that are links are not followed"):
+        folder_images(tmp_path / "links", Wanted())
 
 
 @pytest.mark.parametrize("change", ["new", "gone", "renamed", "deep"])

@@ -1,5 +1,6 @@
 """Batches are a function of the seed and the step alone, whatever the number of workers."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -71,6 +72,19 @@ def test_train_batches__a_bad_file_is_recorded_and_the_next_one_stands_in(folder
     batches = batches_of(samples)
     assert {name for batch in batches for name in batch.skipped} == {BAD}
     assert not any((batch.indices == 6).any() for batch in batches)
+
+
+@pytest.mark.parametrize(("cores", "ranks", "workers"), [(3, None, 2), (20, "8", 1), (2, "8", 1)])
+def test_train_batches__workers_have_the_cores_of_their_rank(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, cores: int, ranks: str | None, workers: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(cores)}, raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    sampler = StepSampler(COUNT, 4, 0, 6, 0)
+    batches = train_batches(samples_of(folder), sampler, None, workers=None, pin_memory=False)
+    assert batches.loader.num_workers == workers
 
 
 def test_train_batches__larger_than_the_set_they_show_images_of_several_epochs(folder: Path) -> None:

@@ -1,6 +1,9 @@
 """Held in memory, images are what decoding gives, and so are the reasons of those that do not decode."""
 
+import os
 import pickle
+import threading
+import time
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from dmjd.data import memory
 from dmjd.data.decode import BadImage, Wanted
 from dmjd.data.folder import folder_images
 from dmjd.data.memory import PackedImages, in_memory
-from dmjd.data.source import Source, Subset
+from dmjd.data.source import Source, Subset, View
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
@@ -62,3 +65,19 @@ def test_in_memory__sets_without_a_readable_image_stay_on_the_disk(tmp_path):
     (tmp_path / "a.png").write_text("no image")
     images = folder_images(tmp_path, Wanted(3))
     assert in_memory(images) is images
+
+
+def test_in_memory__is_decoded_on_the_cores_of_a_rank(folder, monkeypatch):
+    threads = set()
+
+    class Slow(View):
+        def read(self, index, reduce=None):
+            threads.add(threading.get_ident())
+            time.sleep(0.01)
+            return self.source.read(index)
+
+    monkeypatch.setattr(memory, "CHUNK", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(16)}, raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    PackedImages(Slow(folder_images(folder, Wanted(3))))
+    assert len(threads) == 1

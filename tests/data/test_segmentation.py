@@ -113,12 +113,13 @@ def test_open__a_folder_of_another_layout_is_refused(data, tmp_path):
         found(tmp_path / data if data else Path(data))
 
 
-def test_open__parts_may_be_called_training_and_validation_as_in_ade20k(root):
+@pytest.mark.parametrize("part", ["valid", "validation"])
+def test_open__parts_may_be_called_training_and_validation_as_in_ade20k(root, part):
     for folder in ("images", "annotations"):
         (root / folder / "train").rename(root / folder / "training")
-        (root / folder / "val").rename(root / folder / "validation")
+        (root / folder / "val").rename(root / folder / part)
     train, held_out = found(root)
-    assert (train.root.name, held_out.root.name) == ("training", "validation")
+    assert (train.root.name, held_out.root.name) == ("training", part)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "I;16"])

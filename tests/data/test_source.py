@@ -1,5 +1,6 @@
 """A path or a name becomes two parts: what is trained on, and what is held out."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -72,7 +73,11 @@ class Bare:
 def test_open__without_images_it_is_a_data_error(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.png").write_text("")
-    for data, reason in (("empty", "no images"), ("nowhere", "no such data"), ("file.png", "no such data")):
+    for data, reason in (
+        ("empty", "no images"),
+        ("nowhere", "no such data"),
+        ("file.png", "a file that is no set of images"),
+    ):
         for find in (open_source, open_all):
             with pytest.raises(DataError, match=f"{reason}.*{data}"):
                 find(str(tmp_path / data))
@@ -83,9 +88,12 @@ def test_open__what_is_nothing_is_told_what_there_is():
         open_source("cifar")
     with pytest.raises(DataError, match="no such data; shapes:x"):
         open_source("shapes:x")
+    for address in ("https://x.invalid/a.zip", "https://x.invalid/a.csv", "s3://x/a.npy", "s3://x/*.tar"):
+        with pytest.raises(DataError, match=f"a set is not read over the network; {re.escape(address)}; download it"):
+            open_source(address)
 
 
-@pytest.mark.parametrize("part", ["val", "validation", "test"])
+@pytest.mark.parametrize("part", ["val", "valid", "validation", "test"])
 def test_open__a_folder_that_brings_its_parts_keeps_them(tmp_path, write, part):
     write(tmp_path, "train/cat/a.png", "train/dog/b.png", f"{part}/cat/c.png", f"{part}/dog/d.png")
     train, held_out = open_source(str(tmp_path))

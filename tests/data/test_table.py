@@ -97,7 +97,7 @@ BROKEN = {
     "row 2 has 1 columns, not 2": "path,label\na.png,x\nb.png\n",
     "row 2 has 3 columns, not 2; .*quote": "path,label\na.png,x\nb,c.png,x\n",
     "row 2 has no label": "path,label\na.png,x\nb.png,\n",
-    "unknown split dev, trian; .*; write train, val, validation or test": "path,split\na.png,trian\nb.png,dev\n",
+    "unknown split dev, trian; .*; write train, val, valid, validation or test": "path,split\na.png,trian\nb.png,dev\n",
     "field larger than field limit": f"path\n{'a' * 200_000}\n",
     "ftq:// cannot be read": "path\nftq://host/a.png\n",
 }

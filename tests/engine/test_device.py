@@ -3,15 +3,17 @@
 from collections import OrderedDict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
 
-from dmjd.engine.device import WIDE, Float32Attention, choose_precision, environment
+from dmjd.engine.device import WIDE, Float32Attention, choose_precision, environment, memory_errors
 from dmjd.engine.distributed import ParallelModel, Ranks
 from dmjd.engine.loop import Plan, train
+from dmjd.errors import ConfigError
 
 CPU = torch.device("cpu")
 ONE = Ranks(CPU)
@@ -72,3 +74,27 @@ def test_train__in_bf16_attention_is_float32_in_the_backward_pass_of_checkpointe
     (loss, weights), (again, same) = trained(False), trained(True)
     assert loss == again
     assert all(map(torch.equal, weights, same))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GiB, max allowed: 9 GiB)."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),  # Windows
+        MemoryError(),
+    ],
+    ids=["cuda", "mps", "cublas", "windows", "python"],
+)
+def test_memory_errors__know_the_words_of_every_allocator(error):
+    with (
+        pytest.raises(ConfigError, match=r"^out of memory \(.+\); on the device; take less$"),
+        memory_errors("take less"),
+    ):
+        raise error
+
+
+def test_memory_errors__numpy_s_are_among_them():
+    with pytest.raises(ConfigError, match=r"out of memory \(Unable to allocate"), memory_errors("take less"):
+        np.empty(1 << 60, np.uint8)

@@ -2,8 +2,10 @@
 
 import json
 import signal
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -208,6 +210,30 @@ def test_join_ranks__without_torchrun_there_is_no_process_group(monkeypatch):
         assert ranks.agree(True, False) == [True, False]
         assert ranks.gather("it") == ["it"]
         assert list(ranks.share([1, 2, 3])) == [1, 2, 3]
+
+
+def test_join_ranks__without_memory_a_verb_ends_with_a_line():
+    with pytest.raises(ConfigError, match=r"^out of memory .*; give a smaller --batch_size"), join_ranks("cpu"):
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("device", "current"), [("cuda:1", ["cuda:1"]), ("cpu", [])])
+def test_join_ranks__a_gpu_that_is_named_is_the_current_one_meanwhile(monkeypatch, device, current):
+    found = []
+
+    @contextmanager
+    def noted(device):
+        found.append(str(device))
+        yield
+        found.clear()
+
+    monkeypatch.setattr(torch, "empty", lambda _, device: SimpleNamespace(device=torch.device(device)))  # all GPUs
+    monkeypatch.setattr(torch.cuda, "device", noted)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with join_ranks(device) as ranks:
+        assert ranks.device == torch.device(device)
+        assert found == current
+    assert not found
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation", "world_size"), [(7, 1, 2), (6, 2, 2), (10, 4, 1)])

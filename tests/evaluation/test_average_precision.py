@@ -1,11 +1,14 @@
 """Numbers of detection against a slow computation."""
 
+import pickle
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchmetrics.detection import MeanAveragePrecision
 
 from dmjd.data.decode import Wanted
 from dmjd.data.detection import open_detection
@@ -151,3 +154,67 @@ def test_average_precision__two_images_without_a_detection_of_an_absent_class(ju
     found = judged(boxes, [[(0, 0.9, [5.0, 5.0, 25.0, 25.0])], []])
     assert found.summary["map"] == 1.0
     assert found.rows[1] == {"class": "square", "objects": 0, "ap": ""}
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+class MaskOracle(Oracle):
+    """An oracle that draws every object without the upper left quarter of its box, on images of 50 x 70 pixels."""
+
+    def forward(self, images):
+        (found,) = super().forward(images)
+        masks = torch.zeros(len(found["boxes"]), 1, 50, 70)
+        for mask, (left, top, right, bottom) in zip(masks[:, 0], found["boxes"].int().tolist(), strict=True):
+            mask[top:bottom, left:right] = 1
+            mask[top : (top + bottom) // 2, left : (left + right) // 2] = 0
+        return [found | {"masks": masks}]
+
+
+@dataclass(frozen=True)
+class WeighingRanks(Ranks):
+    """One rank that notes how many bytes it would send to others."""
+
+    weights: list = field(default_factory=list)
+
+    def gather(self, item):
+        self.weights.append(len(pickle.dumps(item)))
+        return super().gather(item)
+
+
+@pytest.fixture
+def outlined(write_coco, tmp_path):
+    """Images whose objects have outlines."""
+
+    def opened(boxes):
+        return open_detection(str(write_coco(tmp_path / "data", boxes, masks=True)), Wanted(3))[1]
+
+    return opened
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_average_precision__of_masks_is_that_of_torchmetrics_on_full_masks(case, outlined):
+    held_out, ranks = outlined(BOXES), Ranks(torch.device("cpu"))
+    metric = MeanAveragePrecision(iou_type=("bbox", "segm"), class_metrics=True, backend="faster_coco_eval")
+    find = Finder(MaskOracle(CASES[case]), nullcontext)
+    for index in range(len(held_out)):
+        image, objects = held_out.read(index)
+        truth = {"boxes": objects.boxes, "labels": objects.labels, "masks": objects.masks}
+        metric.update([find(image)], [truth | {"iscrowd": objects.ignored.long()}])
+    expected = metric.compute()
+    judged = judge_detection(Finder(MaskOracle(CASES[case]), nullcontext), held_out, ranks)
+    for ours, theirs in {"map": "bbox_map", "mask_map": "segm_map", "mask_map50": "segm_map_50"}.items():
+        assert judged.summary[ours] == pytest.approx(float(expected[theirs]), abs=1e-4)
+    for row, boxes, masks in zip(
+        judged.rows, expected["bbox_map_per_class"], expected["segm_map_per_class"], strict=True
+    ):
+        assert (row["ap"], row["mask_ap"]) == pytest.approx((float(boxes), float(masks)), abs=1e-4)
+    if case == "perfect":
+        assert 0 < judged.summary["mask_map"] < judged.summary["map"] == 1.0
+
+
+def test_judge_detection__ranks_send_each_other_masks_as_run_lengths(outlined):
+    one = (0, 0.4, [1.0, 1.0, 60.0, 40.0])  # too unlikely to be drawn
+    ranks = WeighingRanks(torch.device("cpu"))
+    judge_detection(Finder(MaskOracle([[one] * 100] * len(BOXES)), nullcontext), outlined(BOXES), ranks)
+    assert max(ranks.weights) < 100 * 50 * 70 * len(BOXES) / 5

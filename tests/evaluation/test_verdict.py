@@ -76,6 +76,12 @@ def test_verdict__of_a_good_run_says_what_few_looks_or_few_images_leave_undone(n
     assert bool(verdict.advice) == bool(words)
 
 
+def test_judge__names_the_flag_that_makes_the_run_longer():
+    assert (
+        judge(UNTRAINED, GOOD | {"explained": 0.02, "explained_train": 0.03}, longer="--steps").advice == "more --steps"
+    )
+
+
 def test_verdict__of_a_bad_run_is_about_what_went_wrong():
     verdict = judge(UNTRAINED, GOOD | {"rankme": 5.0})
     assert verdict.knowing(300, 1.0, longer="--epochs") == verdict

@@ -355,7 +355,7 @@ def test_pretrain__more_than_one_percent_of_bad_files_stop_it_and_are_named(
     for name in bad:
         (folder / name).write_bytes((folder / name).read_bytes()[:100])
     assert main(flags(tmp_path / "images", tmp_path / "run")) == 3
-    assert "2 of 60 images do not decode" in one_line(capsys)
+    assert "2 of 64 images do not decode" in one_line(capsys)
     assert skipped(tmp_path / "run") == bad
 
 

@@ -99,6 +99,22 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_pretrain__made_longer_it_is_done_only_at_its_later_end(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    assert main(flags(data, out, steps=4)) == 0
+    longer = [*flags(data, out, steps=8), "--resume"]
+    with monkeypatch.context() as patch:
+        stop = at_call(1, lambda: os.kill(os.getpid(), signal.SIGTERM), dmjd.tasks.pretrain.save_backbone)
+        patch.setattr(dmjd.tasks.pretrain, "save_backbone", stop)
+        assert main(longer) == 143
+    assert not (out / "summary.json").exists()
+    assert "resume" not in (out / "config.yaml").read_text()
+    assert main(longer) == 0
+    assert json.loads((out / "summary.json").read_text())["steps"] == 8
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1", "SIGHUP"])
 def test_pretrain__other_signals_that_end_runs_save_too(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from dmjd.cli import main
 from dmjd.data.statistics import Statistics
-from dmjd.tasks.doctor import fitting_size
+from dmjd.tasks.doctor import fitting_size, name_of
 
 TINY = (
     "--steps 4 --batch_size 8 --workers 0 --device cpu --monitor.evals 1 --monitor.saves 2 --monitor.max_images 16 "
@@ -97,7 +97,9 @@ def test_doctor__in_a_process_of_its_own_finds_all_that_is_wrong(photos: Path, t
 
 
 @pytest.mark.long
-def test_doctor__recommends_a_command_that_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor__recommends_a_command_that_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "set").mkdir()
     for number in range(24):
         array = np.random.default_rng(number).integers(0, 4096, (12, 40, 44)).astype(np.uint16)
@@ -105,11 +107,13 @@ def test_doctor__recommends_a_command_that_runs(tmp_path: Path, capsys: pytest.C
     found = examine(capsys, "--data", tmp_path / "set", "--out", tmp_path / "found")
     words = shlex.split(found["command"])
     assert words[:4] == ["dmjd", "pretrain", "--data", str(tmp_path / "set")]
+    assert words[4:] == ["--out", "runs/set"]
     statistics = Statistics.read(tmp_path / "found" / "statistics.json")
     assert (statistics.levels.high, len(statistics.mean)) == (4095, 12)
-    kept = TINY.replace("--model.image_size 32 --model.patch_size 8", "")
-    assert main([*words[1:], *shlex.split(kept), "--out", str(tmp_path / "run")]) == 0
-    assert list(load_file(tmp_path / "run" / "backbone.safetensors")["patch_embed.proj.weight"].shape[1:]) == [12, 4, 4]
+    monkeypatch.chdir(tmp_path)
+    assert main([*words[1:], *shlex.split(TINY)]) == 0
+    weights = load_file(tmp_path / "runs" / "set" / "backbone.safetensors")
+    assert list(weights["patch_embed.proj.weight"].shape[1:]) == [12, 8, 8]
 
 
 def test_doctor__looks_at_pages_as_frames_where_most_files_have_some(
@@ -124,6 +128,25 @@ def test_doctor__looks_at_pages_as_frames_where_most_files_have_some(
     assert "--data_pages frames" in found["command"]
     bands = examine(capsys, tmp_path / "set", "--out", tmp_path / "found", "--data_pages", "bands", "--in_chans", 12)
     assert (bands["images"], bands["refused"]) == (3, 0)
+
+
+def test_doctor__recommends_what_training_cannot_find_out_by_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my photos").mkdir()
+    for number in range(12):
+        scene(number).save(tmp_path / "my photos" / f"{number}.png")
+    (tmp_path / "my photos" / "cut.png").write_bytes(b"cut")
+    command = examine(capsys, tmp_path / "my photos", "--out", tmp_path / "found", "--in_chans", 1)["command"]
+    assert shlex.split(command)[4:] == ["--out", "runs/my-photos", "--model.in_chans", "1", "--max_bad", "0.09"]
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [("shapes", "shapes"), ("a/b.csv", "b"), ("s/x-{00..12}.tar", "x-00-12"), ("hf:me/cats", "cats"), ("*.tar", "run")],
+)
+def test_name_of__is_a_word(data: str, name: str) -> None:
+    assert name_of(data) == name
 
 
 def test_doctor__looks_at_a_sample_by_seed(colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +177,7 @@ def test_doctor__verifies_a_prepared_set(tmp_path: Path, capsys: pytest.CaptureF
         np.save(tmp_path / "set" / f"{number}.npy", array)
     prepared, out = tmp_path / "prepared", tmp_path / "found"
     assert main(["prepare", "--data", str(tmp_path / "set"), "--out", str(prepared), "--in_chans", "12"]) == 0
-    assert "--model.in_chans 12" in examine(capsys, prepared, "--out", out)["command"]
+    assert examine(capsys, prepared, "--out", out)["command"] == f"dmjd pretrain --data {prepared} --out runs/prepared"
     pixels = next(prepared.glob("*.bin"))
     flip(pixels)
     assert main(["doctor", str(prepared), "--out", str(out)]) == 3
@@ -191,6 +214,8 @@ def test_doctor__of_a_run_says_how_far_it_came(run: Path, colours: Path, capsys:
     assert found["checkpoints"] == [2, 4]
     assert found["metrics"] == len((run / "metrics.jsonl").read_text().splitlines())
     assert found["backbone"]["input_size"] == [3, 32, 32]
+    assert found["pretrained"]["task"] == "pretrain"
+    assert found["pretrained"]["parameters"] > found["backbone"]["parameters"]
     (run / "summary.json").unlink()
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
@@ -234,6 +259,8 @@ BREAKS = {
     "checkpoints/step-00000004/state.json": Path.unlink,
     "checkpoints/step-00000004/MANIFEST.json": cut,
     "backbone.safetensors": cut,
+    "pretrained.safetensors": flip,
+    **{f"{name}.safetensors": lambda file: file.write_bytes(b"garbage") for name in ("best", "last", "linear")},
     "config.yaml": lambda file: file.write_text("a: [1"),
     "summary.json": cut,
     "metrics.jsonl": lambda file: file.write_text("{}\n{\n{}\n"),

@@ -21,7 +21,7 @@ from dmjd.backbones.vit import create_vit
 from dmjd.cli import main
 from dmjd.config.export import ExportSettings
 from dmjd.errors import CheckpointError, ConfigError
-from dmjd.tasks.export import export
+from dmjd.tasks.export import describe_runs, export
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SHAPE = {"image_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -185,6 +185,33 @@ def test_export__a_run_is_its_best_network_and_its_card_says_what_was_done(tmp_p
     assert rows["settings that differ from the recipe"] == "`model.image_size 32, model.depth 1, optim.blr 0.002`"
     assert rows["k-NN, top-1"].startswith(f"`{summary['trained']['knn_top1']:.4g}")
     assert "2301.00230" in card
+    # What is trained of the folder says what it is made of, and opens again; a slash behind the data changes nothing.
+    assert (
+        main(["finetune", "--backbone", f"timm:local-dir:{tmp_path / 'hub'}", *line, "--out", str(tmp_path / "tuned")])
+        == 0
+    )
+    assert dmjd.load_backbone(tmp_path / "tuned" / "best.safetensors").num_classes == 3
+    assert main(["export", str(tmp_path / "tuned"), "--to", "hf", "--out", str(tmp_path / "classes")]) == 0
+
+
+def test_card__of_a_run_on_weights_of_timm_knows_nothing_of_the_folder_it_is_written_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("name: something else")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(
+        "{backbone: 'timm:vit_tiny_patch16_224', data: photos/, epochs: 3, batch_size: 8, recipe: {}}"
+    )
+    (described,) = describe_runs(run)
+    assert described["facts"]["data"] == "photos"
+
+
+def test_export__a_network_of_convolutions_goes_to_the_hub_too(tmp_path):
+    model, architecture = put_head(timm.create_model("test_resnet"), ("test_resnet", {}), 3)
+    path = tmp_path / "network.safetensors"
+    save_backbone(path, model, architecture, *STATISTICS, task={"name": "finetune", "classes": CLASSES})
+    export(ExportSettings(path, to="hf", out=tmp_path / "hub"))
+    assert json.loads((tmp_path / "hub" / "config.json").read_text())["num_classes"] == 3
 
 
 def test_export__a_folder_that_holds_something_stays_as_it_is(tmp_path):

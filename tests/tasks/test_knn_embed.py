@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
+from timm.models.vision_transformer import VisionTransformer
 
 from dmjd import load_backbone
 from dmjd.cli import main
@@ -291,3 +292,13 @@ def test_embed__goes_on_in_the_part_where_it_stopped_and_counts_all_that_it_left
     assert last_line(capsys) | {"seconds": 0, "out": ""} == expected | {"seconds": 0, "out": ""}
     assert expected["skipped"] == 2
     assert (tmp_path / "f.npy").read_bytes() == (tmp_path / "whole" / "f.npy").read_bytes()
+
+
+@pytest.mark.parametrize("verb", ["knn", "embed", "linear"])
+def test_judging__without_memory_is_one_line(verb, colours, backbones, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(VisionTransformer, "forward", lambda *_: torch.empty(1 << 60))
+    words = ["--backbone", str(backbones["vit"]), "--data", str(colours), "--out", str(tmp_path / "out.npy")]
+    assert main([verb, *words, "--device", "cpu", "--workers", "0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory")
+    assert "--batch_size" in line

@@ -9,7 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import dmjd
 from dmjd.cli import main
+from dmjd.errors import CheckpointError
 
 WORDS = {
     "preset": "quick",
@@ -53,6 +55,32 @@ def test_report__draws_the_page_again_without_the_network(run: Path) -> None:
     assert page.read_bytes() == drawn
     for name in ("backbone.safetensors", "pretrained.safetensors"):
         (run / f"{name}.aside").rename(run / name)
+
+
+def test_report__a_folder_in_the_place_of_the_page_is_refused_and_a_new_one_is_made(run: Path, tmp_path: Path) -> None:
+    assert main(["report", str(run), "--out", str(tmp_path)]) == 2
+    assert not list(tmp_path.iterdir())
+    assert main(["report", str(run), "--out", str(tmp_path / "new" / "page.html")]) == 0
+
+
+@pytest.mark.parametrize("verb", ["knn", "linear"])
+def test_judging__leaves_the_directory_of_a_run_alone(run: Path, colours: Path, verb: str) -> None:
+    before = {each.name: each.stat().st_mtime_ns for each in run.iterdir()}
+    line = [verb, "--backbone", str(run / "backbone.safetensors"), "--data", str(colours), "--out", str(run)]
+    assert main([*line, "--device", "cpu"]) == 2
+    assert {each.name: each.stat().st_mtime_ns for each in run.iterdir()} == before
+
+
+def test_resume__minutes_of_a_finished_run_cannot_change_and_it_says_what_can(run: Path, colours: Path) -> None:
+    with pytest.raises(CheckpointError, match="minutes became epochs when the run began: give --epochs"):
+        dmjd.pretrain(colours, run, preset="auto", minutes=3, resume=True)
+
+
+def test_backbone__a_run_in_its_place_is_told_which_file_is_meant(run: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"a directory; .*; give a file in it, such as backbone\.safetensors"):
+        dmjd.load_backbone(run)
+    with pytest.raises(CheckpointError, match=r"give the pretrained\.safetensors of such a run"):
+        dmjd.load_pretrained(run / "backbone.safetensors")
 
 
 def test_pretrain__keeps_errors_features_and_neighbours_for_the_report(run: Path) -> None:

@@ -152,6 +152,7 @@ def test_search__deep_images_are_seen_as_embed_saw_them(backbones, tmp_path):
         ("--query Q --features lonely", 3, "no names of the rows"),
         ("--query Q --features short", 3, "35 names of 36 rows"),
         ("--query Q --features text", 3, "no features"),
+        ("--query Q --features f.parquet", 3, "not an .npy file; f.parquet; give the F.npy that dmjd embed"),
         ("--query Q --features tokens", 3, "instead of a row of numbers for each image"),
         ("--query Q --features nan", 3, "values that are no numbers; row 7"),
         ("--query Q --features bare", 2, "nothing says what made the features"),

@@ -267,7 +267,10 @@ class ConvViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Compute maps of strides 4, 8, 16 and 32 (for tokens of 16 px), the last by pooling; arguments as in timm."""
+        """Compute maps of strides 4, 8, 16 and 32 (for tokens of 16 px), the last by pooling; arguments as in timm.
+
+        `norm` and `stop_early` change nothing: the norm comes after pooling, and the stages are one pass.
+        """
         assert output_fmt == "NCHW"
         wanted, _ = feature_take_indices(4, indices)
         tokens = self._all_tokens(x)

@@ -16,7 +16,7 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from timm.models import VisionTransformer, model_entrypoint
+from timm.models import VisionTransformer, model_entrypoint, resolve_model_input_args
 from torch import Tensor, nn
 
 from dmjd.backbones import Architecture, register_encoder
@@ -126,7 +126,8 @@ def read_task(path: str | Path, name: str) -> dict[str, Any]:
     """
     task = task_of(path)
     if task.get("name") != name:
-        raise CheckpointError(f"no network of dmjd {name}; {path}; give the last.safetensors of such a run")
+        file = "pretrained.safetensors" if name == "pretrain" else "last.safetensors"
+        raise CheckpointError(f"no network of dmjd {name}; {path}; give the {file} of such a run")
     return task
 
 
@@ -199,12 +200,17 @@ def create_network(name: str, *, image_hw: tuple[int, int], in_chans: int) -> tu
     size = {"img_size": list(image_hw), "in_chans": in_chans, "num_classes": 0}
     architecture: Architecture = (timm_name, {}) if kind == "timm" else _read(name, pretrained=False)[1]
     arguments = {**architecture[1], **size}
-    if "fc_norm" in arguments:  # a ViT of ours, fine-tuned perhaps: masked views need the norm of all tokens
-        arguments["fc_norm"] = False
     if kind == "timm" and not is_model(timm_name):
         raise CheckpointError(f"timm has no such model; {name}; see timm.list_models()")
     try:
-        return timm.create_model(architecture[0], **arguments), (architecture[0], arguments)
+        network = timm.create_model(architecture[0], **arguments)
+        if isinstance(network, VisionTransformer) and any(
+            name.startswith(("attn_pool.", "fc_norm.")) for name in network.state_dict()
+        ):
+            # Masked views need the norm of all tokens, and features must not pass what pre-training never trains.
+            arguments |= {"global_pool": "avg", "fc_norm": False}
+            network = timm.create_model(architecture[0], **arguments)
+        return network, (architecture[0], arguments)
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f"no network of {image_hw[0]}x{image_hw[1]} px ({error}); {name}; see --model") from None
 
@@ -239,7 +245,10 @@ def _fetch(model: str, given: str, pretrained: bool, extra: dict[str, Any]) -> t
     if not hub and not is_model(model):
         raise CheckpointError(f"timm has no such model; {given}; see timm.list_models()")
     try:
-        return timm.create_model(model, pretrained=pretrained, **extra), (model, {})
+        source: dict[str, Any] = resolve_model_input_args(model) if hub else {"model_name": model}
+        architecture: Architecture = source["model_name"], source.get("pretrained_model_args", {})
+        _refuse_unknown(*architecture, {}, given)  # as whoever opens what is made of it will
+        return timm.create_model(model, pretrained=pretrained, **extra), architecture
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"its weights cannot be fetched ({reason}); {given}; check the network") from None
@@ -249,6 +258,8 @@ def _read(
     path: str | Path, pretrained: bool = True, extra: dict[str, Any] | None = None
 ) -> tuple[nn.Module, Architecture]:
     """Make the model of a file."""
+    if Path(path).is_dir():
+        raise CheckpointError(f"a directory; {path}; give a file in it, such as backbone.safetensors")
     try:
         metadata, tensors = read_file(path)
         prefix = metadata.get("backbone_prefix", "")

@@ -14,7 +14,6 @@ SIDES = {"cpu": (32, 48, 64, 96), "gpu": (32, 64, 96, 128, 160, 224)}  # of a cr
 TOKENS = {"cpu": 8, "gpu": 14}  # along a side, at most; on two cores, more tokens would be fewer epochs
 SMALLEST_PATCH = 4  # pixels; smaller ones have no gradients to speak of
 # Networks from small to large: what `model` and `decoder` say of them.
-SHAPE = ("embed_dim", "depth", "num_heads")  # what a size stands for
 SMALL = {"size": "tiny", "embed_dim": 128, "depth": 6, "num_heads": 4}
 NETWORKS: tuple[tuple[Chosen, Chosen], ...] = (
     (SMALL, {"embed_dim": 96, "depth": 2, "num_heads": 3, "mlp_ratio": 4.0}),

@@ -60,7 +60,7 @@ class DeviceSettings:
     """Lowest and highest value of images deeper than 8 bits. Default: what the backbone was trained with, else what a
     sample of them uses."""
     workers: int | None = None
-    """Processes that load images. Default: none for sets in memory, else one per core but one."""
+    """Processes that load images. Default: none for sets in memory, else one per core of this rank but one."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes the best."""
     precision: Precision = "auto"
@@ -85,6 +85,8 @@ class DeviceSettings:
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(DeviceSettings):
     """What every verb that trains has."""
+
+    FEWEST_EPOCHS: ClassVar[float] = 1e-6
 
     out: Path
     """Directory of the run."""
@@ -125,7 +127,7 @@ class RunSettings(DeviceSettings):
         super().__post_init__()
         within(1, 1_000_000_000, self, "steps")
         within(1, 1_000_000, self, "batch_size")
-        within(0, 1_000_000, self, "epochs")
+        within(self.FEWEST_EPOCHS, 1_000_000, self, "epochs")
         within(0, SEEDS, self, "seed")
         within(0, 10_000, self, "checkpoint_minutes")
         within(0, 1, self, "max_bad")
@@ -197,8 +199,8 @@ class PartSettings:
     """Which images a network is judged by."""
 
     part: str | None = None
-    """Part of the set that is judged by, such as test. Default: val, validation or test, the first that there is, else
-    images held out by seed."""
+    """Part of the set that is judged by, such as test. Default: val, valid, validation or test, the first that there
+    is, else images held out by seed."""
 
 
 @dataclass(frozen=True, kw_only=True)

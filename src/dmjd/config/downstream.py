@@ -67,7 +67,7 @@ class EmbedSettings:
     Default: the pooled output."""
     tokens: Annotated[bool, group("Task")] = False
     """Write features of every patch, (N, L, D) for L patches, instead of one row for an image: those of --layers, or of
-    the last block after the last norm."""
+    the last block after the last norm (a hybrid has its norm after pooling)."""
     dtype: Annotated[Literal["float32", "float16"], group("Task")] = "float32"
     """Type of the numbers; float16 halves the file."""
 
@@ -193,6 +193,8 @@ FEW_STEPS, EPOCHS = 500, (10, 100)
 @dataclass(frozen=True, kw_only=True)
 class FinetuneRun(RunSettings):
     """Where, how long and on what `dmjd finetune` computes."""
+
+    FEWEST_EPOCHS: ClassVar[float] = 0.0
 
     data: Annotated[str, Parameter(required=True)] = ""
     """Folder of labelled images, or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""

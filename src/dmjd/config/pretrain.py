@@ -10,6 +10,7 @@ from dmjd.config.rules import divides, height_width, names_settings, one_of, ord
 from dmjd.errors import ConfigError
 
 MOST_TOKENS = 65_536  # of an image
+SHAPE = ("embed_dim", "depth", "num_heads")  # what a size stands for
 BackboneSize = Literal["tiny", "small", "base", "large"]
 LossName = Literal["l2", "l1", "smooth_l1", "cosine"]
 HogVariant = Literal["dmjd", "maskfeat", "mmpretrain"]
@@ -273,6 +274,11 @@ class PretrainRun(RunSettings):
     epochs: float = 400.0
     """Passes over the images; an epoch shows each image num_views times to the encoder."""
     batch_size: int = 512
+
+    @property
+    def longer(self) -> str:
+        """The flag that makes such a run longer."""
+        return "--steps" if self.steps else "--minutes or --epochs" if self.preset == "auto" else "--epochs"
 
     def __post_init__(self) -> None:
         super().__post_init__()

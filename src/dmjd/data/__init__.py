@@ -4,7 +4,7 @@ Sources of images: `source` (what a source is, and opening one), and a file for 
 `archive` (zip, tar and shards), `arrays`, `hub` (Hugging Face), `prepared`, and `builtin` with the scenes of `shapes`.
 A new kind is one new file that registers itself, here or in another distribution. `stored` is what the kinds that are
 no folders share, `listing` finds files, `packed` keeps millions of texts in one buffer that worker processes share, and
-`memory` holds the decoded images of a small set.
+`memory` holds the decoded images of a small set; `transfer` copies to a device.
 Images: `decode` (any file to a tensor at its depth), `peek` (what its header says), `levels` and `statistics` (what its
 values range over), `crops`.
 Training: `sampler` (which samples, when), `loader` and its `workers`, and for each kind of sample its batch and how it

@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from dmjd.data.builtin import download_folder
 from dmjd.data.decode import EXTENSIONS, MAX_BYTES, BadImage, Reduce, Wanted, decode
-from dmjd.data.listing import SETTLED, say_ignored
+from dmjd.data.listing import SETTLED, say_ignored, say_unread
 from dmjd.data.packed import PackedStrings
-from dmjd.data.source import Opener, Source, register_source
+from dmjd.data.source import HELD_OUT_PARTS, Opener, Source, is_file_name, register_source
 from dmjd.data.stored import PARTS, StoredImages, classes_of, classes_of_folders, refuse_frames
 from dmjd.errors import DataError
 
@@ -140,6 +140,8 @@ def open_archive(data: str, wanted: Wanted) -> dict[str, Source]:
         members = {name.partition("/")[2]: place for name, place in members.items()}
     if not any(name.startswith("train/") for name in members):
         return {"": _source(data, path, members, wanted)}
+    folders = {name.partition("/")[0] for name in members if "/" in name}
+    say_unread(folders.difference(PARTS), HELD_OUT_PARTS, path)
     by_part = {
         part: {name.removeprefix(f"{part}/"): place for name, place in members.items() if name.startswith(f"{part}/")}
         for part in PARTS
@@ -372,12 +374,12 @@ def _kept_index(kept: Path, stamp: dict[str, str]) -> TarIndex | None:
 
 def _is_pattern(data: str) -> bool:
     """Tell a pattern of shards from the name of a file."""
-    return data.lower().endswith(".tar") and any(each in data for each in "{*?[") and not os.path.exists(data)
+    return is_file_name(data, ".tar") and any(each in data for each in "{*?[") and not os.path.exists(data)
 
 
 def _is_archive(data: str) -> bool:
     """Tell whether a name is that of a zip or tar file."""
-    return data.lower().endswith((".zip", ".tar", *COMPRESSED)) and not _is_pattern(data) and not os.path.isdir(data)
+    return is_file_name(data, (".zip", ".tar", *COMPRESSED)) and not _is_pattern(data)
 
 
 register_source("archive")(Opener(_is_archive, open_archive))

@@ -13,9 +13,9 @@ from jaxtyping import Num
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from dmjd.data.decode import Reduce, Wanted, at_known_depth, fit_channels
+from dmjd.data.decode import Reduce, Wanted, at_known_depth, channels_advice, fit_channels
 from dmjd.data.packed import PackedStrings
-from dmjd.data.source import Opener, Source, register_source
+from dmjd.data.source import Opener, Source, is_file_name, register_source
 from dmjd.data.stored import StoredImages, classes_of, parts_by_column
 from dmjd.data.table import read_columns
 from dmjd.errors import DataError
@@ -98,9 +98,7 @@ def _channels_first(path: Path, in_chans: int) -> bool:
         first = _fit(array.shape[1], in_chans) > _fit(array.shape[3], in_chans)
         channels = array.shape[1 if first else 3]
     if not any(_fit(channels, in_chans)):
-        raise DataError(
-            f"{channels} channels, not {in_chans}; {path}; say --model.in_chans {channels}, or leave it out"
-        )
+        raise DataError(f"{channels} channels, not {in_chans}; {path}; {channels_advice(channels)}")
     return first
 
 
@@ -109,6 +107,4 @@ def _fit(channels: int, in_chans: int) -> tuple[bool, bool]:
     return channels == in_chans, {channels, in_chans} <= {1, 3}
 
 
-register_source("array")(
-    Opener(lambda data: data.lower().endswith(".npy") and not Path(data).is_dir(), open_array, names_tell_part=True)
-)
+register_source("array")(Opener(lambda data: is_file_name(data, ".npy"), open_array, names_tell_part=True))

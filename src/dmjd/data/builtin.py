@@ -127,7 +127,8 @@ def _array_images(
     pixels = torch.from_numpy(array).unsqueeze(-1) if array.ndim == 3 else torch.from_numpy(array)
     pixels = pixels.permute(0, 3, 1, 2)
     if in_chans not in (1, 3):
-        raise DataError(f"{pixels.shape[1]} channels, not {in_chans}; {address}; say --model.in_chans 3 or 1")
+        advice = "pretrain a backbone for such images with --model.in_chans 3 or 1"
+        raise DataError(f"{pixels.shape[1]} channels, not {in_chans}; {address}; {advice}")
     if in_chans == 1 and pixels.shape[1] == 3:
         pixels = pixels.float().mean(dim=1, keepdim=True).round().byte()
     return ArrayImages(

@@ -4,7 +4,6 @@ Nothing stops here: a file that does not decode, or has other channels than the 
 """
 
 import hashlib
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,8 +27,9 @@ from dmjd.data.duplicates import Outline, exact_copies, near_copies, outline
 from dmjd.data.levels import BYTES, levels_of
 from dmjd.data.peek import Peek, peek
 from dmjd.data.prepared import SET, read_set
-from dmjd.data.source import Source, open_parts
+from dmjd.data.source import Source, evenly, open_parts
 from dmjd.data.statistics import Statistics, statistics_of
+from dmjd.data.workers import usable_cores
 from dmjd.errors import DataError
 
 CHUNK = 64  # images that a thread looks at in one go
@@ -84,7 +84,7 @@ def headers(parts: Mapping[str, Source], count: int = 64) -> list[Peek]:
     """Look at the headers of some files from all over a set."""
     found = []
     for source in parts.values():
-        for index in np.linspace(0, len(source) - 1, min(len(source), count), dtype=int).tolist():
+        for index in evenly(len(source), count):
             if file := file_of(source, index):
                 with suppress(BadImage):
                     found.append(peek(file))
@@ -125,7 +125,7 @@ def chosen(parts: Mapping[str, Source], count: int, seed: int) -> list[tuple[str
 
 def look_at(parts: Mapping[str, Source], images: list[tuple[str, int]], workers: int | None) -> list[Look]:
     """Decode images and keep what matters of each, in threads: decoders let others run."""
-    threads = workers or min(os.cpu_count() or 1, 16)
+    threads = workers or min(usable_cores(), 16)
     chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
     looks: list[Look] = []
     with (
@@ -184,7 +184,7 @@ def measure_values(parts: Mapping[str, Source], looks: Sequence[Look]) -> Values
     Raises:
         DataError: If all values are the same.
     """
-    few = evenly(looks, MEASURED)
+    few = [looks[place] for place in evenly(len(looks), MEASURED)]
     deep = any(each.dtype != "uint8" for each in few)
     levels = levels_of(_images(parts, few)) if deep else BYTES
     shares = np.zeros((few[0].shape[0], BINS))
@@ -209,7 +209,7 @@ class Speed(NamedTuple):
 def measure_speed(parts: Mapping[str, Source], looks: Sequence[Look], size: int) -> Speed:
     """Time how training reads: an image no larger than its random crop needs, and the crop of `size` pixels."""
     crop = RandomCrop((size, size), (0.2, 1.0), (3 / 4, 4 / 3), True)
-    few, times = evenly(looks, TIMED), []
+    few, times = [looks[place] for place in evenly(len(looks), TIMED)], []
     for each, draws in zip(few, crop.draws(torch.arange(len(few))), strict=True):
         began = time.process_time()
         image = parts[each.part].read(each.index, partial(crop.factor, draws))
@@ -218,11 +218,6 @@ def measure_speed(parts: Mapping[str, Source], looks: Sequence[Look], size: int)
         times.append((read - began, time.process_time() - read))
     decode, crops = np.mean(times, axis=0).tolist()
     return Speed(decode, crops)
-
-
-def evenly(looks: Sequence[Look], count: int) -> list[Look]:
-    """Choose some from all over."""
-    return [looks[place] for place in np.linspace(0, len(looks) - 1, min(len(looks), count), dtype=int)]
 
 
 def _images(parts: Mapping[str, Source], looks: Sequence[Look]) -> Iterator[Tensor]:

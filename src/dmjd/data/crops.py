@@ -15,6 +15,7 @@ from jaxtyping import Float, Float64, Int, Num
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from dmjd.data.transfer import transfer
 from dmjd.random import uniforms
 
 IN_CACHE = 64  # images whose matrices stay in the cache of a CPU
@@ -119,10 +120,10 @@ def _matrices(
     """
     places = (start * (side + 1) + length) * 2 + mirrored
     _, first, which = np.unique(places, return_index=True, return_inverse=True)
-    different = torch.from_numpy(np.stack([start, length, mirrored])[:, first]).to(device, non_blocking=True)
+    different = transfer(torch.from_numpy(np.stack([start, length, mirrored])[:, first]), device)
     parts = different.split(len(first) if device.type == "cuda" else IN_CACHE, dim=1)
     matrices = [resampling(*part, side=side, size=size) for part in parts]
-    return torch.cat(matrices), torch.from_numpy(which).to(device, non_blocking=True)
+    return torch.cat(matrices), transfer(torch.from_numpy(which), device)
 
 
 def resampling(

@@ -414,4 +414,9 @@ def fit_channels(array: np.ndarray, in_chans: int) -> np.ndarray:
     if (channels, in_chans) == (3, 1):
         grey = array @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
         return (grey if array.dtype == np.float32 else grey.round().astype(array.dtype))[..., None]
-    raise _Refused(f"{channels} channels, not {in_chans}", f"say --model.in_chans {channels}, or leave it out")
+    raise _Refused(f"{channels} channels, not {in_chans}", channels_advice(channels))
+
+
+def channels_advice(channels: int) -> str:
+    """Say what to do about images of other channels than wanted, whether those of a backbone or of one to come."""
+    return f"pretrain a backbone for such images with --model.in_chans {channels}, or leave them out"

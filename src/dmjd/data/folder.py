@@ -3,6 +3,7 @@
 A part has labels if every image lies in a folder of its class: PART/CLASS/IMAGE.
 """
 
+import glob
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dmjd.data.builtin import download_folder
 from dmjd.data.decode import EXTENSIONS, Reduce, Wanted, count_pages, decode
-from dmjd.data.listing import list_files, say_ignored
+from dmjd.data.listing import LINKED, list_files, say_ignored, say_unread
 from dmjd.data.packed import PackedStrings
 from dmjd.data.source import HELD_OUT_PARTS, Opener, Source, opener_of, register_source
 from dmjd.errors import DataError
@@ -96,7 +97,8 @@ def image_names(root: Path) -> PackedStrings:
     except OSError as error:
         raise DataError(f"{error.strerror}; {error.filename}; check its permissions") from None
     if not len(listing.names):
-        raise DataError(f"no images; {root}; images end in {', '.join(sorted(EXTENSIONS))}")
+        linked = ", and folders that are links are not followed" if LINKED in listing.passed_over else ""
+        raise DataError(f"no images; {root}; images end in {', '.join(sorted(EXTENSIONS))}{linked}")
     say_ignored(len(listing.names), listing.passed_over, root)
     return listing.names
 
@@ -149,6 +151,8 @@ def open_folder(data: str, wanted: Wanted) -> dict[str, Source]:
     parts = [name for name in ("train", *HELD_OUT_PARTS) if (root / name).is_dir()]
     if "train" not in parts:
         return {"": folder_images(root, wanted)}
+    folders = {name.rstrip("/") for name in glob.glob("*/", root_dir=root)}
+    say_unread(folders.difference(parts), HELD_OUT_PARTS, root)
     found: dict[str, Source] = {}
     for place, name in enumerate(parts):
         try:

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dmjd.data.source import Parts, Source, Subset, has_labels, join_skipped, labels_of, read_or_substitute
+from dmjd.data.transfer import transfer
 from dmjd.errors import DataError
 from dmjd.random import mix, seeded
 
@@ -65,7 +66,7 @@ class LabelledSamples(Dataset[LabelledSample]):
 
 def to_device(batch: LabelledBatch, device: torch.device) -> tuple[Float[Tensor, "B C H W"], Int[Tensor, " B"]]:
     """Copy images and labels to where the network is."""
-    return batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+    return transfer(batch.images, device), transfer(batch.labels, device)
 
 
 def collate_labelled(samples: list[LabelledSample]) -> LabelledBatch:

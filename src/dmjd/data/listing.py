@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from dmjd.data.packed import PackedStrings
 
 MANY = 10_000  # files whose listing is kept
+LINKED = "linking to a folder"  # counted among the files that are passed over; no ending is like it
 SETTLED = 2.0  # seconds after which a folder's time tells of every change, on the coarsest of file systems
 
 
@@ -30,7 +31,7 @@ class Listing:
 
     Attributes:
         names: Their paths below it, sorted; of those with the endings asked for.
-        passed_over: How many others there are, by ending.
+        passed_over: How many others there are, by ending; those that link to a folder by `LINKED`.
     """
 
     names: PackedStrings
@@ -79,17 +80,33 @@ def say_ignored(images: int, others: Mapping[str, int], address: object) -> None
     print(f"{images} images; ignored: {said}; {address}", file=sys.stderr)
 
 
+def say_unread(folders: Iterable[str], parts: Sequence[str], address: object) -> None:
+    """Say on stderr which folders beside a `train` part are not read: in a set of vehicles, `train` may be a class.
+
+    Args:
+        folders: What they are called.
+        parts: What the parts of a set are called.
+        address: Where.
+    """
+    names = sorted(folders)
+    if names:
+        said = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        print(f"not read: {said}; {address}; beside train, parts are {', '.join(parts)}", file=sys.stderr)
+
+
 def _scan(
     root: Path, below: str, endings: frozenset[str], folders: dict[str, int], passed_over: Counter[str]
 ) -> Iterator[str]:
     """Walk a folder in the order that sorting all paths would give: a folder sorts as its name with a slash."""
     folders[below] = os.stat(root / below).st_mtime_ns
     with os.scandir(root / below) as entries:
-        found = sorted(
-            entry.name + "/" * entry.is_dir(follow_symlinks=False)
-            for entry in entries
-            if entry.name[0] != "." and not _is_linked_folder(entry)
-        )
+        shown = [entry for entry in entries if entry.name[0] != "."]
+    linked = {entry.name for entry in shown if _is_linked_folder(entry)}
+    if linked:
+        passed_over[LINKED] += len(linked)
+    found = sorted(
+        entry.name + "/" * entry.is_dir(follow_symlinks=False) for entry in shown if entry.name not in linked
+    )
     for name in found:
         if name[-1] == "/":
             yield from _scan(root, below + name, endings, folders, passed_over)

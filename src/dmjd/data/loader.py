@@ -1,6 +1,5 @@
 """Batches of images, for training and for looking at; who loads them changes nothing about what the network sees."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -12,7 +11,7 @@ from torch import Generator, Tensor
 from dmjd.data.decode import BadImage
 from dmjd.data.sampler import StepSampler
 from dmjd.data.source import Readable, Source
-from dmjd.data.workers import load_batches
+from dmjd.data.workers import load_batches, usable_cores
 
 FEW = 512  # images that are read sooner than workers start
 
@@ -45,8 +44,8 @@ def train_batches(
         samples: What to load.
         sampler: Which, when.
         collate: Makes a batch of samples; None for samples that come as a batch.
-        workers: Processes; None takes none for images in memory and else one per core but one. Batches that are made
-            where the network is take none in any case.
+        workers: Processes; None takes none for images in memory and else one per core of this rank but one. Batches
+            that are made where the network is take none in any case.
         pin_memory: Make copies to a GPU asynchronous.
 
     Raises:
@@ -76,8 +75,8 @@ def read_batches(
         indices: Which of its images, by number.
         transform: Brings all images to one size.
         batch_size: Images in a batch, the last one perhaps excepted, before those that do not decode are left out.
-        workers: Processes; None takes none for fewer than 512 images, and else one per core but one. Images in memory
-            take none in any case.
+        workers: Processes; None takes none for fewer than 512 images, and else one per core of this rank but one.
+            Images in memory take none in any case.
         pin_memory: Make copies to a GPU asynchronous.
 
     Yields:
@@ -124,5 +123,4 @@ def _as_is(batch: Any) -> Any:
 
 def _spare_cores() -> int:
     """Count the cores that the main process leaves to workers: 1 to 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(min(cores - 1, 16), 1)
+    return max(min(usable_cores() - 1, 16), 1)

@@ -16,6 +16,7 @@ from dmjd.data.lent import borrow, is_lent, room
 from dmjd.data.levels import BYTES, Levels
 from dmjd.data.memory import Stack
 from dmjd.data.source import Source, join_skipped, read_or_substitute
+from dmjd.data.transfer import transfer
 from dmjd.random import mix_all
 
 CROP, MASKS = 0, 1  # what a seed is for
@@ -78,7 +79,7 @@ class MaskedSamples(Dataset[MaskedBatch]):
         crop, of_masks = self.crop_at(int(epochs[0])), self.mask_seeds(epochs, indices)
         draws = crop.draws(mix_all(self.seed, shown, indices, CROP))
         if self.stack is not None:
-            rows = self.stack.rows[indices].to(self.stack.pixels.device, non_blocking=True)
+            rows = transfer(self.stack.rows[indices], self.stack.pixels.device)
             pixels = self.stack.pixels.index_select(0, rows)
             images = crop.of_many(self.levels.scale(pixels), draws)
             return MaskedBatch(images, of_masks, self.stack.numbers[indices], {})
@@ -87,7 +88,7 @@ class MaskedSamples(Dataset[MaskedBatch]):
 
     def pixels(self, batch: MaskedBatch, device: torch.device) -> Num[Tensor, "B C H W"]:
         """Bring the images of a batch to a device, as pixels of 0..255."""
-        return batch.images if self.stack else self.levels.scale(batch.images.to(device, non_blocking=True))
+        return batch.images if self.stack else self.levels.scale(transfer(batch.images, device))
 
     def mask_seeds(self, epochs: Int[Tensor, " B"], indices: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
         """Compute the seeds of the masks of samples."""

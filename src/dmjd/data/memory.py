@@ -3,7 +3,6 @@
 Small images of one size are a single tensor, which lives where the network is: a batch is cropped from it at once.
 """
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from dmjd.data.builtin import ArrayImages
 from dmjd.data.decode import BadImage, Reduce
 from dmjd.data.source import Source, View
+from dmjd.data.workers import usable_cores
 
 MEMORY_LIMIT = 2**30  # bytes of decoded images that are worth holding, rather than decoding them every epoch
 DEVICE_SHARE = 0.25  # of the memory of a GPU that images may take; what is free would change from run to run
@@ -141,7 +141,7 @@ def _decoded(source: Source) -> Iterator[Tensor | BadImage]:
                 images.append(bad)
         return images
 
-    threads = min(os.cpu_count() or 1, 16)
+    threads = min(usable_cores(), 16)
     bar = tqdm(total=len(source), desc="reading images", unit=" images", leave=False, disable=None)
     waiting: deque[Future[list[Tensor | BadImage]]] = deque()
     with bar, ThreadPoolExecutor(threads) as pool:

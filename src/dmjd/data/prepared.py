@@ -31,7 +31,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dmjd.data.crops import resize
-from dmjd.data.decode import BadImage, Reduce, Wanted, fit_channels
+from dmjd.data.decode import BadImage, Reduce, Wanted, channels_advice, fit_channels
 from dmjd.data.packed import PackedStrings
 from dmjd.data.source import Opener, Source, has_labels, labels_of, register_source
 from dmjd.data.stored import StoredImages
@@ -167,7 +167,7 @@ def open_prepared(data: str, wanted: Wanted) -> dict[str, Source]:
     content = read_set(root)
     channels = content["in_chans"]
     if channels != wanted.in_chans and {channels, wanted.in_chans} != {1, 3}:
-        raise DataError(f"{channels} channels, not {wanted.in_chans}; {root}; say --model.in_chans {channels}")
+        raise DataError(f"{channels} channels, not {wanted.in_chans}; {root}; {channels_advice(channels)}")
     found: dict[str, Source] = {}
     for part, described in content["parts"].items():
         path = root / index_file(stem_of(part))

@@ -24,7 +24,7 @@ from dmjd.data.folder import FolderFiles, image_names
 from dmjd.data.packed import PackedStrings
 from dmjd.errors import DataError
 
-PARTS = (("train", "training"), ("val", "validation", "test"))
+PARTS = (("train", "training"), ("val", "valid", "validation", "test"))
 LONGEST = 4  # times the shorter side that an image is seen at: what its longer side has at most, as 2048 is to 512
 
 
@@ -106,7 +106,7 @@ def open_segmentation(
         classes: Names of the classes. Default: the numbers up to the highest label of the training part.
         ignore_index: Label of pixels without a class.
         reduce_zero_label: Label 0 has no class either, and label 1 is the first class.
-        part: Name of the held-out part. Default: val, validation or test, the first that there is.
+        part: Name of the held-out part. Default: val, valid, validation or test, the first that there is.
 
     Raises:
         DataError: If a part is missing, an image has no annotation, an annotation no image, a class is ignored, or

@@ -1,14 +1,15 @@
 """What a source of images is, and how one is found: by its path, or by the name of a set.
 
 A source is a numbered set of images, perhaps with labels. What `--data` says is opened by the first registered kind
-that accepts it. A set with a `train` part and a `val`, `validation` or `test` part brings its own held-out images; from
-any other set a twentieth, drawn by seed, is held out.
+that accepts it. A set with a `train` part and a `val`, `valid`, `validation` or `test` part brings its own held-out
+images; from any other set a twentieth, drawn by seed, is held out.
 """
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,7 +23,7 @@ from dmjd.errors import DataError
 from dmjd.random import mix
 from dmjd.registry import Registry
 
-HELD_OUT_PARTS = ("val", "validation", "test")  # the first that there is
+HELD_OUT_PARTS = ("val", "valid", "validation", "test")  # the first that there is
 
 
 @runtime_checkable
@@ -133,7 +134,7 @@ def open_source(data: str, wanted: Wanted = Wanted(), *, seed: int = 0, part: st
         data: What to find.
         wanted: What is wanted of its images.
         seed: Seed of the held-out images, where the set does not name them.
-        part: Name of the held-out part. Default: val, validation or test, the first that there is.
+        part: Name of the held-out part. Default: val, valid, validation or test, the first that there is.
 
     Raises:
         DataError: If there is nothing of the name, or no image in it.
@@ -199,10 +200,18 @@ def opener_of(data: str) -> Opener:
         opener = register_source.get(name)
         if opener.accepts(data):
             return opener
+    if "://" in data:
+        raise DataError(f"a set is not read over the network; {data}; download it, or list URLs of images in a .csv")
+    what = "a file that is no set of images" if Path(data).is_file() else "no such data"
     raise DataError(
-        f"no such data; {data}; give a folder, a list (.csv, .tsv, .parquet, .txt), an archive (.zip, .tar), "
+        f"{what}; {data}; give a folder, a list (.csv, .tsv, .parquet, .txt), an archive (.zip, .tar), "
         "tar shards, an array (.npy), hf:NAME, or one of cifar10, fashion-mnist, shapes"
     )
+
+
+def is_file_name(data: str, endings: str | tuple[str, ...]) -> bool:
+    """Tell whether `data` is what a file with such an ending is called, whether or not there is one."""
+    return data.lower().endswith(endings) and "://" not in data and not Path(data).is_dir()
 
 
 # -- a source through another ------------------------------------------------------------------------------------------
@@ -334,9 +343,14 @@ def labels_of(source: Source, indices: Iterable[int]) -> Int[Tensor, " n"]:
     return torch.tensor([source.label(index) for index in indices], dtype=torch.long)
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """Choose at most `most` of `count` numbers, evenly spread, so that sorted classes all appear."""
+    return np.linspace(0, count - 1, min(count, most), dtype=int).tolist()
+
+
 def sample(source: Readable, count: int = 256) -> Iterator[Any]:
     """Read some members from all over a set, leaving out those that do not decode."""
-    for index in np.linspace(0, len(source) - 1, min(len(source), count), dtype=int).tolist():
+    for index in evenly(len(source), count):
         with suppress(BadImage):
             yield source.read(index)
 

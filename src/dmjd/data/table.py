@@ -18,7 +18,7 @@ from dmjd.data.decode import MAX_BYTES, BadImage, Reduce, Wanted, count_pages, d
 from dmjd.data.folder import FolderImages
 from dmjd.data.hub import has_embedded_images, open_hub
 from dmjd.data.packed import PackedStrings
-from dmjd.data.source import Opener, Source, register_source
+from dmjd.data.source import Opener, Source, is_file_name, register_source
 from dmjd.data.stored import classes_of, parts_by_column
 from dmjd.errors import DataError
 
@@ -239,6 +239,4 @@ def _frames(root: Path, columns: Columns) -> Columns:
     return expanded | {"path": [columns["path"][row] + page for row, page in rows]}
 
 
-register_source("list")(
-    Opener(lambda data: data.lower().endswith(ENDINGS) and not Path(data).is_dir(), open_list, names_tell_part=True)
-)
+register_source("list")(Opener(lambda data: is_file_name(data, ENDINGS), open_list, names_tell_part=True))

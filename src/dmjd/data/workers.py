@@ -24,6 +24,12 @@ LOOK = 5  # seconds between two looks at the workers
 TO_THE_GROUP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
+def usable_cores() -> int:
+    """Count the cores that this process may use, beside the other ranks on its machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
 def load_batches(
     samples: Any,
     keys: Iterable[list[Any]],
@@ -194,8 +200,8 @@ def _reason(workers: Sequence[SpawnProcess], stopped: set[int], error: Exception
 
 
 def _is_stopped(pid: int) -> bool:
-    """Tell whether a process is stopped, by a signal or a debugger; False where the system does not say."""
+    """Tell whether a process is stopped by a signal; not so by a debugger, nor where the system does not say."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     except OSError:
         return False

@@ -35,7 +35,7 @@ class Tensors(NamedTuple):
     numbers: dict[str, Any]  # `states` by name, and `groups` in their order: some optimizers count steps there
 
 
-def collect(model: nn.Module, trained: nn.Module, optimizer: Optimizer) -> Tensors:
+def collect(model: nn.Module, trained: nn.Module, optimizer: Optimizer, *, keep: bool = True) -> Tensors:
     """Bring together what a checkpoint holds, whatever the ranks; all of them have to call this.
 
     An optimizer's state goes by the name of its parameter, as NAME:KEY, so that it fits any number of ranks and any
@@ -45,18 +45,28 @@ def collect(model: nn.Module, trained: nn.Module, optimizer: Optimizer) -> Tenso
         model: Whose state is kept.
         trained: The part of it whose parameters are the optimizer's.
         optimizer: Whose state is kept.
+        keep: Whether this rank is to have the tensors; one that will not write only gives its shares, and has none.
     """
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {}
-    for name, parameter in trained.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{name}:{key}"] = whole(value).cpu().contiguous()
-            else:
-                numbers[f"{name}:{key}"] = value
+    states = {
+        f"{name}:{key}": value
+        for name, parameter in trained.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    tensors = {name: value for name, value in states.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in states.items() if name not in tensors}
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    weights = {name: whole(value).cpu().contiguous() for name, value in model.state_dict().items()}
-    return Tensors(weights, tensors, {"states": numbers, "groups": groups})
+    weights, moments = gather(model.state_dict(), keep=keep), gather(tensors, keep=keep)
+    return Tensors(weights, moments, {"states": numbers, "groups": groups})
+
+
+def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Bring tensors together that may be shared out, one after the other, to keep them in memory of the host or not."""
+    kept = {}
+    for name, value in tensors.items():
+        together = whole(value)
+        if keep:
+            kept[name] = together.cpu().contiguous()
+    return kept
 
 
 def save(folder: Path, tensors: Tensors, state: Mapping[str, Any]) -> Path:

@@ -44,6 +44,16 @@ def claim(out: Path, *, resume: bool, ranks: Ranks) -> Iterator[None]:
                 folder.rmdir()
 
 
+def refuse_run(out: Path) -> None:
+    """Keep a verb that writes its results at once from the directory of a run.
+
+    Raises:
+        ConfigError: If it holds one.
+    """
+    if (out / "config.yaml").exists():
+        raise ConfigError(f"there is a run in it; {out}; choose another --out")
+
+
 def _take(out: Path, *, resume: bool) -> list[IO[str]]:
     """Lock the directory, and write down who does; nothing is locked where the system cannot."""
     if resume and not out.exists():

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -15,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from dmjd.errors import ConfigError
 
+# As MPS, the CPU's allocator and CUDA's libraries say it.
+NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED")
 WIDE = 256  # narrower networks train faster in float32 on CPUs; measured in docs/decisions.md
 
 
@@ -102,17 +105,22 @@ def environment(device: torch.device, autocast: Callable[[], AbstractContextMana
     }
 
 
+def is_memory_error(error: Exception) -> bool:
+    """Tell whether memory has run out: that of a GPU, or of the host. Of most allocators only the message says so."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(NO_MEMORY.search(str(error)))
+
+
 @contextmanager
 def memory_errors(remedy: str) -> Iterator[None]:
     """Turn running out of memory into a line that says what to do about it.
 
     Raises:
-        ConfigError: If the device, or the allocator of the CPU, has no memory left.
+        ConfigError: If the device, or the host, has no memory left.
     """
     try:
         yield
-    except RuntimeError as error:
-        message = " ".join(str(error).split())
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in message:
+    except (RuntimeError, MemoryError) as error:
+        if not is_memory_error(error):
             raise
-        raise ConfigError(f"out of memory ({message[:120]}); on the device; {remedy}") from None
+        message = " ".join(str(error).split())[:120] or "none is left"
+        raise ConfigError(f"out of memory ({message}); on the device; {remedy}") from None

@@ -26,13 +26,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from dmjd.engine.device import Float32Attention, choose_device
+from dmjd.engine.device import Float32Attention, choose_device, memory_errors
 from dmjd.engine.watch import this_process, watching
 from dmjd.errors import ConfigError, Stopped
 
 T = TypeVar("T")
 Parallel = Literal["ddp", "fsdp"]
 Compile = Literal["auto", "on", "off"]
+SMALLER = "give a smaller --batch_size, or choose cpu for --device"
 REPAID = 2000  # steps after which a minute or two of compiling have paid on a GPU
 # A block of a transformer, by timm's names: what FSDP shards, and what is computed again, by itself.
 BLOCK = re.compile(r"(^|\.)blocks\d*\.\d+$")
@@ -126,22 +127,21 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         device: As `choose_device` takes it. Of several GPUs every rank has that of its place on the machine.
 
     Raises:
-        ConfigError: If the device is unknown, absent, or one for all ranks.
+        ConfigError: If the device is unknown, absent, or one for all ranks; from within, if there is no memory left.
         Stopped: If another rank has ended before its time.
     """
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if world_size == 1:
-        with watching(rank):
-            yield Ranks(choose_device(device))
-        return
-    if ":" in device:
+    if world_size > 1 and ":" in device:
         raise ConfigError(f"{world_size} processes cannot share a device; --device {device}; leave its number out")
     chosen = choose_device(device)
-    if chosen.type == "cuda":
+    if world_size > 1 and chosen.type == "cuda":
         chosen = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', rank)}")
-        torch.cuda.set_device(chosen)
-    ours = not dist.is_initialized()  # a script that runs several verbs may have begun, and keeps it
-    with watching(rank) as processes, ExitStack() as silence:
+    current = torch.cuda.device(chosen) if chosen.type == "cuda" else nullcontext()  # for events and pinned memory
+    ours = world_size > 1 and not dist.is_initialized()  # a script that runs several verbs may have begun, and keeps it
+    with watching(rank) as processes, memory_errors(SMALLER), current, ExitStack() as silence:
+        if world_size == 1:
+            yield Ranks(chosen)
+            return
         if ours:
             dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world_size)
         ranks = Ranks(chosen, rank, world_size, dist.new_group(backend="gloo"))

@@ -13,6 +13,7 @@ from dmjd.engine.checkpoint import MANIFEST, read_state, sha256
 from dmjd.errors import CheckpointError
 
 PARTS_OF_CHECKPOINT = ("model.safetensors", "optimizer.safetensors", "state.json")
+NETWORKS = ("best", "last", "linear", "backbone", "pretrained")  # files of a run, as far as its verb writes them
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -78,7 +79,7 @@ def examine_run(path: Path) -> dict[str, Any]:
     if finished:
         _read_json(summary)
     found = [examine_checkpoint(each) for each in sorted((path / "checkpoints").glob("step-*"))]
-    files = [path / name for name in ("backbone.safetensors", "last.safetensors") if (path / name).is_file()]
+    files = [path / f"{name}.safetensors" for name in NETWORKS]
     return {
         "kind": "run",
         "finished": finished,
@@ -87,7 +88,7 @@ def examine_run(path: Path) -> dict[str, Any]:
         **({"metrics_cut": cut} if cut else {}),
         "steps": max((each["step"] for each in found), default=0),
         "checkpoints": [each["step"] for each in found],
-        **{file.stem: examine_backbone(file) for file in files},
+        **{file.stem: examine_backbone(file) for file in files if file.is_file()},
     }
 
 

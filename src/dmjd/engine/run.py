@@ -18,6 +18,8 @@ from dmjd.engine.distributed import Ranks
 from dmjd.engine.loggers import Logger, Pictures, new_name, open_loggers, require
 from dmjd.errors import CheckpointError, DataError
 
+ONCE = {"allow_change", "resume", "debug"}  # settings of a process, not of the run
+RESULTS = ("summary.json", "result.json")  # there when a run has come to its end
 # What may differ between a run and its resumption: none of it changes a loss on the same kind of device.
 MAY_CHANGE = {
     *(
@@ -110,8 +112,8 @@ class Run:
             self.replace(name, "")
 
     def write_settings(self) -> None:
-        """Write config.yaml, without what only the process at hand was allowed."""
-        settings = {key: value for key, value in self.settings.items() if key != "allow_change"}
+        """Write config.yaml, without what was asked of the process at hand alone."""
+        settings = {key: value for key, value in self.settings.items() if key not in ONCE}
         self.replace("config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
     def make_directory(self) -> None:
@@ -173,7 +175,7 @@ class Run:
 
         Args:
             state: As `state` made it.
-            longer: The run has more steps now; that may change without leave.
+            longer: The run has more steps now; that may change without leave, and what the shorter one came to goes.
 
         Raises:
             CheckpointError: If it is a run of other settings or other images, and `allow_change` does not name them.
@@ -190,10 +192,10 @@ class Run:
             said for key, said in changed.items() if key not in allowed | ({"epochs", "steps"} if longer else set())
         ]
         if refused:
-            raise CheckpointError(
-                f"the run has other settings: {', '.join(refused)}; {self.out}; resume it without them, or name each "
-                "with --allow_change"
-            )
+            todo = "resume it without them, or name each with --allow_change"
+            if any(said.startswith("minutes ") for said in refused):
+                todo = "minutes became epochs when the run began: give --epochs to go on for longer"
+            raise CheckpointError(f"the run has other settings: {', '.join(refused)}; {self.out}; {todo}")
         if state["fingerprint"] != self.fingerprint and "data" not in allowed:
             raise CheckpointError(
                 f"the images of --data have changed since; {self.out}; start another run in another --out, or go on "
@@ -202,6 +204,9 @@ class Run:
         if changed and self.ranks.is_main:
             print(f"changed: {', '.join(changed.values())}", file=sys.stderr)
             self.write_settings()
+        if longer and self.ranks.is_main:
+            for name in RESULTS:
+                (self.out / name).unlink(missing_ok=True)
         self.earlier, self.began, self.first = state["seconds"], time.perf_counter(), state["step"] + 1
         self.skipped, self.summary = dict(state["skipped"]), dict(state["summary"])
         kept = [
@@ -235,11 +240,11 @@ class Run:
         self.skipped |= skipped
         rows = "".join(f"{one_cell(path)}\t{reason}\n" for path, reason in sorted(self.skipped.items()))
         self.replace("skipped.tsv", rows)
-        most = self.settings["max_bad"]
-        if len(self.skipped) > most * self.count:
+        most, count = self.settings["max_bad"], self.count + self.held_out
+        if len(self.skipped) > most * count:
             raise DataError(
-                f"{len(self.skipped)} of {self.count} images do not decode, over {100 * most:g} %; {self.address}; "
-                f"see {self.out / 'skipped.tsv'}, or raise --max_bad"
+                f"{len(self.skipped)} of {count} images do not decode, over {100 * most:g} %; {self.address}; "
+                f"see {self.out / 'skipped.tsv'}, or raise --max_bad and add --resume"
             )
 
     def replace(self, name: str, text: str) -> None:

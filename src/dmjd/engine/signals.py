@@ -69,7 +69,7 @@ def stopping() -> bool:
 
 def stopped() -> Stopped:
     """Make what ends the run; on a rank that has no signal of its own, another one has."""
-    return Stopped(f"stopped by {_State.received or 'a signal'}")
+    return Stopped(f"stopped by {_State.received or 'a signal'}", _State.received)
 
 
 def stoppable(items: Iterable[T], agree: Callable[[bool], list[bool]]) -> Iterator[T]:

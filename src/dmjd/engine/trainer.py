@@ -351,7 +351,9 @@ class Trainer:
         """
         if self.saved[0] < self.done:
             self.save()
-        raise Stopped(f"{stopped().said} at step {self.done}")
+        stop = stopped()
+        stop.said += f" at step {self.done}"
+        raise stop
 
     def save(self) -> None:
         """Write a checkpoint of the last step.
@@ -362,7 +364,7 @@ class Trainer:
         assert self.last
         step = self.last
         self.count_skipped(step.number)
-        tensors = checkpoint.collect(self.checkpointed, self.model.module, self.optimizer)
+        tensors = checkpoint.collect(self.checkpointed, self.model.module, self.optimizer, keep=self.ranks.is_main)
         if not self.ranks.on_main(lambda: checkpoint.is_finite(tensors)):
             raise DivergedError(f"weights are not finite at step {step.number}")
         state = self.run.state() | {"step": step.number, "planned": self.plan.steps, "precision": self.precision}

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -73,22 +74,31 @@ def judge_detection(find: Finder, held_out: DetectionSet, ranks: Ranks) -> Judge
     Raises:
         DataError: If there is no object.
     """
-    pairs: list[tuple[int, Found, dict[str, Tensor]]] = []
+    metric = MeanAveragePrecision(
+        iou_type=("bbox", "segm") if held_out.masks else ("bbox",),
+        class_metrics=True,
+        backend="faster_coco_eval",
+        sync_on_compute=False,  # every rank has all images by then
+    )
+    judged: list[tuple[int, bytes]] = []
     shown: list[Shown] = []
     wanted = shown_indices(len(held_out))
     for index, (image, objects) in decodable(held_out, ranks):
         found, truth = find(image), annotation(objects)
-        pairs.append((index, found, truth))
+        judged.append((index, compress(metric, found, truth)))
         if index in wanted:
             true = {name: value for name, value in truth.items() if name != "iscrowd"}
             shown.append(Shown(index, held_out.name(index), image, true, likely(found)))
-    gathered = ranks.gather((pairs, shown))
-    pairs = sorted((pair for each in gathered for pair in each[0]), key=lambda pair: pair[0])
+    gathered = ranks.gather((judged, shown))
+    judged = sorted((image for each in gathered for image in each[0]), key=lambda image: image[0])
     shown = sorted((picture for each in gathered for picture in each[1]), key=lambda picture: picture.number)
-    if not sum(int((truth["iscrowd"] == 0).sum()) for _, _, truth in pairs):
+    for _, packed in judged:
+        for name, value in pickle.loads(packed).items():
+            metric.metric_state[name].append(value)
+    if all(bool(crowds.all()) for crowds in metric.groundtruth_crowds):
         raise DataError(f"no objects in the held-out images that decode; {held_out.address}; correct them")
-    summary, rows = average_precision(pairs, held_out)
-    return Judged(summary | {"images": len(pairs)}, rows, shown)
+    summary, rows = average_precision(metric, held_out)
+    return Judged(summary | {"images": len(judged)}, rows, shown)
 
 
 def annotation(objects: Objects) -> dict[str, Tensor]:
@@ -97,19 +107,25 @@ def annotation(objects: Objects) -> dict[str, Tensor]:
     return truth if objects.masks is None else truth | {"masks": objects.masks}
 
 
+def compress(metric: MeanAveragePrecision, found: Found, truth: dict[str, Tensor]) -> bytes:
+    """Take what the metric makes of an image out of it again: masks are run lengths there, a hundredth as large.
+
+    Small tensors that are kept would lie between the masks of one image and the next, whose memory could not be used
+    again: one string of bytes an image leaves no such gaps.
+    """
+    metric.update([found], [truth])
+    return pickle.dumps({name: values.pop() for name, values in metric.metric_state.items() if values})
+
+
 def average_precision(
-    pairs: list[tuple[int, Found, dict[str, Tensor]]], held_out: DetectionSet
+    metric: MeanAveragePrecision, held_out: DetectionSet
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Compute the measures of all images, and a row for every class."""
-    kinds = ("bbox", "segm") if held_out.masks else ("bbox",)
-    metric = MeanAveragePrecision(iou_type=kinds, class_metrics=True, backend="faster_coco_eval")
-    for _, found, truth in pairs:
-        metric.update([found], [truth])
     with contextlib.redirect_stdout(io.StringIO()):  # the library reports its progress
         values = metric.compute()
     summary: dict[str, Any] = {}
     by_class: dict[str, dict[int, float | None]] = {}
-    for kind, prefix in zip(kinds, ("", "mask_"), strict=False):
+    for kind, prefix in zip(metric.iou_type, ("", "mask_"), strict=False):
         ours = {name.removeprefix(f"{kind}_"): value for name, value in values.items()}
         summary |= {prefix + name: rounded(ours[theirs]) for name, theirs in MEASURES.items()}
         numbers, precisions = values["classes"].reshape(-1).tolist(), ours["map_per_class"].reshape(-1)

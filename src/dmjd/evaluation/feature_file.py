@@ -8,6 +8,7 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -79,7 +80,7 @@ class FeatureWriter:
         """Open the files, new ones or those that a run of the same left, and say where to go on.
 
         Raises:
-            CheckpointError: If what was left is of another run.
+            CheckpointError: If what was left is of another run, or not all there.
         """
         self.out.parent.mkdir(parents=True, exist_ok=True)
         rows, table, state = self.partial
@@ -104,6 +105,10 @@ class FeatureWriter:
         self.place, self.rows, self.skipped = (left["place"][0], left["place"][1]), left["rows"], left["skipped"]
         self.shape = tuple(left["shape"])
         for path, size in zip((rows, table), left["bytes"], strict=True):
+            if not path.is_file() or path.stat().st_size < size:
+                raise CheckpointError(
+                    f"rows have got lost or cut; {path}; leave --resume out to write all of them again"
+                )
             with path.open("r+b") as file:
                 file.truncate(size)
 
@@ -125,6 +130,7 @@ class FeatureWriter:
         rows, table, state = self.partial
         for file in (self.matrix, self.table):
             file.flush()
+            os.fsync(file.fileno())  # the state must not reach the disk before the rows that it counts
         reached = {"place": place, "rows": self.rows, "skipped": self.skipped, "shape": self.shape}
         sizes = {"bytes": [rows.stat().st_size, table.stat().st_size]}
         write_atomically(state, json.dumps({"made_of": self.made_of, **reached, **sizes}))
@@ -208,6 +214,8 @@ def read_features(path: Path) -> FeatureBank:
     Raises:
         DataError: If there are none, or a table of names of as many rows.
     """
+    if path.suffix != ".npy":
+        raise DataError(f"not an .npy file; {path}; give the F.npy that dmjd embed --out F.npy has written")
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:

@@ -20,6 +20,7 @@ from dmjd.data.decode import Wanted
 from dmjd.data.levels import BYTES, Levels
 from dmjd.data.loader import read_batches
 from dmjd.data.source import Parts, Source, labels_of, measure_levels, open_source
+from dmjd.data.transfer import transfer
 from dmjd.engine.device import choose_precision
 from dmjd.engine.distributed import Ranks
 from dmjd.engine.signals import stoppable
@@ -80,7 +81,7 @@ def extract(
     seen = tqdm(batches, desc="features", total=total, unit=" batches", leave=False, disable=None)
     for images, numbers in stoppable(seen, ranks.agree):
         if numbers:
-            chunks.append(pooled(images.to(ranks.device, non_blocking=True)).float().cpu())
+            chunks.append(pooled(transfer(images, ranks.device)).float().cpu())
             kept += numbers
     shares = [share for share in ranks.gather((torch.cat(chunks), kept) if chunks else None) if share is not None]
     if not shares:
@@ -217,7 +218,7 @@ class FeatureExtractor:
             values = None
             if images is not None and numbers:
                 with torch.inference_mode():
-                    values = see(images.to(self.device, non_blocking=True)).float().cpu()
+                    values = see(transfer(images, self.device)).float().cpu()
             shares = self.ranks.gather((values, numbers))
             found = [number for _, theirs in shares for number in theirs]
             order = sorted(range(len(found)), key=found.__getitem__)
@@ -245,7 +246,7 @@ class FeatureExtractor:
 
         Args:
             images: Of shape (B, C, H, W).
-            layers: Blocks whose tokens are joined; none for those of the last block, after the model's last norm.
+            layers: Blocks whose tokens are joined; none for those of the last block, after a norm of tokens.
 
         Raises:
             ConfigError: If the model has no such layers, or their grids differ.

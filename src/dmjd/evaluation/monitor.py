@@ -5,12 +5,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 
 from dmjd.data.crops import center_crop
 from dmjd.data.loader import read_batches
-from dmjd.data.source import Parts, Source, has_labels, labels_of
+from dmjd.data.source import Parts, Source, evenly, has_labels, labels_of
 from dmjd.engine.distributed import ParallelModel
 from dmjd.evaluation.features import extract
 from dmjd.evaluation.knn import knn_top1
@@ -22,11 +21,6 @@ Autocast = Callable[[], AbstractContextManager[None]]
 NUM_PREDICTED = 128  # images of each part whose hidden tokens are predicted: thousands of tokens
 AT_A_TIME = 32
 FEW = 20  # held-out images, below which training images say how far features spread
-
-
-def evenly(count: int, most: int) -> list[int]:
-    """Choose at most `most` of `count` numbers, evenly spread, so that sorted classes all appear."""
-    return np.linspace(0, count - 1, min(count, most), dtype=int).tolist() if count else []
 
 
 @dataclass(frozen=True)
@@ -48,11 +42,26 @@ class Monitor:
     workers: int | None = None
 
     @property
+    def labelled(self) -> bool:
+        """Whether all images have labels."""
+        return all(map(has_labels, self.parts))
+
+    @property
+    def few(self) -> bool:
+        """Whether held-out images are too few to say how far features spread."""
+        return len(self.parts.held_out) < FEW
+
+    @property
+    def looked_at(self) -> list[Source]:
+        """Parts whose features are measured: held-out images, and then training ones if they vote or are needed."""
+        train, held_out = self.parts
+        return [held_out, train] if self.labelled or self.few else [held_out]
+
+    @property
     def num_images(self) -> int:
-        """Images that `measure` looks at."""
-        looked_at = [*self.parts] if has_labels(self.parts.train) else [self.parts.held_out]
+        """Images that `measure` reads."""
         predicted = sum(min(len(images), self.max_images, NUM_PREDICTED) for images in self.parts)
-        return predicted + sum(min(len(images), self.max_images) for images in looked_at)
+        return predicted + sum(min(len(images), self.max_images) for images in self.looked_at)
 
     def measure(self, model: ParallelModel, autocast: Autocast, *, probe: bool = False) -> dict[str, float]:
         """Measure, on all ranks together.
@@ -72,18 +81,14 @@ class Monitor:
 
         compute = partial(extract, pooled, image_hw=self.image_hw, ranks=ranks, workers=self.workers)
         train, held_out = self.parts
-        shown, shown_at = compute(held_out, evenly(len(held_out), self.max_images))
+        features = [compute(part, evenly(len(part), self.max_images)) for part in self.looked_at]
+        (shown, shown_at), (bank, bank_at) = features[0], features[-1]
         predicted = {
             "explained_train": self.explained(network, train, autocast),
             "explained": self.explained(network, held_out, autocast),
         }
-        labelled, few = has_labels(train) and has_labels(held_out), len(held_out) < FEW
-        pairs, spread = None, shown
-        if labelled or few:
-            bank, bank_at = compute(train, evenly(len(train), self.max_images))
-            spread = bank if few else shown
-            if labelled:
-                pairs = (bank, labels_of(train, bank_at), shown, labels_of(held_out, shown_at))
+        spread = bank if self.few else shown
+        pairs = (bank, labels_of(train, bank_at), shown, labels_of(held_out, shown_at)) if self.labelled else None
 
         def numbers() -> dict[str, float]:
             found = predicted | {"rankme": rankme(spread), "feature_std": feature_std(spread)}

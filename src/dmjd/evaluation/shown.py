@@ -44,7 +44,7 @@ def token_errors(predicted: Float[Tensor, "n V L T"], truth: Float[Tensor, "n L 
 
 
 def patch_features(network: DMJD, images: Num[Tensor, "n C H W"]) -> Float[Tensor, "n D h w"]:
-    """Compute the backbone's features of all tokens of whole images of 0..255, after its last norm."""
+    """Compute the backbone's features of all tokens of whole images of 0..255, after a norm of tokens."""
     backbone: Any = network.encoder.backbone
     (features,) = backbone.forward_intermediates(
         network.normalize(images),

@@ -44,8 +44,8 @@ class Verdict(NamedTuple):
         return self._replace(advice="; ".join(advice))
 
 
-def judge(untrained: Mapping[str, float], trained: Mapping[str, float]) -> Verdict:
-    """Judge a run by what `Monitor` has measured before and after it.
+def judge(untrained: Mapping[str, float], trained: Mapping[str, float], *, longer: str = "--epochs") -> Verdict:
+    """Judge a run by what `Monitor` has measured before and after it; `longer` is the flag that makes it longer.
 
     Held-out images tell: how much of their hidden tokens is explained (`explained`), against the same of training
     images; how far their features spread (`feature_std`) and in how many directions (`rankme`, which falls a little in
@@ -58,23 +58,24 @@ def judge(untrained: Mapping[str, float], trained: Mapping[str, float]) -> Verdi
         return Verdict(
             "overfitted",
             f"{said}, of training images {seen:.0%}",
-            "more images, or fewer --epochs; wider crops (--crop.scale 0.2 1); a smaller network",
+            "more images, or a shorter run; wider crops (--crop.scale 0.2 1); a smaller network",
         )
     # A run on its way passes the mean target, which explains nothing; one that has no way stays there.
     gained = explained - untrained.get("explained", -1.0)  # runs begun by earlier versions have not measured it
     if explained < PREDICTED and (STUCK[0] < explained < STUCK[1] or gained < STUCK[1]):
-        return Verdict("nothing", said, "a lower --optim.blr; look at the targets in the report; more --epochs")
+        rate = "another --optim.blr, lower where the loss jumps and higher where it hardly falls"
+        return Verdict("nothing", said, f"{rate}; look at the targets in the report; more {longer}")
     before, after = untrained.get("rankme", 0.0), trained["rankme"]
     if trained["feature_std"] < COLLAPSED or after < FEWER * before:
         return Verdict(
             "collapsed",
             f"features are much alike for all images (spread {trained['feature_std']:.2g}, RankMe {before:.3g} -> "
             f"{after:.3g})",
-            "a lower --optim.blr; more --epochs; look at the images (dmjd doctor)",
+            f"a lower --optim.blr; more {longer}; look at the images (dmjd doctor)",
         )
     if explained < PREDICTED:
-        return Verdict("too little", said, "more --epochs")
+        return Verdict("too little", said, f"more {longer}")
     both = [key for key in ("knn_top1", "linear_top1") if key in trained and key in untrained]
     if both and all(trained[key] < untrained[key] for key in both):
-        return Verdict("too little", f"{said}, but features are worth less than at the start", "more --epochs")
+        return Verdict("too little", f"{said}, but features are worth less than at the start", f"more {longer}")
     return Verdict("learned", said)

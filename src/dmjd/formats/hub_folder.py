@@ -61,11 +61,10 @@ def configuration(original: Original) -> dict[str, Any]:
         "architecture": name,
         "num_classes": model.num_classes,
         "num_features": model.num_features,
-        "global_pool": model.global_pool,
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
         "pretrained_cfg": {
             "input_size": list(model.pretrained_cfg["input_size"]),
-            "fixed_input_size": True,
+            "fixed_input_size": "img_size" in arguments or model.pretrained_cfg["fixed_input_size"],
             "interpolation": "bicubic",
             "crop_pct": 1.0,
             "crop_mode": "center",
@@ -77,6 +76,8 @@ def configuration(original: Original) -> dict[str, Any]:
             "classifier": model.pretrained_cfg["classifier"],
         },
     }
+    if isinstance(model.global_pool, str):  # of networks of convolutions it is a module
+        config["global_pool"] = model.global_pool
     return config | ({"label_names": list(original.classes)} if model.num_classes else {})
 
 

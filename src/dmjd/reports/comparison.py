@@ -58,7 +58,6 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
         "alone": [group[0] for group in alike if len(group) == 1],
         "curves": curves(known, alike),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_page(path, "comparison.html", page)
     return path
 

@@ -147,7 +147,7 @@ def notes(found: Mapping[str, Any]) -> list[Problem]:
         (max(largest) > UNEVEN * min(smallest), f"The largest class has {max(largest):,} images, the smallest "
          f"{min(smallest):,}.", "This is no matter for pre-training; judge classifiers by their mean over classes."),
         (bool(found["passed_over"]), f"Other files were passed over: {listed(found['passed_over'])}.",
-         "If some are images, give them one of the usual endings."),
+         "If some are images, give them one of the usual endings; put images in the place of links to folders."),
         (found["turned"] > 0, f"Photographs stored turned (EXIF): {found['turned']:,}.", "They are turned back."),
         ((low, high) not in ((0, 0), (0, 255)), f"Values range over {low:g} to {high:g}; this becomes 0 to 1.",
          "Say --data_range if you know better."),

@@ -18,7 +18,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_page(path: Path, template: str, page: Mapping[str, Any]) -> None:
-    """Write a page in one go; whoever reads `path` meanwhile sees the old page or the new one."""
+    """Write a page in one go, and the folder around it; whoever reads `path` meanwhile sees the old page or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, render(template, page))
 
 

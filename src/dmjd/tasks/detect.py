@@ -16,6 +16,7 @@ from dmjd.config.downstream import DetectSettings
 from dmjd.config.rules import flags_of, to_dict, to_yaml
 from dmjd.data.annotated import AnnotatedBatch, AnnotatedSamples, class_names
 from dmjd.data.detection import DetectionAugmentation, DetectionSet, open_detection
+from dmjd.data.transfer import transfer
 from dmjd.engine.claim import claim
 from dmjd.engine.distributed import ParallelModel, join_ranks
 from dmjd.engine.loop import Plan
@@ -111,11 +112,8 @@ def fit(settings: DetectSettings, backbone: FeatureExtractor, train: DetectionSe
     model = ParallelModel(network, ranks, **run.training | compiling, all_used=False)
 
     def objective(model: ParallelModel, batch: AnnotatedBatch) -> dict[str, Tensor]:
-        images = batch.images.to(ranks.device, non_blocking=True) / 255
-        targets = [
-            {name: value.to(ranks.device, non_blocking=True) for name, value in each.items()}
-            for each in batch.annotations
-        ]
+        images = transfer(batch.images, ranks.device) / 255
+        targets = [{name: transfer(value, ranks.device) for name, value in each.items()} for each in batch.annotations]
         losses = model(list(images), targets)
         return {"loss": torch.stack([*losses.values()]).sum(), **losses}
 

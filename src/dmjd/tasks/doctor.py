@@ -1,7 +1,9 @@
 """`dmjd doctor`: what is in a set of images and what to do about it; or whether a run or a backbone is whole."""
 
 import json
+import math
 import os
+import re
 import shlex
 import time
 from collections import Counter
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dmjd.config.common import RunSettings
 from dmjd.config.doctor import DoctorSettings
 from dmjd.data.checkup import Copies, Look, chosen, find_copies, look_at, measure_speed, measure_values, open_as_most
 from dmjd.data.decode import Wanted
@@ -75,7 +78,7 @@ def examine_set(settings: DoctorSettings) -> dict[str, Any]:
         found |= {"value_range": [values.statistics.levels.low, values.statistics.levels.high]}
     except DataError:  # all values are the same
         values = None
-    found |= advise(found, wanted, parts, good, out)
+    found |= advise(found, wanted, parts, good, settings.in_chans)
     found["seconds"] = round(time.perf_counter() - began, 1)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "summary.json", json.dumps(found, indent=1))
@@ -157,9 +160,12 @@ def spread(numbers: Sequence[int]) -> dict[str, int]:
 
 
 def advise(
-    found: Mapping[str, Any], wanted: Wanted, parts: Mapping[str, Source], good: Sequence[Look], out: Path
+    found: Mapping[str, Any], wanted: Wanted, parts: Mapping[str, Source], good: Sequence[Look], asked: int | None
 ) -> dict[str, Any]:
-    """Choose settings that fit, and the command that has them; measures how fast images can be read for that."""
+    """Choose settings that fit, and a command with those that `--preset auto` cannot find out by itself.
+
+    Measures how fast images can be read for that. `asked` are the channels that the user wants, if not the usual ones.
+    """
     short = int(np.median([min(each.shape[1:]) for each in good]))
     size, patch = fitting_size(short)
     speed = measure_speed(parts, good, size)
@@ -167,9 +173,10 @@ def advise(
     largest = max(int(np.prod(each.shape)) * np.dtype(each.dtype).itemsize for each in good)
     ready = all(source.in_memory for source in parts.values()) or largest * found["images"] <= MEMORY_LIMIT
     pages = ["--data_pages", wanted.pages] if wanted.pages else []
-    flags = ["--model.in_chans", wanted.in_chans, "--model.image_size", size, "--model.patch_size", patch, *pages]
-    if "mean" in found and (wanted.in_chans != 3 or found["types"].keys() != {"uint8"}):
-        flags += ["--data_statistics", out / "statistics.json"]
+    flags = ["--out", Path("runs") / name_of(found["data"]), *(["--model.in_chans", asked] if asked else []), *pages]
+    broken = found["broken"] / found["looked_at"]
+    if broken > RunSettings.max_bad:
+        flags += ["--max_bad", min(math.ceil(110 * broken), 100) / 100]  # a tenth more, as it is perhaps of a sample
     prepare = ["--out", "SET", "--size", size * 8 // 7, "--in_chans", wanted.in_chans, *pages]
     slow = not ready and share > SLOW and short > size
     return {
@@ -191,6 +198,11 @@ def advise(
 def command_line(verb: str, data: str, flags: Sequence[Any]) -> str:
     """Write a command as a shell reads it."""
     return shlex.join(["dmjd", verb, "--data", data, *map(str, flags)])
+
+
+def name_of(data: str) -> str:
+    """Choose a folder's name after that of a set: what a shell or a path would read anything into becomes a dash."""
+    return re.sub(r"\W+", "-", Path(data).absolute().stem).strip("-") or "run"
 
 
 def fitting_size(short: int) -> tuple[int, int]:

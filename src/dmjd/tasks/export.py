@@ -142,11 +142,12 @@ def describe_runs(folder: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:  # a linear classifier on features is no run that could be resumed
         found = results(folder, 1)
         return [{"title": "Linear classifier", "facts": found}] if found else []
-    before = describe_runs(Path(settings["backbone"]).parent) if "backbone" in settings else []
+    backbone = Path(settings.get("backbone", ""))  # or timm:NAME
+    before = describe_runs(backbone.parent) if backbone.is_file() else []
     key = next((key for key in KINDS if key in settings), None)
     title = KINDS[key][0] if key else "Training"
     facts = {
-        "data": settings["data"].rpartition("/")[2],  # where it lies is nobody's business
+        "data": Path(settings["data"]).name,  # where it lies is nobody's business
         "recipe": settings.get("preset"),
         "length": length(settings),
         "images in a step": settings["batch_size"],

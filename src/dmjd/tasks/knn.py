@@ -9,6 +9,7 @@ import torch
 from dmjd.config.downstream import KnnSettings
 from dmjd.config.rules import to_yaml
 from dmjd.data.labelled import labelled_parts
+from dmjd.engine.claim import refuse_run
 from dmjd.engine.distributed import join_ranks
 from dmjd.evaluation.classification import ClassificationResult
 from dmjd.evaluation.features import FeatureExtractor
@@ -27,9 +28,12 @@ def knn(settings: KnnSettings) -> dict[str, Any] | None:
 
     Raises:
         CheckpointError: If the backbone does not load.
+        ConfigError: If `out` holds a run.
         DataError: If the images have no labels.
     """
     began, run = time.perf_counter(), settings.run
+    if settings.out is not None:
+        refuse_run(settings.out)
     with join_ranks(run.device) as ranks:
         torch.manual_seed(settings.seed)
         backbone = FeatureExtractor(ranks=ranks, **settings.start.keywords, **run.keywords)

@@ -23,7 +23,7 @@ from dmjd.data.labelled import (
 )
 from dmjd.data.memory import in_memory
 from dmjd.data.source import Parts, labels_of
-from dmjd.engine.claim import claim
+from dmjd.engine.claim import claim, refuse_run
 from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
 from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_lars
@@ -54,7 +54,7 @@ def linear(settings: LinearSettings) -> dict[str, Any] | None:
 
     Raises:
         CheckpointError: If the backbone does not load, or the run to resume is another one.
-        ConfigError: If the backbone has no such layers.
+        ConfigError: If the backbone has no such layers, or `out` holds a run.
         DataError: If the images have no labels.
     """
     began, run = time.perf_counter(), settings.run
@@ -63,6 +63,8 @@ def linear(settings: LinearSettings) -> dict[str, Any] | None:
         if settings.recipe == "paper":
             ranks.micro_batch(run.batch_size)
             stack.enter_context(claim(run.out, resume=run.resume, ranks=ranks))
+        else:
+            refuse_run(run.out)
         torch.manual_seed(run.seed)
         backbone = FeatureExtractor(ranks=ranks, **settings.start.keywords, **run.keywords)
         images = backbone.open_images(run.data, seed=run.seed, part=settings.labels.part)

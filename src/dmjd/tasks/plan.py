@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dmjd.config.load import by_flag, read_yaml
 from dmjd.config.plan import PlanSettings
-from dmjd.config.pretrain import PretrainSettings
+from dmjd.config.pretrain import SHAPE, PretrainSettings
 from dmjd.config.rules import PRESETS, flags_of, is_flat, plain
 from dmjd.data.checkup import file_of
 from dmjd.data.decode import Wanted
@@ -184,7 +184,7 @@ def precision_of(settings: PlanSettings, device: Device) -> str:
 def describe(settings: PlanSettings, work: Work, precision: str, images: int) -> dict[str, Any]:
     """Name the run, and what its network takes."""
     run, model, masking = settings.run, settings.model, settings.masking
-    own = {name: getattr(model, name) for name in ("embed_dim", "depth", "num_heads") if getattr(model, name)}
+    own = {name: getattr(model, name) for name in SHAPE if getattr(model, name)}
     return {
         "preset": run.preset,
         "network": " ".join([model.backbone, model.size, *(f"{name} {value}" for name, value in own.items())]),

@@ -39,6 +39,7 @@ from dmjd.data.prepared import (
     write_index,
 )
 from dmjd.data.source import Source, fingerprint, open_parts, sample
+from dmjd.data.workers import usable_cores
 from dmjd.engine.checkpoint import flush, sha256, write_atomically
 from dmjd.engine.run import one_cell
 from dmjd.errors import ConfigError, DataError, StorageError
@@ -179,7 +180,7 @@ def fill(writer: "SetWriter", parts: Mapping[str, Source], size: int, workers: i
 
     done = {part: progress.listed for part, progress in writer.parts.items()}
     total, before = sum(map(len, parts.values())), sum(done.values())
-    workers = min(os.cpu_count() or 1, 16) if workers is None else workers
+    workers = min(usable_cores(), 16) if workers is None else workers
     with tqdm(total=total, initial=before, desc="preparing", unit=" images", leave=False, disable=None) as bar:
         for keys, chunk in in_order(read, chunks(parts, done), workers):
             writer.append(keys[0][0], chunk)

@@ -25,8 +25,9 @@ from dmjd.data.levels import BYTES, Levels
 from dmjd.data.loader import read_batches
 from dmjd.data.masked import MaskedBatch, MaskedSamples
 from dmjd.data.memory import PackedImages, in_memory, stack_of
-from dmjd.data.source import Parts, Scaled, Source, has_labels, measure_levels, open_source, sample
+from dmjd.data.source import Parts, Scaled, Source, evenly, has_labels, measure_levels, open_source, sample
 from dmjd.data.statistics import Statistics, statistics_of
+from dmjd.data.transfer import transfer
 from dmjd.engine.checkpoint import write_atomically
 from dmjd.engine.claim import claim
 from dmjd.engine.device import choose_precision, computes_in_bf16, environment, memory_errors
@@ -38,7 +39,7 @@ from dmjd.engine.stopwatch import Stopwatch
 from dmjd.engine.target_cache import cache_targets
 from dmjd.engine.trainer import Trainer
 from dmjd.errors import ConfigError
-from dmjd.evaluation.monitor import Monitor, evenly
+from dmjd.evaluation.monitor import Monitor
 from dmjd.evaluation.shown import glance, most_alike, patch_features, principal_colours, token_errors
 from dmjd.evaluation.verdict import judge
 from dmjd.factory import from_settings, masks_of, save_pretrained
@@ -96,6 +97,8 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any] | None:
             print(f"this run is done; look at {write_report(out)}")
             return json.loads((out / "summary.json").read_text("utf-8"))
         name_broken(trainer.run, parts)
+        if ranks.is_main:  # now, since a folder may be gone at the end
+            trainer.run.summary["ignored"] = sum(ignored_files(run.data).values())
         with trainer.run.logging():
             trained = fit(settings, trainer, samples, monitor)
             return finish(settings, trainer, samples, scaled, trained)
@@ -224,11 +227,12 @@ def fit(settings: PretrainSettings, trainer: Trainer, samples: MaskedSamples, mo
     targets: list[Any] = [network.target, network.visible_target]
     stopwatch = Stopwatch(device, (target for target in targets if isinstance(target, nn.Module)))
     patch_size, masking = settings.model.patch_size, asdict(settings.masking)
+    longer = settings.run.longer
 
     def objective(model: ParallelModel, batch: MaskedBatch) -> dict[str, Tensor]:
         images = samples.pixels(batch, device)
         grid = images.shape[-2] // patch_size, images.shape[-1] // patch_size
-        masked = masks_of(settings, batch.seeds.to(device, non_blocking=True), grid)
+        masked = masks_of(settings, transfer(batch.seeds, device), grid)
         losses = model(images, token_ids(masked, mask_counts(grid, **masking)[0]))
         return {"loss": losses.total, "loss_masked": losses.masked, "loss_visible": losses.visible}
 
@@ -236,7 +240,7 @@ def fit(settings: PretrainSettings, trainer: Trainer, samples: MaskedSamples, mo
         measured = monitor.measure(model, trainer.autocast, probe=step in (0, plan.steps))
         stopwatch.read()  # the time of targets in here is none of the steps'
         if 0 < step < plan.steps and trainer.ranks.is_main:
-            verdict = judge(trainer.run.summary["untrained"], measured)
+            verdict = judge(trainer.run.summary["untrained"], measured, longer=longer)
             # Early on, good runs pass the mean target and lose directions that they find again.
             if verdict.kind in ("collapsed", "nothing") and step > plan.steps / 2:
                 print(f"warning: step {step}: {verdict.line}; {verdict.advice}", file=sys.stderr)
@@ -276,10 +280,10 @@ def finish(
         draw(settings, network, samples, parts, steps=steps)
     if run.log_to and (pictures := out / "samples.safetensors").exists():
         run.show(read_strips(pictures), steps)
-    asked, verdict = settings.run, judge(run.summary["untrained"], trained)
+    longer = settings.run.longer
+    verdict = judge(run.summary["untrained"], trained, longer=longer)
     if settings.init is None:
-        looks = steps * asked.batch_size * settings.masking.num_views / len(parts.train)
-        longer = "--steps" if asked.steps else "--minutes or --epochs" if asked.preset == "auto" else "--epochs"
+        looks = steps * settings.run.batch_size * settings.masking.num_views / len(parts.train)
         verdict = verdict.knowing(len(parts.train), looks, longer=longer)
     summary = run.summary | {
         "trained": trained,
@@ -292,7 +296,6 @@ def finish(
         "num_images": len(parts.train),
         "labels": has_labels(parts.train),
         "skipped": len(run.skipped),
-        "ignored": sum(ignored_files(data).values()),
         "environment": environment(trainer.ranks.device, trainer.autocast) | {"processes": trainer.ranks.world_size},
         "command": shlex.join(["dmjd", "pretrain", "--config", str(out / "config.yaml"), "--out", "NEW"]),
     }

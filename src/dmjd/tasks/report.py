@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dmjd.errors import ConfigError
 from dmjd.reports.comparison import write_comparison
 from dmjd.reports.pretraining import write_report
 
@@ -15,10 +16,13 @@ def report(runs: Sequence[Path], out: Path | None = None) -> Path:
         out: The page; if None, RUN/report.html of one run and comparison.html, here, of several.
 
     Raises:
-        ConfigError: If one is no run's directory, or that of another verb, which writes its own page.
+        ConfigError: If one is no run's directory, or that of another verb, which writes its own page; or if `out` is
+            a folder.
         CheckpointError: If the pictures of the run are broken.
     """
     (first, *others) = runs
+    if out and out.is_dir():
+        raise ConfigError(f"a folder; --out {out}; give the page a name, such as {out / 'comparison.html'}")
     page = write_comparison(runs, out or Path("comparison.html")) if others else write_report(first, out)
     print(page)
     return page

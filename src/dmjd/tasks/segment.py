@@ -16,6 +16,7 @@ from dmjd.config.downstream import SegmentSettings
 from dmjd.config.rules import flags_of, to_dict, to_yaml
 from dmjd.data.annotated import AnnotatedBatch, AnnotatedSamples, class_names
 from dmjd.data.segmentation import SegmentationAugmentation, SegmentationSet, open_segmentation
+from dmjd.data.transfer import transfer
 from dmjd.engine.claim import claim
 from dmjd.engine.distributed import ParallelModel, join_ranks
 from dmjd.engine.loop import Plan
@@ -119,8 +120,8 @@ def fit(
     model = ParallelModel(network, ranks, **run.training, all_used=False)
 
     def objective(model: ParallelModel, batch: AnnotatedBatch) -> dict[str, Tensor]:
-        images = backbone.normalize(batch.images.to(ranks.device, non_blocking=True))
-        labels = batch.annotations.to(ranks.device, non_blocking=True)
+        images = backbone.normalize(transfer(batch.images, ranks.device))
+        labels = transfer(batch.annotations, ranks.device)
         first, *second = (pixel_loss(logits.float(), labels, settings.ignore_index) for logits in model(images))
         if not second:
             return {"loss": first}

@@ -1,0 +1,58 @@
+"""Rows of features that are appended survive what may happen to a machine, or their loss is noticed."""
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dmjd.errors import CheckpointError
+from dmjd.evaluation.feature_file import FeatureWriter
+
+
+def append_twice(out: Path) -> None:
+    """Write two batches of three rows, and leave the rest to another run."""
+    with closing(FeatureWriter(out, {}, columns=["path"], dtype="float32")) as writer:
+        writer.begin(resume=False)
+        for start in (0, 3):
+            rows = np.full((3, 4), start + 1, np.float32)
+            writer.append(rows, [[f"{start + number}.png"] for number in range(3)], 0, (0, start + 3))
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("name", ["f.npy.partial", "f.csv.partial"])
+@pytest.mark.parametrize("lose", [cut, Path.unlink])
+def test_begin__rows_that_got_lost_are_one_line(name: str, lose: Callable[[Path], None], tmp_path: Path) -> None:
+    append_twice(tmp_path / "f.npy")
+    lose(tmp_path / name)
+    with (
+        closing(FeatureWriter(tmp_path / "f.npy", {}, columns=["path"], dtype="float32")) as writer,
+        pytest.raises(CheckpointError, match=f"rows have got lost or cut; .*{name}; leave --resume out"),
+    ):
+        writer.begin(resume=True)
+
+
+def test_append__the_disk_has_the_rows_before_the_state_that_counts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    safe: dict[str, int] = {}  # bytes of each file that the disk has for certain
+    states: list[list[int]] = []
+    fsync = os.fsync
+
+    def noting(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if ".json." in path.name:
+            states.append(json.loads(path.read_text())["bytes"])
+            assert [safe.get(name) for name in ("f.npy.partial", "f.csv.partial")] == states[-1]
+        fsync(descriptor)
+        safe[path.name] = path.stat().st_size
+
+    monkeypatch.setattr(os, "fsync", noting)
+    append_twice(tmp_path / "f.npy")
+    assert len(states) == 2
