@@ -2,13 +2,15 @@
 
 import contextlib
 import io
-import pickle
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Num
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from dmjd.data.detection import DetectionSet, Objects
@@ -30,6 +32,7 @@ MEASURES = {
     "map_medium": "map_medium",
     "map_large": "map_large",
 }
+MASKS = {"detection_mask", "groundtruth_mask"}  # states of the metric that are no tensors
 Found = dict[str, Tensor]  # boxes (n, 4), labels from 0 (n), perhaps scores (n) in falling order and masks (n, H, W)
 
 
@@ -93,8 +96,8 @@ def judge_detection(find: Finder, held_out: DetectionSet, ranks: Ranks) -> Judge
     judged = sorted((image for each in gathered for image in each[0]), key=lambda image: image[0])
     shown = sorted((picture for each in gathered for picture in each[1]), key=lambda picture: picture.number)
     for _, packed in judged:
-        for name, value in pickle.loads(packed).items():
-            metric.metric_state[name].append(value)
+        for name, value in load(packed).items():
+            metric.metric_state[name].append(run_lengths(value) if name in MASKS else value)
     if all(bool(crowds.all()) for crowds in metric.groundtruth_crowds):
         raise DataError(f"no objects in the held-out images that decode; {held_out.address}; correct them")
     summary, rows = average_precision(metric, held_out)
@@ -114,7 +117,16 @@ def compress(metric: MeanAveragePrecision, found: Found, truth: dict[str, Tensor
     again: one string of bytes an image leaves no such gaps.
     """
     metric.update([found], [truth])
-    return pickle.dumps({name: values.pop() for name, values in metric.metric_state.items() if values})
+    kept = {name: values.pop() for name, values in metric.metric_state.items() if values}
+    for name in MASKS & kept.keys():
+        text = json.dumps([(size, counts.decode()) for size, counts in kept[name]])
+        kept[name] = torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8)
+    return save(kept)
+
+
+def run_lengths(text: Tensor) -> list[tuple[tuple[int, ...], bytes]]:
+    """Read the masks of an image as the metric had them before `compress`: sizes, and COCO's run lengths."""
+    return [(tuple(size), counts.encode()) for size, counts in json.loads(text.numpy().tobytes())]
 
 
 def average_precision(
