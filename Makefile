@@ -8,16 +8,20 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: .venv/installed
 	$(BIN)/dmjd pretrain --preset quick --data shapes --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-# Four processes side by side, on two cores: what starts processes of its own often waits for them.
+# Five processes side by side, on two cores: what starts processes of its own often waits for them.
+RANKS := tests/engine
 FAULTS := tests/faults
-VERBS := tests/engine tests/tasks
+VERBS := tests/tasks
 PAGES := tests/inputs tests/equality tests/readme tests/test_extending.py
-TESTS := test-faults test-verbs test-pages test-rest
+TESTS := test-ranks test-faults test-verbs test-pages test-rest
 .PHONY: $(TESTS)
 KIND ?= not slow and not long
 PYTEST = $(BIN)/python -m pytest -m "$(KIND)" --durations 12
 test: .venv/installed
-	$(MAKE) --jobs 4 --output-sync=target $(TESTS)
+	$(MAKE) --jobs 5 --output-sync=target $(TESTS)
+
+test-ranks:
+	$(PYTEST) $(RANKS)
 
 test-faults:
 	$(PYTEST) $(FAULTS)
@@ -29,13 +33,13 @@ test-pages:
 	$(PYTEST) $(PAGES)
 
 test-rest:
-	$(PYTEST) $(addprefix --ignore=,$(FAULTS) $(VERBS) $(PAGES))
+	$(PYTEST) $(addprefix --ignore=,$(RANKS) $(FAULTS) $(VERBS) $(PAGES))
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest
 
 check: .venv/installed
-	$(MAKE) --jobs 5 --output-sync=target KIND="not slow" lint $(TESTS)
+	$(MAKE) --jobs 6 --output-sync=target KIND="not slow" lint $(TESTS)
 
 lint:
 	$(BIN)/ruff format --check .

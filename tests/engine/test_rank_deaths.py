@@ -88,16 +88,9 @@ def errors(text: str) -> list[str]:
 # -- deaths ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("culprit", "number"),
-    [
-        (0, signal.SIGSTOP),
-        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
-        pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),
-        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize("culprit", [0, 1])
 def test_rank__killed_or_stopped_it_is_named_and_all_processes_are_gone_in_30_s(
     culprit: int, number: signal.Signals, colours: Path, tmp_path: Path
 ) -> None:
