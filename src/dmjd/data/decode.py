@@ -42,6 +42,7 @@ APPLICATION = frozenset([*range(0xE0, 0xF0), 0xFE])  # markers of what comes bef
 PNG = b"\x89PNG"
 PLAIN = (2, 5, 6)  # RGB, CMYK and YCbCr among the photometric interpretations of a TIFF
 DEPTHS = tuple(map(np.dtype, ("uint8", "uint16", "int16", "float32")))  # of the values that an image may have
+DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.float32)  # the same; prepared sets store the places
 
 # A broken file has one reason, which we give: loggers, and libtiff, which writes to stderr itself, are silent.
 for _name in ("PIL", "tifffile"):

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmjd.data.builtin import ArrayImages
-from dmjd.data.decode import BadImage, Reduce
+from dmjd.data.decode import DTYPES, BadImage, Reduce
 from dmjd.data.source import Source, View
 from dmjd.data.workers import usable_cores
 
@@ -25,7 +25,6 @@ MEMORY_LIMIT = 2**30  # bytes of decoded images that are worth holding, rather t
 DEVICE_SHARE = 0.25  # of the memory of a GPU that images may take; what is free would change from run to run
 CPU_SIDE = 128  # pixels; cropping larger images by whole matrices would be slower there than one by one
 CHUNK = 256  # images that a thread decodes at a time: one by one, threads would wait for each other
-TYPES = (torch.uint8, torch.uint16, torch.int16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class PackedImages(View):
 
     Attributes:
         pixels: All images one after the other, each H W C.
-        shapes: Height, width and channels of each, and the place of its type in `TYPES`.
+        shapes: Height, width and channels of each, and the place of its type in `DTYPES`.
         offsets: Where each begins.
         bad: Those that did not decode, with the reason.
     """
@@ -83,7 +82,7 @@ class PackedImages(View):
                 self.bad[index] = str(image)
                 continue
             content += bytes(-len(content) % image.element_size())
-            shapes[index] = (*image.shape[1:], image.shape[0], TYPES.index(image.dtype))
+            shapes[index] = (*image.shape[1:], image.shape[0], DTYPES.index(image.dtype))
             offsets[index] = len(content)
             content += image.permute(1, 2, 0).contiguous().numpy().tobytes()
         self.pixels = torch.frombuffer(content or bytearray(1), dtype=torch.uint8)
@@ -106,8 +105,8 @@ class PackedImages(View):
         if not good or (self.shapes[good] != self.shapes[good[0]]).any():
             return None
         height, width, channels, kind = self.shapes[good[0]].tolist()
-        size = height * width * channels * TYPES[kind].itemsize
-        pixels = self.pixels[: size * len(good)].view(TYPES[kind]).view(len(good), height, width, channels)
+        size = height * width * channels * DTYPES[kind].itemsize
+        pixels = self.pixels[: size * len(good)].view(DTYPES[kind]).view(len(good), height, width, channels)
         rows = torch.from_numpy(np.searchsorted(good, np.arange(len(self)))) % len(good)
         return Stack(pixels.permute(0, 3, 1, 2), torch.tensor(good)[rows], rows)
 
@@ -120,8 +119,8 @@ class PackedImages(View):
         if index in self.bad:
             raise BadImage(self.bad[index])
         height, width, channels, kind = self.shapes[index].tolist()
-        start, size = int(self.offsets[index]), height * width * channels * TYPES[kind].itemsize
-        pixels = self.pixels[start : start + size].view(TYPES[kind])
+        start, size = int(self.offsets[index]), height * width * channels * DTYPES[kind].itemsize
+        pixels = self.pixels[start : start + size].view(DTYPES[kind])
         return pixels.view(height, width, channels).permute(2, 0, 1)
 
     def __getstate__(self) -> dict[str, object]:

@@ -31,7 +31,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dmjd.data.crops import resize
-from dmjd.data.decode import BadImage, Reduce, Wanted, channels_advice, fit_channels
+from dmjd.data.decode import DTYPES, BadImage, Reduce, Wanted, channels_advice, fit_channels
 from dmjd.data.packed import PackedStrings
 from dmjd.data.source import Opener, Source, has_labels, labels_of, register_source
 from dmjd.data.stored import StoredImages
@@ -41,7 +41,6 @@ FORMAT = 2
 READABLE = (1, 2)  # the first has no CRC-32
 KIND = "images prepared by dmjd"
 SET, JOURNAL = "set.json", "unfinished.jsonl"
-DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.float32)  # in the order of the format
 ALIGNED = 4  # bytes, of which every image begins at a multiple
 AGAIN = "copy it again, or prepare the set anew in another --out"
 

@@ -46,11 +46,6 @@ class Judged:
     shown: list[Shown] = field(default_factory=list)
 
 
-def shown_indices(count: int) -> set[int]:
-    """Choose held-out images for the report, spread over the set."""
-    return {round(place * (count - 1) / max(SHOWN - 1, 1)) for place in range(SHOWN)}
-
-
 def decodable(images: Readable, ranks: Ranks) -> Iterator[tuple[int, Any]]:
     """Read this rank's share of a set one by one; what does not decode anywhere is counted in a line on stderr.
 

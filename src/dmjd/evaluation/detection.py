@@ -14,9 +14,10 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from dmjd.data.detection import DetectionSet, Objects
+from dmjd.data.source import evenly
 from dmjd.engine.distributed import Ranks
 from dmjd.errors import ConfigError, DataError
-from dmjd.evaluation.dense import Judged, Shown, decodable, shown_indices
+from dmjd.evaluation.dense import SHOWN, Judged, Shown, decodable
 
 try:
     from torchmetrics.detection import MeanAveragePrecision
@@ -85,7 +86,7 @@ def judge_detection(find: Finder, held_out: DetectionSet, ranks: Ranks) -> Judge
     )
     judged: list[tuple[int, bytes]] = []
     shown: list[Shown] = []
-    wanted = shown_indices(len(held_out))
+    wanted = set(evenly(len(held_out), SHOWN))
     for index, (image, objects) in decodable(held_out, ranks):
         found, truth = find(image), annotation(objects)
         judged.append((index, compress(metric, found, truth)))

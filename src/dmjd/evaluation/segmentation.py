@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import resize
 
 from dmjd.data.segmentation import SegmentationSet, seen_hw
+from dmjd.data.source import evenly
 from dmjd.engine.distributed import Ranks
 from dmjd.errors import ConfigError
-from dmjd.evaluation.dense import Judged, Shown, decodable, shown_indices
+from dmjd.evaluation.dense import SHOWN, Judged, Shown, decodable
 
 try:
     from torchmetrics.classification import MulticlassConfusionMatrix
@@ -83,7 +84,7 @@ def judge_segmentation(classify: PixelClassifier, held_out: SegmentationSet, ran
     count, ignored = len(held_out.classes), held_out.ignore_index
     confusion = MulticlassConfusionMatrix(count, ignore_index=ignored, validate_args=False).to(ranks.device)
     shown: list[Shown] = []
-    images, wanted = 0, shown_indices(len(held_out))
+    images, wanted = 0, set(evenly(len(held_out), SHOWN))
     for index, (image, labels) in decodable(held_out, ranks):
         classes = classify(image)
         confusion.update(classes, labels.to(ranks.device))

@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from dmjd.engine.device import choose_precision
+from dmjd.engine.device import choose_precision, is_memory_error
 from dmjd.engine.distributed import ParallelModel, Ranks
 from dmjd.errors import ConfigError
 from dmjd.method import DMJD
@@ -146,7 +146,9 @@ def try_steps(bench: Bench, work: Work, *, usable: float, most: int, seconds: fl
         try:
             began = time.perf_counter()
             bench.step(batch)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_memory_error(error):
+                raise
             break
         took, fitting = time.perf_counter() - began, batch
         fits = on_gpu or work.memory(2 * batch) <= usable
