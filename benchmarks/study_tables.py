@@ -129,22 +129,27 @@ def table_of_rates(study: Study) -> str:
 
 
 def write_figure(study: Study, runs: Runs) -> bool:
-    """Draw accuracy over minutes of one core, where times are measured."""
+    """Draw accuracy over minutes of one core, where times are measured; beside each point its effective epochs."""
     times = times_of(study)
-    curves: dict[str, list[tuple[float, list[float]]]] = {}
-    for (arm, _), found in runs.items():
+    curves: dict[str, list[tuple[float, float, list[float]]]] = {}
+    for (arm, budget), found in runs.items():
         if arm in times:
             minutes = next(iter(found.values()))["rows"] * times[arm]["ms_per_row"] / 6e4
-            curves.setdefault(arm, []).append((minutes, [top1(run, "linear") for run in found.values()]))
-    if not curves:
-        return False
+            curves.setdefault(arm, []).append((minutes, budget, [top1(run, "linear") for run in found.values()]))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
+    for _, _, scores in curves.pop("untrained", ()):
+        axes.axhline(statistics.mean(scores), color="grey", linestyle="--", linewidth=1, label="untrained")
+    if not curves:
+        return False
     for arm, points in curves.items():
-        x, y = [minutes for minutes, _ in points], [statistics.mean(scores) for _, scores in points]
-        errors = [statistics.stdev(scores) if len(scores) > 1 else 0.0 for _, scores in points]
-        axes.errorbar(x, y, errors, marker="o", capsize=2, label=arm)
+        x, y = [minutes for minutes, _, _ in points], [statistics.mean(scores) for _, _, scores in points]
+        errors = [statistics.stdev(scores) if len(scores) > 1 else 0.0 for _, _, scores in points]
+        line = axes.errorbar(x, y, errors, marker="o", capsize=2, label=arm)[0]
+        for minutes, mean, (_, budget, _) in zip(x, y, points, strict=True):
+            axes.annotate(f"{budget:g}", (minutes, mean), (5, -10), textcoords="offset points", color=line.get_color())
     axes.set(xlabel="minutes of one core", ylabel="linear probe, percent", title=study.asked["question"])
+    axes.set_xlim(left=0)
     axes.title.set_fontsize(9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
@@ -158,7 +163,7 @@ def write(study: Study) -> None:
     results = [read(path) for path in study.folder.rglob("*.json") if path.name != "times.json"]
     hours = sum(spent["cpu_seconds"] for result in results for spent in result["spent"].values()) / 3600
     devices = sorted({result["device"] for result in results})
-    asked = sum(1 for _ in study.cells())
+    asked = len(set(study.cells()))
     done = sum(map(len, runs.values()))
     lines = [
         f"# {study.name}\n",
@@ -174,7 +179,7 @@ def write(study: Study) -> None:
         table_of_rates(study),
     ]
     if write_figure(study, runs):
-        lines.append(f"![accuracy over time]({study.name}.png)\n")
+        lines.append(f"![accuracy over time; the numbers are effective epochs]({study.name}.png)\n")
     waiting = ", ".join(job.name for job in missing) or "nothing"
     lines.append(textwrap.fill(f"Missing now: {waiting}.", 118, break_long_words=False, break_on_hyphens=False) + "\n")
     study.folder.with_suffix(".md").write_text("\n".join(lines))
