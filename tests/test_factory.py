@@ -88,6 +88,7 @@ def test_backbone__every_weight_of_a_vit_of_timm_is_trained_whatever_its_pooling
         ({"backbone": "timm:resnet18"}, "no network of 32x32 px|cannot read masked views"),
         ({"backbone": "timm:vit_tiny_patch16_224"}, "has tokens of 16 px"),
         ({"backbone": "timm:no_such_model"}, "timm has no such model"),
+        ({"backbone": "timm:vit_tiny_patch16_224", "reg_tokens": 4}, "leave out model.reg_tokens"),
         ({"backbone": "convvit", "class_token": True}, "no such setting.*class_token"),
         ({"conv_mlp_ratio": 4.0}, "no setting 'conv_mlp_ratio'"),
         ({"backbone": str(FIXTURES / "vit.safetensors"), "mask_token": True}, "no mask token"),

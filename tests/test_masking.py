@@ -139,13 +139,14 @@ def test_seeded_masks__have_the_bits_that_they_always_had():
         ({"num_views": 1, "mask_ratio": 0.75}, "between 0.75 and 0.75"),
         ({"num_views": 2, "mask_ratio": 0.6, "predict_ratio": 0.5}, "between 0.6 and 1"),
         ({"num_views": 2, "mask_ratio": 0.99}, "at most 0.9375"),
+        ({"num_views": 2, "mask_ratio": 0.999, "num_tokens": 196}, "at most 0.9948"),
         ({"num_views": 2, "mask_ratio": 0.0}, "above 0"),
         ({"num_views": 0, "mask_ratio": 0.5}, "at least 1 view"),
     ],
 )
 def test_disjoint_masks__an_impossible_request_names_the_range_that_works(arguments, message):
     with pytest.raises(ValueError, match=message):
-        dmjd.disjoint_masks(2, 16, **arguments)
+        dmjd.disjoint_masks(2, **{"num_tokens": 16, **arguments})
 
 
 def test_token_ids__list_visible_and_hidden_tokens_in_raster_order():

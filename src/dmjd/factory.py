@@ -221,6 +221,8 @@ def create_encoder(model: ModelSettings) -> Encoder:
     if ":" in model.backbone or model.backbone.endswith(".safetensors"):
         if model.mask_token:
             raise ValueError(f"model.backbone {model.backbone} has no mask token; choose vit")
+        if model.reg_tokens:
+            raise ValueError(f"model.backbone {model.backbone} has tokens of its own; leave out model.reg_tokens")
         encoder = encoder_of(*create_network(model.backbone, image_hw=model.image_hw, in_chans=model.in_chans))
     else:
         create = register_encoder.get(model.backbone)
@@ -229,7 +231,8 @@ def create_encoder(model: ModelSettings) -> Encoder:
         try:
             inspect.signature(create).bind(model.size, **size, **options)
         except TypeError as error:
-            raise ValueError(f"model.backbone {model.backbone} has no such setting: {error}") from None
+            such = f"model.backbone {model.backbone} has no such setting: {error}"
+            raise ValueError(f"{such}; turn it off (false), or take another preset") from None
         encoder = create(model.size, **size, **options)
     if encoder.patch_size != model.patch_size:
         raise ValueError(

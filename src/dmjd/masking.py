@@ -145,7 +145,8 @@ def mask_counts(
         raise ValueError(f"num_views is {num_views}; an image needs at least 1 view")
     num_visible = area * math.floor(num_tokens * (1 - corrupt) / area)
     if not (0 < corrupt < 1 and num_visible > 0):
-        highest = f"at most {float(1 - Fraction(area, num_tokens)):.4g}" if num_tokens > area else "a larger image"
+        most = math.floor(10_000 * (1 - Fraction(area, num_tokens))) / 10_000  # rounded up, it would be refused as well
+        highest = f"at most {most:g}" if num_tokens > area else "a larger image"
         raise ValueError(f"mask_ratio {mask_ratio} leaves no view of {num_tokens} tokens: choose above 0, {highest}")
     reach = min(Fraction(1), num_views * corrupt)
     if not corrupt <= predict <= reach:

@@ -116,6 +116,15 @@ def test_windows__tokens_see_other_windows_in_the_last_block_of_each_quarter_alo
     assert first.nonzero().flatten().tolist() == [0, 1, 8, 9]  # the square of rows 0, 1 and columns 0, 1
 
 
+def test_windows__leave_stochastic_depth_to_whole_images():
+    vit = windowed_vit(drop_path_rate=0.5).train()
+    pyramid, rows = Pyramid(vit, window=2), []
+    for block in vit.blocks:
+        block.drop_path1.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
+    pyramid(torch.randn(2, 3, 32, 32))
+    assert {*rows} == {2}
+
+
 def test_windows__of_a_convolutional_network_are_refused():
     with pytest.raises(ValueError, match="windows need a ViT"):
         Pyramid(timm.create_model("resnet10t"), window=4)

@@ -96,6 +96,11 @@ def test_vit__wraps_any_vision_transformer_of_timm(name):
     assert latents.visible.shape == (2, 2, encoder.embed_dim)
 
 
+def test_vit__convolutions_before_the_tokens_are_refused_as_hidden_pixels_would_leak():
+    with pytest.raises(ValueError, match="would see hidden pixels"):
+        ViT(timm.create_model("vit_tiny_r_s16_p8_224", img_size=64, depth=1))
+
+
 def test_vit__mask_token_stands_for_every_hidden_patch():
     encoder = create_vit("tiny", image_size=32, patch_size=8, mask_token=True, **TINY).eval()
     masked = masks(encoder)
@@ -143,6 +148,7 @@ def test_backbone_file__plain_timm_gives_the_same_features(tmp_path, class_token
     torch.testing.assert_close(ours.forward_features(images), encoder.backbone.forward_features(images))
     assert ours.pretrained_cfg["mean"] == [0.5]
     assert tuple(ours.pretrained_cfg["input_size"]) == (1, 32, 48)
+    assert timm.data.resolve_model_data_config(ours)["crop_pct"] == 1  # accuracies here are of such crops
 
     with safe_open(path, "pt") as file:
         metadata = file.metadata()

@@ -20,11 +20,11 @@ DEPTH = 3
 DECAY = 0.65
 
 
-def hybrid() -> nn.Module:
+def hybrid(num_classes: int = 3) -> nn.Module:
     torch.manual_seed(0)
     return timm.create_model(
         "convvit_tiny",
-        num_classes=3,
+        num_classes=num_classes,
         img_size=32,
         patch_size=8,
         embed_dims=(4, 8, 16),
@@ -131,16 +131,32 @@ def test_train__a_layers_step_is_as_long_as_its_scale_says() -> None:
             assert math.isclose(moved, expected, rel_tol=0.02), name
 
 
+def with_heads(model: nn.Module, heads: nn.Module) -> torch.optim.Optimizer:
+    return create_optimizer(
+        model, name="adamw", lr=1e-3, weight_decay=0.05, betas=(0.9, 0.999), layer_decay=DECAY, heads=heads
+    )
+
+
 def test_layer_decay__heads_train_at_the_full_rate_and_their_vectors_do_not_decay():
     head = nn.Sequential(nn.Conv2d(16, 4, 1), nn.BatchNorm2d(4))
-    optimizer = create_optimizer(
-        hybrid(), name="adamw", lr=1e-3, weight_decay=0.05, betas=(0.9, 0.999), layer_decay=DECAY, heads=head
-    )
+    optimizer = with_heads(hybrid(num_classes=0), head)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     assert groups[id(head[0].weight)].get("lr_scale", 1.0) == 1.0
     assert groups[id(head[0].weight)]["weight_decay"] == 0.05
     assert groups[id(head[1].weight)]["weight_decay"] == groups[id(head[0].bias)]["weight_decay"] == 0
     assert min(group.get("lr_scale", 1.0) for group in optimizer.param_groups) == pytest.approx(DECAY ** (DEPTH + 1))
+
+
+@pytest.mark.parametrize("global_pool", ["avg", "token"])
+def test_layer_decay__a_backbones_last_block_is_one_layer_below_the_heads(global_pool):
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": DEPTH, "num_heads": 2}
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, global_pool=global_pool, **size)
+    optimizer = with_heads(vit, nn.Linear(16, 4))
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    scales = [groups[id(block.attn.proj.weight)]["lr_scale"] for block in vit.blocks]
+    assert scales == pytest.approx([DECAY**above for above in (3, 2, 1)])
+    assert groups[id(vit.patch_embed.proj.weight)]["lr_scale"] == pytest.approx(DECAY ** (DEPTH + 1))
+    assert groups[id(vit.pos_embed)]["weight_decay"] == groups[id(vit.cls_token)]["weight_decay"] == 0
 
 
 @pytest.mark.parametrize("fused", [(False, True), (True, False)])

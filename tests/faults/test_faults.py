@@ -521,6 +521,19 @@ def test_pretrain__a_change_that_is_allowed_by_name_is_said_and_kept(
     assert main([*resumption(data, run), "--optim.blr", "1e-2"]) == 4
 
 
+def test_pretrain__an_optimizer_that_may_change_is_the_new_one(data: Path, run: Path) -> None:
+    last = run / "checkpoints" / f"step-{STEPS:08d}"
+    shutil.rmtree(last)
+    new = ["--optim.weight_decay", "0.5", "--optim.betas", "0.8", "0.9"]
+    assert (
+        main([*resumption(data, run), *new, "--allow_change", "optim.weight_decay", "--allow_change", "optim.betas"])
+        == 0
+    )
+    groups = checkpoint.read_state(last)["optimizer"]["groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
+    assert [group["betas"] for group in groups] == [[0.8, 0.9]] * len(groups)
+
+
 def test_pretrain__a_finished_run_goes_on_where_it_gets_more_steps(
     data: Path, unbroken: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,7 +96,7 @@ def test_segment__trains_judges_and_predicts(name, scenes, backbones, tmp_path, 
 
 
 def test_segment__tells_red_from_green(scenes, backbones, tmp_path, capsys):
-    flags = "--steps 80 --optim.blr 0.2 --optim.warmup_epochs 2 --log.evals 0"
+    flags = "--steps 80 --optim.blr 0.3 --optim.warmup_epochs 2 --log.evals 0"
     assert main(words(backbones["convvit"], scenes, tmp_path / "run", flags)) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["miou"] > 0.8
 

@@ -26,7 +26,7 @@ from dmjd.errors import CheckpointError, ConfigError
 DIGEST = "sha256"
 METADATA = {"architecture", "model_args", "pretrained_cfg", "value_range", "task", "backbone_prefix", DIGEST, "format"}
 FOREIGN = {".pth", ".pt", ".bin", ".tar", ".ckpt"}  # endings of files that are no safetensors
-OVERLAY = {"input_size", "num_classes", "mean", "std"}
+OVERLAY = {"input_size", "num_classes", "mean", "std", "crop_pct"}
 # Arguments of networks. Those of `timm.create_model` and its helpers are not among them: some would open files.
 ARGUMENTS = {*inspect.signature(VisionTransformer).parameters, *inspect.signature(ConvViT).parameters}
 
@@ -61,6 +61,7 @@ def save_backbone(
                 "num_classes": arguments["num_classes"],
                 "mean": list(mean),
                 "std": list(std),
+                "crop_pct": 1.0,  # as all evaluations here crop
             }
         ),
     }

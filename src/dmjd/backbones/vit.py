@@ -6,6 +6,7 @@ from typing import Any
 import timm
 import torch
 from jaxtyping import Float
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -24,10 +25,16 @@ class ViT(nn.Module):
     Attributes:
         backbone: The timm model, with its weights as they are.
         architecture: Name and arguments that make the same model by `timm.create_model`.
+
+    Raises:
+        ValueError: If its tokens are no patches of pixels: hidden pixels would leak through a stem of convolutions.
     """
 
     def __init__(self, vit: VisionTransformer, architecture: Architecture | None = None):
         super().__init__()
+        if not isinstance(vit.patch_embed, PatchEmbed):
+            name = architecture[0] if architecture else type(vit.patch_embed).__name__
+            raise ValueError(f"{name} has convolutions before its tokens, through which it would see hidden pixels")
         self.backbone, self.architecture = vit, architecture
         self.embed_dim: int = vit.embed_dim
         self.num_prefix_tokens: int = vit.num_prefix_tokens
@@ -120,7 +127,7 @@ def create_vit(
     try:
         vit = timm.create_model(name, **arguments)
     except TypeError as error:  # "... got an unexpected keyword argument 'NAME'"
-        raise ValueError(f"a ViT has no setting {str(error).rpartition(' ')[2]}") from None
+        raise ValueError(f"a ViT has no setting {str(error).rpartition(' ')[2]}; take another preset") from None
     except AssertionError as error:  # a width that the heads do not divide
         raise ValueError(f"ViT {size}: {error}") from None
     vit.apply(init_weights)

@@ -29,15 +29,16 @@ class Windows:
     def __init__(self, vit: nn.Module, size: int):
         blocks: Any = getattr(vit, "blocks", None)
         self.prefix: Any = getattr(vit, "num_prefix_tokens", None)
-        if blocks is None or self.prefix is None:
+        if blocks is None or self.prefix is None or not all(hasattr(block, "attn") for block in blocks):
             raise ValueError("windows need a ViT")
         self.size = size
         self.grid = (size, size)
         ends = [round(len(blocks) * part / GLOBAL_BLOCKS) for part in range(GLOBAL_BLOCKS + 1)]
         self.windowed = [index for start, end in pairwise(ends) for index in range(start, end - 1)]
         for index in self.windowed:
-            blocks[index].register_forward_pre_hook(lambda block, given: (self.split(given[0]), *given[1:]))
-            blocks[index].register_forward_hook(lambda block, given, found: self.join(found))
+            attention = blocks[index].attn  # not the block: its stochastic depth is of images
+            attention.register_forward_pre_hook(lambda module, given: (self.split(given[0]), *given[1:]))
+            attention.register_forward_hook(lambda module, given, found: self.join(found))
 
     def split(self, tokens: Tensor) -> Tensor:
         """Cut tokens (B, prefix + rows * columns, D) into windows (B * windows, prefix + size * size, D)."""

@@ -23,6 +23,7 @@ from dmjd.engine.distributed import shared_like, whole
 from dmjd.errors import CheckpointError
 
 FORMAT = 2  # 1 named the optimizer's states by number
+OF_THIS_RUN = {"betas", "fused", "lr_scale", "weight_decay"}  # its settings, which may have changed, and its device
 KEEP = 2
 MANIFEST = "MANIFEST.json"
 
@@ -146,7 +147,7 @@ def load(path: Path, *, model: nn.Module, trained: nn.Module, optimizer: Optimiz
         model.load_state_dict(weights)
         moments, numbers = read(path / "optimizer"), read_state(path)["optimizer"]
         for group, saved in zip(optimizer.param_groups, numbers["groups"], strict=True):
-            group.update({key: value for key, value in saved.items() if key != "fused"})  # as the device has it
+            group.update({key: value for key, value in saved.items() if key not in OF_THIS_RUN})
     except (RuntimeError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"the checkpoint does not fit the model: {reason}; {path}; check the settings") from None

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.device_mesh import init_device_mesh
@@ -197,7 +198,7 @@ class ParallelModel:
             recompute(module)
         self._copy: nn.Module | None = None
         if ranks.world_size > 1 and ranks.device.type == "cuda":  # statistics of the whole batch; GPUs only
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+            module = convert_sync_batchnorm(module)  # timm's: torch's would drop the activations of BatchNormAct2d
         self.module = module
         if ranks.world_size > 1 and parallel == "fsdp":
             saved = module.state_dict().keys()

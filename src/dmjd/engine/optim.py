@@ -28,7 +28,8 @@ def create_optimizer(
     """Create an optimizer of timm: matrices decay, vectors (biases, norms) do not.
 
     With `layer_decay` every layer has groups of its own, whose `lr_scale` is layer_decay ** (layers above it); the
-    layers are those of the model's `group_matcher`. What `heads` hold comes after the model's last layer.
+    layers are those of the model's `group_matcher`. What `heads` hold comes after the model's last block, beside its
+    final norm if it has one.
 
     Raises:
         ConfigError: If timm has no optimizer of this name, or it takes no betas.
@@ -39,7 +40,12 @@ def create_optimizer(
     try:
         if heads is None:
             return timm.optim.create_optimizer_v2(model, layer_decay=layer_decay, **options)
-        groups = timm.optim.param_groups_layer_decay(model, weight_decay, layer_decay=layer_decay or 1.0)
+        decay = layer_decay or 1.0
+        kept: set[str] = getattr(model, "no_weight_decay", set)()
+        groups = timm.optim.param_groups_layer_decay(model, weight_decay, kept, layer_decay=decay)
+        last = [parameter for group in groups if group["lr_scale"] == 1 for parameter in group["params"]]
+        if any(parameter.ndim > 1 for parameter in last):  # a block: timm counts from what is last, heads are beyond it
+            groups = [group | {"lr_scale": decay * group["lr_scale"]} for group in groups]
         groups += timm.optim.param_groups_weight_decay(heads, weight_decay)
         return timm.optim.create_optimizer_v2(groups, **options)
     except (AssertionError, IndexError, TypeError, ValueError) as error:

@@ -39,10 +39,11 @@ class Explained:
 
     def add(self, predicted: Float[Tensor, "N M T"], target: Float[Tensor, "N M T"]) -> None:
         """Take in a batch."""
-        self.missed += float((predicted - target).double().square().sum())
-        target = target.flatten(0, 1).double()
+        predicted, target = predicted.cpu().double(), target.cpu().double()  # MPS has no float64
+        self.missed += float((predicted - target).square().sum())
+        target = target.flatten(0, 1)
         self.count += len(target)
-        self.sum, self.squares = self.sum + target.sum(0).cpu(), self.squares + target.square().sum(0).cpu()
+        self.sum, self.squares = self.sum + target.sum(0), self.squares + target.square().sum(0)
 
     @property
     def share(self) -> float:

@@ -62,7 +62,7 @@ def principal_colours(features: Float[Tensor, "n D h w"]) -> UInt8[Tensor, "n 3 
     Each component fills 0..255 from its 2nd to its 98th percentile. Its sign, which is arbitrary, makes its largest
     weight positive.
     """
-    tokens = features.movedim(1, -1).flatten(0, -2).double().cpu()
+    tokens = features.movedim(1, -1).flatten(0, -2).cpu().double()
     tokens = tokens - tokens.mean(dim=0)
     axes = torch.linalg.eigh(tokens.mT @ tokens).eigenvectors.flip(1)[:, :3]  # eigenvalues rise
     axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()

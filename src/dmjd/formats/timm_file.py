@@ -34,7 +34,7 @@ def how_to_load(original: Original, path: Path) -> str:
     name, arguments = original.architecture
     plain: Any = json.loads(json.dumps(arguments))
     given = "".join(f", {key}={value!r}" for key, value in plain.items())
-    known = {key: original.model.pretrained_cfg[key] for key in ("input_size", "mean", "std")}  # type: ignore[index]
+    known = {key: original.model.pretrained_cfg[key] for key in ("input_size", "mean", "std", "crop_pct")}  # type: ignore[index]
     return (
         f'{imports(original)}model = timm.create_model("{name}"{given}, pretrained_cfg_overlay={known!r}, '
         f"checkpoint_path={str(path)!r}).eval()"

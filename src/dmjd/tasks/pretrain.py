@@ -31,7 +31,7 @@ from dmjd.data.transfer import transfer
 from dmjd.engine.checkpoint import write_atomically
 from dmjd.engine.claim import claim
 from dmjd.engine.device import choose_precision, computes_in_bf16, environment, memory_errors
-from dmjd.engine.distributed import ParallelModel, join_ranks
+from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
 from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_optimizer
 from dmjd.engine.run import Run
@@ -75,7 +75,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any] | None:
         ranks.micro_batch(run.batch_size, settings.optim.accumulation)
         torch.manual_seed(run.seed)
         network = create(settings)  # settings that do not go together are refused before images are looked for
-        found, statistics = find_images(settings)
+        found, statistics = find_images(settings, ranks)
         if (statistics.mean, statistics.std) != tuple(map(tuple, network.normalize.statistics)):
             torch.manual_seed(run.seed)
             network = create(settings, statistics)
@@ -116,11 +116,12 @@ def create(settings: PretrainSettings, statistics: Statistics | None = None) -> 
         raise ConfigError(str(error)) from None
 
 
-def find_images(settings: PretrainSettings) -> tuple[Parts, Statistics]:
+def find_images(settings: PretrainSettings, ranks: Ranks) -> tuple[Parts, Statistics]:
     """Find the images, and look at some of them for their statistics; a set of one image is its own held-out part."""
     model, run = settings.model, settings.run
     wanted = Wanted(model.in_chans, model.image_hw, pages=run.data_pages)
-    train, held_out = open_source(run.data, wanted, seed=run.seed)
+    # The listing of a large folder is kept, so that one rank walks it, not all at once.
+    train, held_out = ranks.main_first(partial(open_source, run.data, wanted, seed=run.seed))
     return Parts(train, held_out if len(held_out) else train), find_statistics(run, train, model.in_chans)
 
 
