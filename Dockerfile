@@ -10,6 +10,8 @@ COPY src src
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:3.12-slim
+# torch.compile and Triton build what they run on a GPU.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY requirements.lock /tmp/
 # Of that index torch alone, which has none of the other locked versions.

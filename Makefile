@@ -1,6 +1,8 @@
 # `make demo` and `make test` are all a newcomer needs: each makes or refreshes .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "dmjd needs Python 3.11: make PYTHON=python3.11 ...")'
+SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test test-all check lint docs bench bench-check format clean
@@ -18,7 +20,7 @@ TESTS := test-ranks test-faults test-verbs test-pages test-rest
 KIND ?= not slow and not long
 PYTEST = $(BIN)/python -m pytest -m "$(KIND)" --durations 12
 test: .venv/installed
-	$(MAKE) --jobs 5 --output-sync=target $(TESTS)
+	$(MAKE) --jobs 5 $(SYNC) $(TESTS)
 
 test-ranks:
 	$(PYTEST) $(RANKS)
@@ -39,7 +41,7 @@ test-all: .venv/installed
 	$(BIN)/python -m pytest
 
 check: .venv/installed
-	$(MAKE) --jobs 6 --output-sync=target KIND="not slow" lint $(TESTS)
+	$(MAKE) --jobs 6 $(SYNC) KIND="not slow" lint $(TESTS)
 
 lint:
 	$(BIN)/ruff format --check .
@@ -67,7 +69,7 @@ format: .venv/installed
 # An editable install: only a change of pyproject.toml needs another one. Python compiles what it imports; all at once
 # would take a minute.
 .venv/installed: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || { $(PYTHON) -c $(NEW_ENOUGH) && $(PYTHON) -m venv .venv; }
 	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev]"
 	touch $@
 

@@ -26,11 +26,14 @@ def wheel(tmp_path_factory):
     """The wheel that is made of the sdist, which is made of a copy of the sources: building leaves files there."""
     folder = tmp_path_factory.mktemp("package")
     copytree(ROOT / "src", folder / "copy" / "src", ignore=ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         copy(ROOT / name, folder / "copy")
+    (folder / "copy" / "tests").mkdir()
+    copy(__file__, folder / "copy" / "tests")
     build("sdist", folder / "copy", folder)
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as file:
+        assert not [name for name in file.getnames() if "/tests" in name]
         file.extractall(folder, filter="data")
     build("wheel", folder / archive.name.removesuffix(".tar.gz"), folder)
     (wheel,) = folder.glob("*.whl")

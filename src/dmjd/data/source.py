@@ -175,9 +175,9 @@ def open_all(data: str, wanted: Wanted = Wanted()) -> list[Source]:  # noqa: B00
 
 def hold_out(source: Source, seed: int) -> Parts:
     """Set a twentieth of the images aside (at most 1,000), drawn by seed; at least one if there are two."""
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(mix(seed, len(source)))).tolist()
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(mix(seed, len(source)))).numpy()
     count = min(1000, max(len(source) // 20, 1)) if len(source) > 1 else 0
-    return Parts(Subset(source, sorted(order[count:])), Subset(source, sorted(order[:count])), "held out by seed")
+    return Parts(Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count])), "held out by seed")
 
 
 def same_classes(train: Source, held_out: Source, part: str) -> Parts:
@@ -266,7 +266,7 @@ class Subset(View):
         indices: Their numbers there.
     """
 
-    def __init__(self, source: Source, indices: Sequence[int]):
+    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray):
         super().__init__(source)
         self.indices = np.array(indices, dtype=np.int64)
 
@@ -372,8 +372,11 @@ def _images(members: Iterable[Any]) -> Iterator[Tensor]:
 
 def fingerprint(source: Readable) -> str:
     """Compute a SHA-256 of the names of all images in their order, which tells one set from another."""
-    names = "\n".join(source.name(index) for index in range(len(source)))
-    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()  # file names need not be Unicode
+    digest = hashlib.sha256()  # of the names in lines, one by one: all of them would be gigabytes
+    for index in range(len(source)):
+        line = f"\n{source.name(index)}" if index else source.name(index)
+        digest.update(line.encode(errors="surrogateescape"))  # file names need not be Unicode
+    return digest.hexdigest()
 
 
 def read_or_substitute(source: Readable, index: int, reduce: Reduce | None = None) -> tuple[Any, int, dict[str, str]]:

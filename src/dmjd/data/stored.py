@@ -98,7 +98,7 @@ def parts_by_column(source: Source, splits: Sequence[str], where: object) -> dic
     found = np.array(splits)
     if others := sorted(set(splits) - set(PARTS)):
         raise DataError(f"unknown split {', '.join(others[:5])}; {where}; write {', '.join(PARTS[:-1])} or {PARTS[-1]}")
-    return {part: Subset(source, np.flatnonzero(found == part).tolist()) for part in PARTS if part in splits}
+    return {part: Subset(source, np.flatnonzero(found == part)) for part in PARTS if part in splits}
 
 
 def refuse_frames(data: str, wanted: Wanted) -> None:
