@@ -1,6 +1,6 @@
 """What pre-training is worth for segmentation and detection on two cores: CamVid and BCCD, three starts, four seeds.
 
-python benchmarks/dense.py CAMVID BCCD CLOTHING OUT
+    python benchmarks/dense.py CAMVID BCCD CLOTHING OUT
 
 CAMVID has images/ and annotations/, BCCD is a Pascal VOC folder, CLOTHING holds a larger set of photographs. A small
 ViT is pre-trained for the same number of steps on the training images of either task and on the photographs; then every
@@ -9,6 +9,7 @@ run takes one core. Runs that are there are not repeated; the table is OUT/table
 class of every run are a line of OUT/runs.jsonl, the pictures are OUT/TASK.jpg.
 """
 
+import argparse
 import base64
 import csv
 import io
@@ -103,12 +104,16 @@ def draw(task: str, out: Path) -> None:
     sheet.save(out / f"{task}.jpg", quality=85)
 
 
-def main(camvid: Path, bccd: Path, clothing: Path, out: Path) -> None:
-    sets = {"camvid": camvid, "bccd": bccd}
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("camvid", "bccd", "clothing", "out"):
+        parser.add_argument(name, type=Path)
+    given = parser.parse_args()
+    out, sets = given.out, {"camvid": given.camvid, "bccd": given.bccd}
     images = {
-        "clothing": clothing,
-        "camvid": camvid / "images" / "train",
-        "bccd": training_images(bccd, out / "bccd-train"),
+        "clothing": given.clothing,
+        "camvid": given.camvid / "images" / "train",
+        "bccd": training_images(given.bccd, out / "bccd-train"),
     }
     for name, folder in images.items():
         dmjd(f"pretrain {PRETRAIN}", out / f"pretrain-{name}", data=folder)
@@ -131,4 +136,4 @@ def main(camvid: Path, bccd: Path, clothing: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main()

@@ -16,12 +16,15 @@
 #       5 min. The device computes what a CPU computes: masks, crops, losses, gradients, curves, resumption.
 #       OUT/correct.json has the difference for each check. FLAGS: gpu_correct.py.
 #   speed [FLAGS]
-#       8 min, then it stops. Images a second, FLOP/s and memory of a step, against plain forms, in OUT/speed.json.
+#       8 min; what would begin later is left out, what has begun goes on, a minute where it is a compilation. Images a
+#       second, FLOP/s and memory of a step, against plain forms, in OUT/speed.json, which is written on the way.
 #       FLAGS: gpu_speed.py; --sizes, --precisions and --modes share the work out between several calls.
 #   study NAME MINUTES JOBS [FLAGS]
 #       MINUTES (8 leave room below 9) and half a minute. Runs of benchmarks/studies/NAME.yaml, JOBS side by side, as
 #       far as docs/results/NAME has none; a run that is cut off is lost. OUT/NAME.tar holds that folder afterwards:
 #       tar xf NAME.tar -C docs/results. FLAGS: study.py, such as --teacher FILE.
+#
+# These three refuse a KIT that is not there, or not of the commit that is checked out here (where there is git).
 #
 # Variables: KIT, the folder of `prepare` (build/gpu); OUT, for results (docs/results/gpu); DEVICE (cuda);
 # PYTHON (python3).
@@ -66,6 +69,14 @@ for name in sys.argv[1:]: print(f"{name}=={version(name)}")' "${lacking[@]}")
 
 # Make the program as it was packed importable, and what it needs.
 begin() {
+  if [ ! -f "$kit/site/commit" ]; then
+    echo "error: there is no kit; $kit; make one with $0 prepare, or set KIT" >&2 && exit 2
+  fi
+  commit=$(cat "$kit/site/commit")
+  head=$(git -C "$root" rev-parse HEAD 2>/dev/null || echo "$commit")
+  if [ "$commit" != "$head" ]; then
+    echo "error: the kit is of commit ${commit:0:7}, not of ${head:0:7}; $kit; remove it and make it anew" >&2 && exit 2
+  fi
   mkdir -p "$out"
   if compgen -G "$kit/wheels/*.whl" >/dev/null; then
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/wheels" "$kit"/wheels/*.whl
@@ -76,12 +87,13 @@ begin() {
 correct() {
   begin
   if [ -d "$kit/golden" ]; then golden=(--golden "$kit/golden"); else golden=(); fi
-  "$python" "$here/gpu_correct.py" --device "$device" --out "$out/correct.json" "${golden[@]}" "$@"
+  "$python" "$here/gpu_correct.py" --device "$device" --commit "$commit" --out "$out/correct.json" \
+    "${golden[@]}" "$@"
 }
 
 speed() {
   begin
-  "$python" "$here/gpu_speed.py" --device "$device" --out "$out/speed.json" "$@"
+  "$python" "$here/gpu_speed.py" --device "$device" --commit "$commit" --out "$out/speed.json" "$@"
 }
 
 study() {

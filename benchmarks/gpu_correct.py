@@ -39,7 +39,7 @@ import torch
 from gpu_speed import TOY, masking_of
 from PIL import Image
 from safetensors import safe_open
-from study import device_name
+from study import device_name, versions
 from torch import Tensor, nn
 
 import dmjd
@@ -69,8 +69,8 @@ from dmjd.cli import main
 torch.backends.cudnn.allow_tf32 = False
 from dmjd.engine.trainer import Trainer
 save = Trainer.save
-def save_and_die(trainer, step):
-    save(trainer, step)
+def save_and_die(trainer):
+    save(trainer)
     os.kill(os.getpid(), signal.SIGKILL)
 Trainer.save = save_and_die
 main(sys.argv[1:])
@@ -309,11 +309,13 @@ def main() -> int:
     parser.add_argument("--golden", type=Path, help="folder of the official programs' numbers")
     parser.add_argument("--only", nargs="+", help="names of checks")
     parser.add_argument("--toy", action="store_true", help="networks of nothing, to see that this program works")
+    parser.add_argument("--commit", default="", help="of the program, to be noted")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     given = parser.parse_args()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     torch.backends.cudnn.allow_tf32 = False  # of convolutions; matrix products have it off unless they are told
-    found: dict[str, Any] = {"device": device_name(given.device), "torch": torch.__version__, "checks": []}
+    found: dict[str, Any] = {"device": device_name(given.device), "commit": given.commit, "versions": versions()}
+    found["checks"] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, subject, check in checks_of(given, Path(folder)):
             if given.only and name not in given.only:

@@ -8,11 +8,14 @@ A step draws masks, computes losses and gradients of images that are on the devi
 are the hybrid on whole maps (`plain.hybrid`), ours with only the depthwise convolutions on maps (`maps`), as without
 Triton, and, if it is installed, `ViTMAEForPreTraining` of transformers.
 All models of a size are on the device together, each with the largest batch that fits, by halving; then they are timed
-by CUDA events, a round of each in turns. What no longer fits into --minutes is left out and named.
+by CUDA events, a round of each in turns. The file is written after every model that is made ready and every round, so
+that a model that fails, or the end of the time, costs nothing else. What would begin too late for --minutes is left out
+and named; what has begun goes on, such as a compilation.
 
-A line of `results` has the median of the rounds and their quartiles, in images and rows (views of an image) a second;
-TFLOP/s by torch's counter (products and convolutions, forward, backward and targets, two a multiply-add) and their
-share of the GPU's peak (`mfu`; `peak_tflops` says of which); and the peak memory of a step with weights and optimizer.
+A line of `results` has the median of its rounds and their quartiles, in images and rows (views of an image) a second;
+TFLOP/s by the counter of `dmjd plan` (products, attention and convolutions, forward, backward and targets, two a
+multiply-add, but not what a kernel of Triton does: the depthwise convolutions of rows, a small part) and their share of
+the GPU's peak (`mfu`; `peak_tflops` says of which); and the peak memory of a step with weights and optimizer.
 fp32 is what torch does when it is told nothing: TF32 in convolutions, not in matrix products.
 """
 
@@ -33,7 +36,7 @@ import torch
 import yaml
 from plain.hybrid import PlainHybrid
 from plain.mae import TransformersMAE
-from study import device_name
+from study import device_name, versions
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,6 +45,7 @@ from dmjd.backbones.convvit import ConvBlock
 from dmjd.config.rules import PRESETS
 from dmjd.engine.optim import create_optimizer
 from dmjd.masking import seeded_masks, token_ids
+from dmjd.planning.work import FORMULAS
 
 # TFLOP/s of dense products as NVIDIA's data sheets have them, by a part of the GPU's name.
 PEAKS = {
@@ -127,7 +131,7 @@ class Contender:
         self.num_hidden = int(self.masks(torch.zeros(1, dtype=torch.long))[0, 0].sum())
         self.model = create(case, size, toy=toy).to(self.device).train()
         self.optimizer = create_optimizer(self.model, name="adamw", lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95))
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             self.step(1)
         self.flops = counter.get_total_flops()
 
@@ -200,6 +204,10 @@ class Entry:
     memory: float | None
     seconds: list[float] = field(default_factory=list)
 
+    def go_round(self) -> None:
+        """Time a round."""
+        self.seconds.append(self.contender.seconds(self.batch, self.steps))
+
 
 def enter(contender: Contender, *, most: int, compiled: bool) -> Entry:
     """Find the batch of a contender, at most so many images, compile it if asked for, and let it run warm."""
@@ -219,6 +227,7 @@ def results_of(entry: Entry, peak: float | None) -> dict[str, Any]:
     tflops = contender.flops * median / 1e12
     return {
         "batch": batch,
+        "rounds": len(entry.seconds),
         "images_per_s": round(median, 1),
         "quartiles": [round(low, 1), round(high, 1)],
         "rows_per_s": round(median * contender.views, 1),
@@ -240,11 +249,11 @@ class Race:
         self.given, self.until = given, time.monotonic() + 60 * given.minutes
         name = device_name(given.device)
         self.peaks = next((peaks for part, peaks in PEAKS.items() if part in name), {})
-        self.found: dict[str, Any] = {"device": name, "torch": torch.__version__, "rounds": given.rounds}
+        self.found: dict[str, Any] = {"device": name, "commit": given.commit, "versions": versions()}
         self.found |= {"peak_tflops": self.peaks, "results": [], "errors": [], "left_out": []}
 
     def run(self) -> None:
-        """Go through modes and sizes, the most telling first; write down what is there after each."""
+        """Go through modes and sizes, the most telling first."""
         given = self.given
         side = TOY["image_size"] if given.toy else 224
         images = torch.randint(256, (given.batch, 3, side, side), dtype=torch.uint8, device=given.device)
@@ -253,12 +262,18 @@ class Race:
             for size in given.sizes:
                 for precision in given.precisions:
                     self.race(size, images, {"mode": mode, "precision": precision})
-                    given.out.write_text(json.dumps(self.found, indent=1) + "\n")
+
+    def write(self) -> None:
+        """Write down what is there."""
+        made = self.given.out.with_suffix(".part")
+        made.write_text(json.dumps(self.found, indent=1) + "\n")
+        made.rename(self.given.out)
 
     def race(self, size: str, images: Tensor, how: dict[str, str]) -> None:
         """Time all models of a size against each other, as far as there is time."""
         torch.compiler.reset()  # of the networks of the race before
-        contenders, entries = [], []
+        contenders: list[tuple[dict[str, Any], Contender]] = []
+        entries: list[tuple[dict[str, Any], Entry]] = []
         for case in CASES[size]:
             views = masking_of(case.preset, case.settings)["num_views"]
             label = {"model": case.model, "size": size, "preset": case.preset, "views": views, "form": case.form} | how
@@ -266,25 +281,31 @@ class Race:
             contenders += [(label, contender) for contender in self.attempt(make, label)]
         for label, contender in contenders:
             begin = partial(enter, contender, most=len(images), compiled=how["mode"] == "compiled")
-            entries += [(label, entry) for entry in self.attempt(begin, label)]
+            kept = self.given.rounds * ROUND * (len(entries) + 1)  # seconds for the rounds of those that are ready
+            entries += [(label, entry) for entry in self.attempt(begin, label, kept=kept)]
+        racing, before, peak = entries, len(self.found["results"]), self.peaks.get(how["precision"])
         for _ in range(self.given.rounds):
-            for _, entry in entries:
-                entry.seconds.append(entry.contender.seconds(entry.batch, entry.steps))
-        for label, entry in entries:
-            line = label | results_of(entry, self.peaks.get(how["precision"]))
-            self.found["results"].append(line)
+            racing = [(label, entry) for label, entry in racing if self.attempt(entry.go_round, label)]
+            timed = [(label, entry) for label, entry in entries if len(entry.seconds) > 1]
+            self.found["results"][before:] = [label | results_of(entry, peak) for label, entry in timed]
+            named = [label for label, _ in timed]  # that there was no time for all their rounds, `rounds` says
+            self.found["left_out"] = [label for label in self.found["left_out"] if label not in named]
+            self.write()
+        for line in self.found["results"][before:]:
             print(json.dumps(line), file=sys.stderr, flush=True)
 
-    def attempt(self, work: Callable[[], T], label: dict[str, Any]) -> list[T]:
-        """Return what comes of some work; nothing if there is no time left, or if it fails, which is noted."""
-        if time.monotonic() > self.until:
+    def attempt(self, work: Callable[[], T], label: dict[str, Any], *, kept: float = 0.0) -> list[T]:
+        """Return what comes of some work; nothing if it fails, or if only `kept` seconds are left, which is noted."""
+        late, done = time.monotonic() + kept > self.until, []
+        if late:
             self.found["left_out"].append(label)
-            return []
-        try:
-            return [work()]
-        except Exception as error:  # of a compiler, of another library, or out of memory: the others go on
-            self.found["errors"].append(label | {"error": f"{type(error).__name__}: {str(error)[:300]}"})
-            return []
+        else:
+            try:
+                done = [work()]
+            except Exception as error:  # of a compiler, of another library, or out of memory: the others go on
+                self.found["errors"].append(label | {"error": f"{type(error).__name__}: {str(error)[:300]}"})
+        self.write()
+        return done
 
 
 def main() -> None:
@@ -297,9 +318,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="what would begin later is left out")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--toy", action="store_true", help="networks of nothing, to see that this program works")
+    parser.add_argument("--commit", default="", help="of the program, to be noted")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    given = parser.parse_args()
     torch._dynamo.config.recompile_limit = 100  # networks that share a forward pass are each compiled, not just eight
-    Race(parser.parse_args()).run()
+    Race(given).run()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ and only they see the test part. The arm `untrained` takes one step at rate 0. T
 `run` goes on with what is missing below docs/results/NAME, one JSON file a run; a run that was cut off resumes in
 --work, or begins again on another machine. It computes with a copy of the program, made from the last commit when
 --work was new, so that development goes on beside it.
+A stored result of another rate, or of other settings, than the file asks for now stops it with a line that names it.
 IMAGES is a folder train/CLASS/IMAGE and test/CLASS/IMAGE.
 """
 
@@ -23,7 +24,6 @@ import json
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,6 +32,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,15 @@ class Job:
 
 
 class Study:
-    """What a YAML file asks for, and which of it is there."""
+    """What a YAML file asks for, and which of it is there.
+
+    Args:
+        path: The file.
+        teacher: Backbone file that TEACHER in it stands for.
+    """
 
     def __init__(self, path: Path, teacher: str = "TEACHER"):
-        self.name, self.asked = path.stem, yaml.safe_load(path.read_text().replace("TEACHER", teacher))
+        self.name, self.asked, self.teacher = path.stem, yaml.safe_load(path.read_text()), teacher
         if "like" in self.asked:  # another study, of which all is taken but its arms, runs and contrasts
             like = yaml.safe_load(path.with_name(f"{self.asked['like']}.yaml").read_text())
             self.asked = merge({key: like[key] for key in SHARED}, self.asked)
@@ -100,10 +106,32 @@ class Study:
         derived = {"batch_size": batch_size, "steps": steps, "seed": job.seed}
         return merge(merged, derived | {"optim": {"blr": blr, "warmup_epochs": warmup}})
 
+    def timed(self, arm: str) -> Settings:
+        """All settings of the training step of an arm that is timed."""
+        return self.settings(Job(arm, 1, 0, 1e-3, True))
+
+    def config(self, settings: Settings) -> str:
+        """Write settings as a file for `dmjd pretrain --config`."""
+        return yaml.safe_dump(settings).replace("TEACHER", self.teacher)
+
     def result(self, job: Job) -> Settings | None:
-        """Read what a job gave, if it is done."""
+        """Read what a job gave, if it is done.
+
+        Raises:
+            SystemExit: If what is stored is of another rate or of other settings than are asked for now.
+        """
         path = self.folder / f"{job.name}.json"
-        return read(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        found = read(path)
+        asked, stored = {"rate": job.rate, **self.settings(job)}, {"rate": found["rate"], **found["settings"]}
+        others = sorted(key for key in asked.keys() | stored.keys() if asked.get(key) != stored.get(key))
+        if others:
+            raise SystemExit(
+                f"error: what is stored is not what {self.name}.yaml asks for, but differs in {', '.join(others)}; "
+                f"{path}; move the file away, or take the change of the study back"
+            )
+        return found
 
     def rate_jobs(self, arm: str) -> list[Job]:
         """List the runs of an arm's search that are known to be needed: beside the best rate, both neighbours."""
@@ -222,8 +250,10 @@ class Machine:
                 table.writerows([each, each.parent.name, "train"] for each in trained)
                 table.writerows([each, each.parent.name, "test"] for each in held_out)
 
-    def dmjd(self, *words: object, log: Path) -> tuple[str, dict[str, float]]:
-        """Run a command; return the last line that it prints, and its seconds and CPU seconds.
+    def dmjd(self, *words: object, run: Path, part: str) -> str:
+        """Run a command; return the last line that it prints.
+
+        What it takes is added up in the folder `run`, under the name `part`, also if it stops, to be resumed later.
 
         Raises:
             InterruptedError: If it was told to stop.
@@ -233,7 +263,7 @@ class Machine:
         if self.device == "cpu":
             environment["OMP_NUM_THREADS"] = "1"
         command = [sys.executable, "-m", "dmjd.cli", *map(str, words), "--workers", "0", "--device", self.device]
-        began = time.perf_counter()
+        began, log = time.perf_counter(), run / "log.txt"
         with log.open("a") as errors:
             process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
         self.running.add(process)
@@ -245,27 +275,24 @@ class Machine:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         self.running.discard(process)
+        cost = {"seconds": time.perf_counter() - began, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+        add_cost(run / "spent.json", part, cost)
         if process.returncode and self.stopped.is_set():
             raise InterruptedError
         if process.returncode:
             raise RuntimeError(f"exit {process.returncode}: {' '.join(command[3:])}; see {log}")
-        cost = {
-            "seconds": round(time.perf_counter() - began, 1),
-            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        }
-        return printed.strip().rpartition("\n")[2], cost
+        return printed.strip().rpartition("\n")[2]
 
     def do(self, job: Job) -> None:
         """Train, judge and write down one job."""
         settings = self.study.settings(job)
         run = self.work / job.name
         run.mkdir(parents=True, exist_ok=True)
-        config, log = run / "study.yaml", run / "log.txt"
-        config.write_text(yaml.safe_dump(settings))
+        config = run / "study.yaml"
+        config.write_text(self.study.config(settings))
         tune, final = self.work / "tune.csv", self.work / "final.csv"
-        spent: dict[str, dict[str, float]] = {}
         words = ["--config", config, "--data", tune, "--out", run / "pretrain"]
-        _, spent["pretrain"] = self.dmjd("pretrain", *words, *resumption(run / "pretrain"), log=log)
+        self.dmjd("pretrain", *words, *resumption(run / "pretrain"), run=run, part="pretrain")
         backbone = run / "pretrain" / "backbone.safetensors"
         measures: dict[str, Settings] = {}
         for judge in ["linear"] if job.searching else self.study.asked["judges"]:
@@ -276,9 +303,8 @@ class Machine:
             if verb == "finetune":
                 words += ["--seed", job.seed, *self.study.asked["finetune"][fraction].split()]
                 words += resumption(run / judge)
-            line, spent[judge] = self.dmjd(*words, log=log)
-            measures[judge] = json.loads(line)
-        summary = json.loads((run / "pretrain" / "summary.json").read_text())
+            measures[judge] = json.loads(self.dmjd(*words, run=run, part=judge))
+        summary, spent = read(run / "pretrain" / "summary.json"), read(run / "spent.json")
         views = settings["masking"]["num_views"]
         found = {
             "study": self.study.name,
@@ -291,6 +317,7 @@ class Machine:
             "spent": spent,
             "device": device_name(self.device),
             "commit": self.commit,
+            "versions": versions(),
             "settings": settings,
         }
         path = self.study.folder / f"{job.name}.json"
@@ -341,6 +368,16 @@ class Machine:
                 done.result()
 
 
+def add_cost(path: Path, part: str, cost: dict[str, float]) -> None:
+    """Add what a command took to what earlier ones took for the same part of a run."""
+    spent = read(path) if path.is_file() else {}
+    before = spent.get(part, {})
+    spent[part] = {name: round(before.get(name, 0) + value, 1) for name, value in cost.items()}
+    made = path.with_suffix(".part")
+    made.write_text(json.dumps(spent))
+    made.rename(path)
+
+
 def resumption(out: Path) -> list[str]:
     """Ask to go on with a run, if there is one."""
     return ["--resume"] if out.exists() else []
@@ -356,20 +393,28 @@ def device_name(device: str) -> str:
     return next((line.partition(": ")[2] for line in known if line.startswith("model name")), "cpu")
 
 
-def measure_times(study: Study, images: Path, device: str) -> None:
-    """Time and count a training step of every arm on data that is there: in turns, one thread, median and quartiles.
+def versions() -> dict[str, str]:
+    """Look up with what is computed."""
+    return {name: version(name) for name in ("torch", "timm")}
 
-    Counted are the floating-point operations of matrix products and convolutions, forward, backward and of targets.
+
+def measure_times(study: Study, images: Path, device: str) -> None:
+    """Time and count a training step of every arm on data that is there: in turns, one thread.
+
+    Stored are all rounds, and the settings that they are of. Counted are the floating-point operations of matrix
+    products, attention and convolutions, forward, backward and of targets.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
+
+    from dmjd.planning.work import FORMULAS
 
     steps = {arm: training_step(study, arm, images, device) for arm in study.arms}
     torch.set_num_threads(1)
     seconds: dict[str, list[float]] = {arm: [] for arm in steps}
     flops: dict[str, float] = {}
     for arm, step in steps.items():
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             for _ in range(STEPS):
                 step()
         flops[arm] = counter.get_total_flops() / STEPS
@@ -383,10 +428,12 @@ def measure_times(study: Study, images: Path, device: str) -> None:
     arms = {}
     for arm, times in seconds.items():
         rows = study.asked["arms"][arm].get("rows", study.asked["rows"])
-        low, median, high = (1000 * each / rows for each in statistics.quantiles(times, n=4))
-        quartiles = {"low": round(low, 3), "high": round(high, 3)}
-        arms[arm] = {"ms_per_row": round(median, 3), **quartiles, "mflop_per_row": round(flops[arm] / rows / 1e6, 2)}
-    found = {"device": device_name(device), "torch": torch.__version__, "rounds": ROUNDS, "arms": arms}
+        arms[arm] = {
+            "ms_per_row": [round(1000 * each / rows, 3) for each in times],
+            "mflop_per_row": round(flops[arm] / rows / 1e6, 2),
+            "settings": study.timed(arm),
+        }
+    found = {"device": device_name(device), "versions": versions(), "arms": arms}
     study.folder.mkdir(parents=True, exist_ok=True)
     (study.folder / "times.json").write_text(json.dumps(found, indent=1) + "\n")
 
@@ -417,7 +464,8 @@ def training_step(study: Study, arm: str, images: Path, device: str) -> Any:
     from dmjd.tasks.pretrain import create
 
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:
-        yaml.safe_dump(study.settings(Job(arm, 1, 0, 1e-3, True)), config)
+        config.write(study.config(study.timed(arm)))
+        config.flush()
         words = ["pretrain", "--data", str(images), "--config", config.name]
         _, bound, _ = application(layers_of(words)).parse_args(words)
     settings = bound.arguments["settings"]
@@ -463,6 +511,8 @@ def main() -> None:
         machine = Machine(study, given.data, given.work, given.device, until)
         machine.prepare()
         machine.work_off(given.jobs)
+        if machine.stopped.is_set():
+            break
 
 
 if __name__ == "__main__":

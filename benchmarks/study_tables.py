@@ -6,10 +6,11 @@ Says what is missing. The protocol is docs/results/protocol.md.
 """
 
 import argparse
+import math
 import statistics
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 from scipy.stats import t
@@ -20,13 +21,38 @@ NAMES = {"linear": "linear", "knn": "k-NN", "finetune-0.01": "tuned, 1 %", "fine
 Runs = dict[tuple[str, float], dict[int, Settings]]  # by arm and budget, then by seed
 
 
+class Time(NamedTuple):
+    """What `study.py time` found of an arm: milliseconds a row in every round, and MFLOP a row."""
+
+    rounds: list[float]
+    mflop: float
+
+    def minutes(self, rows: int) -> float:
+        """Tell how long a run of so many rows takes, by the median of the rounds."""
+        return rows * statistics.median(self.rounds) / 6e4
+
+
+class Ratio(NamedTuple):
+    """How many times as long the other side takes: median and quartiles of the rounds, in which both took turns."""
+
+    low: float
+    median: float
+    high: float
+
+    def __str__(self) -> str:
+        if self.median >= 1:
+            return f"{self.median:.2f}x less ({self.low:.2f} .. {self.high:.2f})"
+        return f"{1 / self.median:.2f}x more ({1 / self.high:.2f} .. {1 / self.low:.2f})"
+
+
 def runs_of(study: Study) -> Runs:
     """Collect the results that are there, in the order in which the study asks for them."""
     runs: Runs = {}
     for arm, budget, seed in study.cells():
-        path = study.folder / f"{Job(arm, budget, seed, 0.0, False).name}.json"
-        if path.is_file():
-            runs.setdefault((arm, budget), {})[seed] = read(path)
+        rate = study.rate(arm)
+        found = study.result(Job(arm, budget, seed, math.nan if rate is None else rate, False))  # no rate is NaN
+        if found:
+            runs.setdefault((arm, budget), {})[seed] = found
     return dict(sorted(runs.items(), key=lambda item: item[0][1]))
 
 
@@ -54,10 +80,15 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
 
 
-def times_of(study: Study) -> dict[str, Any]:
-    """Read what `study.py time` has measured, if it has."""
+def times_of(study: Study) -> dict[str, Time]:
+    """Read what `study.py time` has measured of arms as they are now."""
     path = study.folder / "times.json"
-    return dict(read(path)["arms"]) if path.is_file() else {}
+    stored = read(path)["arms"] if path.is_file() else {}
+    return {
+        arm: Time(stored[arm]["ms_per_row"], stored[arm]["mflop_per_row"])
+        for arm in study.arms
+        if stored.get(arm, {}).get("settings") == study.timed(arm)
+    }
 
 
 def table_of_runs(study: Study, runs: Runs) -> str:
@@ -69,8 +100,7 @@ def table_of_runs(study: Study, runs: Runs) -> str:
         one, time = next(iter(found.values())), times.get(arm)
         cost = ["", ""]
         if time:
-            minutes, tflop = one["rows"] * time["ms_per_row"] / 6e4, one["rows"] * time["mflop_per_row"] / 1e6
-            cost = [f"{minutes:.1f}", f"{tflop:.0f}"]
+            cost = [f"{time.minutes(one['rows']):.1f}", f"{one['rows'] * time.mflop / 1e6:.0f}"]
         scores = [spread([top1(run, judge) for run in found.values()]) for judge in judges]
         ranks = spread([run["measures"]["knn"]["rankme"] for run in found.values()])
         counts = [f"{one['steps']:,}", f"{one['images']:,}"]
@@ -86,11 +116,11 @@ def table_of_contrasts(study: Study, runs: Runs) -> str:
         cells = [(arm, float(budget)) for arm, _, budget in (side.rpartition("@") for side in sides)]
         ours, theirs = (runs.get(cell, {}) for cell in cells)
         seeds = sorted(ours.keys() & theirs.keys())
-        time = ""
+        ratio = None
         if seeds and all(arm in times for arm, _ in cells):
-            ms = [runs[cell][seeds[0]]["rows"] * times[cell[0]]["ms_per_row"] for cell in cells]
-            time = f"{ms[1] / ms[0]:.2f}x less" if ms[0] <= ms[1] else f"{ms[0] / ms[1]:.2f}x more"
-        row = [contrast["says"], *sides, len(seeds), time]
+            rows_of = (runs[cell][seeds[0]]["rows"] for cell in cells)
+            ratio = ratio_of(*((times[arm], number) for (arm, _), number in zip(cells, rows_of, strict=True)))
+        row = [contrast["says"], *sides, len(seeds), ratio or ""]
         for judge in study.asked["judges"]:
             differences = [top1(ours[seed], judge) - top1(theirs[seed], judge) for seed in seeds]
             cell = f"{statistics.mean(differences):+.1f}" if differences else ""
@@ -102,9 +132,25 @@ def table_of_contrasts(study: Study, runs: Runs) -> str:
             if judge == "linear" and len(differences) < 2:
                 verdict = ""
             row.append(cell)
+        if verdict and "time" in contrast:
+            verdict += f"; {contrast['time']:g}x less time: {time_verdict_of(ratio, contrast['time'])}"
         rows.append([*row, verdict])
     head = ["question", "arm", "against", "seeds", "time"]
     return markdown([*head, *(NAMES[judge] for judge in study.asked["judges"]), "so"], rows)
+
+
+def ratio_of(ours: tuple[Time, int], other: tuple[Time, int]) -> Ratio:
+    """Compare what two arms take for their numbers of rows, round by round."""
+    (time, rows), (other_time, other_rows) = ours, other
+    rounds = zip(time.rounds, other_time.rounds, strict=True)
+    return Ratio(*statistics.quantiles([other_rows * theirs / (rows * mine) for mine, theirs in rounds], n=4))
+
+
+def time_verdict_of(ratio: Ratio | None, wanted: float) -> str:
+    """Say whether something takes so many times less time, which a quartile on either side decides."""
+    if ratio is None:
+        return "not measured"
+    return "yes" if ratio.low >= wanted else "no" if ratio.high < wanted else "not shown"
 
 
 def verdict_of(low: float, high: float, margin: float | None) -> str:
@@ -112,7 +158,7 @@ def verdict_of(low: float, high: float, margin: float | None) -> str:
     if low > 0:
         return "better"
     if high < 0:
-        return "worse" if margin is None or high < -margin else "worse, within the margin"
+        return "worse, within the margin" if margin is not None and low > -margin else "worse"
     return "as good" if margin is not None and low > -margin else "no difference shown"
 
 
@@ -134,7 +180,7 @@ def write_figure(study: Study, runs: Runs) -> bool:
     curves: dict[str, list[tuple[float, float, list[float]]]] = {}
     for (arm, budget), found in runs.items():
         if arm in times:
-            minutes = next(iter(found.values()))["rows"] * times[arm]["ms_per_row"] / 6e4
+            minutes = times[arm].minutes(next(iter(found.values()))["rows"])
             curves.setdefault(arm, []).append((minutes, budget, [top1(run, "linear") for run in found.values()]))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -180,7 +226,10 @@ def write(study: Study) -> None:
     ]
     if write_figure(study, runs):
         lines.append(f"![accuracy over time; the numbers are effective epochs]({study.name}.png)\n")
-    waiting = ", ".join(job.name for job in missing) or "nothing"
+    times = times_of(study)
+    untimed = [arm for arm in dict.fromkeys(arm for arm, _, _ in study.cells()) if arm not in times]
+    names = [job.name for job in missing] + [f"time of {arm}" for arm in untimed]
+    waiting = ", ".join(names) or "nothing"
     lines.append(textwrap.fill(f"Missing now: {waiting}.", 118, break_long_words=False, break_on_hyphens=False) + "\n")
     study.folder.with_suffix(".md").write_text("\n".join(lines))
     print(f"{study.name}: {done} of {asked} runs; missing now: {waiting}")

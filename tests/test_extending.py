@@ -12,17 +12,21 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
 
+import dmjd
 import dmjd.tasks
 from dmjd import cli
 from dmjd.backbones import register_encoder
 from dmjd.data.source import register_source
+from dmjd.errors import ConfigError
 from dmjd.targets import register_target
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
@@ -86,7 +90,16 @@ def losses(run: Path) -> list[float]:
 
 
 def test_extending__every_example_is_short() -> None:
-    assert set(BLOCKS) == {"mean_color", "mean_vit", "sqlite", "duplicates_settings", "duplicates", "row"}
+    assert set(BLOCKS) == {
+        "mean_color",
+        "mean_vit",
+        "sqlite",
+        "duplicates_settings",
+        "duplicates",
+        "row",
+        "imported",
+        "own_masks",
+    }
     for name, code in BLOCKS.items():
         both = code + BLOCKS["duplicates_settings"] if name == "duplicates" else code
         lines = [line for line in both.splitlines() if line.strip()]
@@ -98,6 +111,31 @@ def test_extending__a_target_is_one_file(folder: Path) -> None:
     run = pretrain("--data", some_photos(), "--masked.target", "mean_color")
     assert len(losses(run)) >= 1
     assert "Every token is drawn in one color." in (run / "report.html").read_text()
+
+
+def test_extending__an_imported_target_is_known_until_the_process_ends(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_photos()
+    before = dict(register_target._entries)
+    settings = dict(zip(*[(word.removeprefix("--") for word in TINY)] * 2, strict=True))
+    names = {"settings": {"preset": "quick", **settings}}
+    exec(compile(BLOCKS["imported"].replace("minutes=10", "**settings"), "imported.py", "exec"), names)
+    assert names["run"].numbers["steps"] == 2
+    pretrained = "runs/colors/pretrained.safetensors"
+    assert dmjd.load_pretrained(pretrained).target.caption == "Every token is drawn in one color."
+    monkeypatch.setattr(register_target, "_entries", before)  # as in a new process
+    with pytest.raises(ConfigError, match=r"no target of this name; mean_color; .*import its module first, or install"):
+        dmjd.load_pretrained(pretrained)
+
+
+def test_extending__masks_of_ones_own_train_a_model() -> None:
+    names: dict[str, Any] = {}
+    exec(compile(BLOCKS["own_masks"], "own_masks.py", "exec"), names)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), dtype=np.uint8))
+    first, *_, last = (names["step"](images) for _ in range(5))
+    assert last.total < first.total
+    assert first.visible > 0
 
 
 def test_extending__a_backbone_is_one_file(folder: Path) -> None:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import yaml
 from PIL import Image
 
 import dmjd
+from dmjd.planning.work import StepParts, count
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -30,16 +33,25 @@ SHAPE = {"image_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_he
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """Two classes of six training and two test images."""
-    for part, count in (("train", 6), ("test", 2)):
+    for part, each in (("train", 6), ("test", 2)):
         for value, name in enumerate(("dark", "light")):
             folder = tmp_path / "images" / part / name
             folder.mkdir(parents=True)
-            for number in range(count):
+            for number in range(each):
                 pixels = np.random.default_rng(number).integers(100, size=(16, 16, 3), dtype=np.uint8) + np.uint8(
                     150 * value
                 )
                 Image.fromarray(pixels).save(folder / f"{number}.png")
     return tmp_path / "images"
+
+
+def make_kit(folder: Path, commit: str | None = None) -> Path:
+    """Make a kit whose program is the one that is tested, of a commit, or of the one that is checked out here."""
+    git = ["git", "-C", str(BENCHMARKS), "rev-parse", "HEAD"]
+    head = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    (folder / "site").mkdir(parents=True)
+    (folder / "site" / "commit").write_text(commit or head)
+    return folder
 
 
 def gpu(root: Path, *words: object, **variables: object) -> None:
@@ -55,16 +67,30 @@ def test_pack__takes_the_first_training_images_of_each_class_and_all_test_images
         names = set(archive.namelist())
     assert names == {
         f"{part}/{name}/{number}.png"
-        for part, count in (("train", 3), ("test", 2))
+        for part, each in (("train", 3), ("test", 2))
         for name in ("dark", "light")
-        for number in range(count)
+        for number in range(each)
     }
+
+
+def test_parts__refuse_a_kit_that_is_not_there_or_of_another_commit(tmp_path: Path) -> None:
+    for kit, said in ((tmp_path / "none", "no kit"), (make_kit(tmp_path / "old", "0" * 40), "of commit 0000000")):
+        with pytest.raises(subprocess.CalledProcessError) as refused:
+            gpu(BENCHMARKS, "correct", KIT=kit, OUT=tmp_path)
+        assert refused.value.returncode == 2
+        (line,) = refused.value.stderr.decode().splitlines()
+        assert said in line
+        assert str(kit) in line
 
 
 @pytest.mark.long
 def test_correct__finds_no_difference_between_a_cpu_and_itself(tmp_path: Path) -> None:
-    gpu(BENCHMARKS, "correct", "--toy", "--only", "masks", "crops", "step", KIT=tmp_path, OUT=tmp_path)
-    checks = json.loads((tmp_path / "correct.json").read_text())["checks"]
+    kit = make_kit(tmp_path / "kit")
+    gpu(BENCHMARKS, "correct", "--toy", "--only", "masks", "crops", "step", KIT=kit, OUT=tmp_path)
+    found = json.loads((tmp_path / "correct.json").read_text())
+    checks = found["checks"]
+    assert found["commit"] == (kit / "site" / "commit").read_text()
+    assert found["versions"] == {name: version(name) for name in ("torch", "timm")}
     assert {check["check"] for check in checks} == {"masks", "crops", "step"}
     assert {check["of"] for check in checks if check["check"] == "step"} == set(gpu_correct.PRESETS)
     assert all(check["difference"] == 0 for check in checks)
@@ -72,7 +98,8 @@ def test_correct__finds_no_difference_between_a_cpu_and_itself(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_correct__runs_are_equal_repeated_and_resumed_and_near_in_bf16(tmp_path: Path) -> None:
-    gpu(BENCHMARKS, "correct", "--toy", "--only", "curve", "repeat", "resume", "bf16", KIT=tmp_path, OUT=tmp_path)
+    kit = make_kit(tmp_path / "kit")
+    gpu(BENCHMARKS, "correct", "--toy", "--only", "curve", "repeat", "resume", "bf16", KIT=kit, OUT=tmp_path)
     checks = json.loads((tmp_path / "correct.json").read_text())["checks"]
     assert all(check["ok"] for check in checks)
     assert {check["of"] for check in checks} == set(gpu_correct.RUNS)
@@ -147,8 +174,10 @@ def test_results__count_what_the_rounds_took() -> None:
 @pytest.mark.slow
 def test_speed__times_every_model_against_the_plain_forms(tmp_path: Path) -> None:
     flags = ["--toy", "--sizes", "base", "--precisions", "bf16", "--modes", "eager", "--batch", 4, "--rounds", 2]
-    gpu(BENCHMARKS, "speed", *flags, KIT=tmp_path, OUT=tmp_path)
+    kit = make_kit(tmp_path / "kit")
+    gpu(BENCHMARKS, "speed", *flags, KIT=kit, OUT=tmp_path)
     found = json.loads((tmp_path / "speed.json").read_text())
+    assert found["commit"] == (kit / "site" / "commit").read_text()
     assert found["errors"] == found["left_out"] == []
     timed = [(line["model"], line["preset"], line["form"], line["views"]) for line in found["results"]]
     assert len(timed) == len(set(timed)) == len(gpu_speed.CASES["base"])
@@ -164,6 +193,44 @@ def test_speed__names_what_it_has_no_time_for(tmp_path: Path, monkeypatch: pytes
     found = json.loads((tmp_path / "speed.json").read_text())
     assert found["results"] == found["errors"] == []
     assert len(found["left_out"]) == sum(map(len, gpu_speed.CASES.values()))
+
+
+def test_speed__loses_nothing_else_where_one_model_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = (gpu_speed.Case("vit", "mae", {}), gpu_speed.Case("vit", "dm", {}))
+    monkeypatch.setattr(gpu_speed, "CASES", {"base": cases})
+    go_round = gpu_speed.Entry.go_round
+
+    def broken(entry: gpu_speed.Entry) -> None:
+        if entry.contender.views == 2 and len(entry.seconds) == 1:
+            raise RuntimeError("the kernel is broken")
+        written.append(json.loads((tmp_path / "speed.json").read_text())["results"])
+        go_round(entry)
+
+    written: list[list[dict[str, object]]] = []
+    monkeypatch.setattr(gpu_speed.Entry, "go_round", broken)
+    flags = ["--device", "cpu", "--toy", "--sizes", "base", "--modes", "eager", "--precisions", "fp32", "--batch", "1"]
+    monkeypatch.setattr(sys, "argv", ["gpu_speed.py", *flags, "--rounds", "3", "--out", str(tmp_path / "speed.json")])
+    gpu_speed.main()
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert [(line["preset"], line["rounds"]) for line in found["results"]] == [("mae", 3)]
+    assert [(line["preset"], line["error"]) for line in found["errors"]] == [
+        ("dm", "RuntimeError: the kernel is broken")
+    ]
+    assert [line["rounds"] for line in written[-1]] == [2]  # what a program that is killed in the last round leaves
+
+
+def test_contender__counts_attention_and_depthwise_convolutions_as_a_plan_does() -> None:
+    images = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8)
+    for case in (gpu_speed.Case("vit", "dm", {}), gpu_speed.Case("convvit", "dmjd", {})):
+        contender = gpu_speed.Contender(case, "base", images, precision="fp32", toy=True)
+        parts = StepParts(
+            create=partial(gpu_speed.create, case, "base", toy=True),
+            optimizer=lambda network: torch.optim.AdamW(network.parameters()),
+            image=(3, 32, 32),
+            masks=contender.masks,
+            hidden=contender.num_hidden,
+        )
+        assert contender.flops == pytest.approx(count(parts, precision="fp32", on_gpu=False).flops)
 
 
 TOY_STUDY = {
@@ -190,8 +257,7 @@ def test_study__brings_results_home_from_images_that_travelled_in_a_zip_file(ima
     for name in ("gpu.sh", "study.py"):
         shutil.copy(BENCHMARKS / name, root / "benchmarks")
     (root / "benchmarks" / "studies" / "toy.yaml").write_text(yaml.safe_dump(TOY_STUDY))
-    (kit / "site").mkdir(parents=True)  # the copy of the program: here the one that is tested
-    (kit / "site" / "commit").write_text("0" * 40)
+    make_kit(kit, "0" * 40)
     gpu(root / "benchmarks", "pack", images, kit / "images.zip")
     gpu(root / "benchmarks", "study", "toy", 5, 1, KIT=kit, OUT=out)
     with tarfile.open(out / "toy.tar") as archive:

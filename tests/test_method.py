@@ -2,15 +2,17 @@
 
 import ast
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 import dmjd
 from dmjd.backbones import Latents
+from dmjd.config import pretrain
 from dmjd.config.rules import PRESETS
 from dmjd.heads import Decoder
-from dmjd.losses import regression_loss
+from dmjd.losses import LOSSES, LossName, regression_loss
 from dmjd.masking import TokenIds
 
 SOURCE = Path(dmjd.__file__).parent
@@ -202,6 +204,10 @@ def test_method__reads_in_under_300_lines_of_code():
     assert sum(code_lines(SOURCE / f"{name}.py") for name in ("masking", "losses", "heads", "method")) < 300
 
 
+def test_losses__are_those_that_settings_name():
+    assert get_args(LossName) == get_args(pretrain.LossName) == tuple(LOSSES)
+
+
 METHOD = {"errors", "registry", "random", "masking", "losses", "backbones", "targets", "heads", "method"}
 MAY_IMPORT = {  # every room, and what it may import beside itself
     "errors": set(),
@@ -267,7 +273,7 @@ OF_LABELS = ("labelled", "segmentation", "detection", "builtin")
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        ("timm", ("backbones/", "engine/optim.py", "data/labelled.py", "formats/", "tasks/")),
+        ("timm", ("backbones/", "engine/optim.py", "engine/distributed.py", "data/labelled.py", "formats/", "tasks/")),
         ("torch.distributed", ("engine/distributed.py",)),
         # Its import takes two seconds, which every worker of a pre-training would spend.
         ("torchvision", ("evaluation/", "networks/", "reports/", *(f"data/{name}.py" for name in OF_LABELS))),

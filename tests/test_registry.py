@@ -51,6 +51,14 @@ def test_unknown_name(animals):
         animals.get("XXXX")
 
 
+def test_an_unknown_name_says_how_to_make_it_known(animals):
+    with pytest.raises(ConfigError, match=r"import its module first, or install it with an entry point of zoo$"):
+        animals.get("ibis")
+    animals.others = "a photograph"
+    with pytest.raises(ConfigError, match="small_dog, or give a photograph; one of your own: import its module"):
+        animals.get("ibis")
+
+
 def test_two_things_of_one_name():
     registry = Registry("animal", "zoo")
     registry("cat")(1)

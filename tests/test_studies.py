@@ -1,9 +1,13 @@
 """The program of the studies: what a run gets, which runs are missing, and a toy study from images to its tables."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import study as studies
 import study_tables
 
-from dmjd.cli import application, layers_of
-from dmjd.config.pretrain import PretrainSettings
+from dmjd.cli import settings_of
+from dmjd.masking import mask_counts
+from dmjd.planning.work import count
+from dmjd.tasks.plan import parts_of
 
+PROJECT = sorted((ROOT / "benchmarks" / "studies").glob("*.yaml"))
 TOY = {
     "question": "Does it run?",
     "data": {"classes": 2, "train": 8, "tune": 4},
@@ -54,16 +61,47 @@ def put(study: studies.Study, job: studies.Job, linear: float) -> None:
     """Write a result as if a job had run."""
     path = study.folder / f"{job.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"rate": job.rate, "measures": {"linear": {"top1": linear}}}))
+    measures = {"linear": {"top1": linear}, "knn": {"top1": linear, "rankme": 1.0}}
+    result = {"settings": study.settings(job), "measures": measures, "spent": {}, "device": "toy"}
+    path.write_text(json.dumps(vars(job) | result | {"steps": 2, "images": 8, "rows": 16}))
 
 
-def parsed(settings: dict[str, Any], folder: Path) -> PretrainSettings:
-    """Read the settings of a run as `dmjd pretrain --config` does."""
+def put_times(study: studies.Study, rounds: dict[str, list[float]]) -> None:
+    """Write times as if arms had been timed as they are."""
+    arms = {
+        arm: {"ms_per_row": values, "mflop_per_row": 1.0, "settings": study.timed(arm)}
+        for arm, values in rounds.items()
+    }
+    study.folder.mkdir(parents=True, exist_ok=True)
+    (study.folder / "times.json").write_text(json.dumps({"arms": arms}))
+
+
+def write_images(folder: Path, parts: dict[str, int]) -> Path:
+    """Write so many images of noise for each part and class, one class dark, the other light."""
+    generator = np.random.default_rng(0)
+    for part, number_each in parts.items():
+        for value, name in enumerate(("dark", "light")):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(number_each):
+                pixels = generator.integers(100, size=(16, 16, 3), dtype=np.uint8) + np.uint8(150 * value)
+                Image.fromarray(pixels).save(folder / part / name / f"{number}.png")
+    return folder
+
+
+def machine_of(study: studies.Study, folder: Path) -> studies.Machine:
+    """Make ready what runs a study on its images with the program that is tested, not a copy of it."""
+    (folder / "work" / "site").mkdir(parents=True, exist_ok=True)
+    (folder / "work" / "site" / "commit").write_text("0" * 40)
+    machine = studies.Machine(study, folder / "images", folder / "work", "cpu", until=time.monotonic() + 3600)
+    machine.prepare()
+    return machine
+
+
+def parsed(settings: dict[str, Any], folder: Path, verb: str = "pretrain") -> Any:
+    """Read the settings of a run as a verb does by --config."""
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(settings))
-    words = ["pretrain", "--data", "d", "--config", str(config)]
-    _, bound, _ = application(layers_of(words)).parse_args(words, exit_on_error=False, print_error=False)
-    return bound.arguments["settings"]
+    return settings_of(verb, data="d", config=str(config))
 
 
 def test_settings__give_every_arm_the_same_rows_and_the_rate_that_was_searched(toy: Path, tmp_path: Path) -> None:
@@ -113,13 +151,98 @@ def test_verdict__of_an_interval_and_a_margin() -> None:
     assert study_tables.verdict_of(-0.9, 0.5, None) == "no difference shown"
     assert study_tables.verdict_of(-0.9, -0.1, 1.0) == "worse, within the margin"
     assert study_tables.verdict_of(-3.0, -1.1, 1.0) == "worse"
+    assert study_tables.verdict_of(-3.0, -0.5, 1.0) == "worse"
     low, high = study_tables.interval([1.0, 2.0, 3.0])
     assert (low, high) == pytest.approx((2 - 2.484, 2 + 2.484), abs=1e-3)  # t of 2 degrees: 4.303
 
 
+def test_result__of_another_rate_or_other_settings_stops_with_a_line_that_names_it(toy: Path) -> None:
+    study = studies.Study(toy)
+    job = studies.Job("two", 1, 0, 1e-3, False)
+    put(study, job, 0.5)
+    path = study.folder / "two@1-0.json"
+    assert study.result(job)
+    with pytest.raises(SystemExit, match=f"differs in optim, rate; {path};"):
+        study.result(studies.Job("two", 1, 0, 2e-3, False))
+    toy.write_text(yaml.safe_dump(TOY | {"arms": TOY["arms"] | {"two": {"masking": {"num_views": 2}}}}))
+    for act in (studies.Study.missing, study_tables.write):
+        with pytest.raises(SystemExit, match=f"differs in masking, optim; {path};"):
+            act(studies.Study(toy))
+
+
+def test_result__that_counts_is_refused_while_the_search_for_its_rate_goes_on(toy: Path) -> None:
+    toy.write_text(yaml.safe_dump(TOY | {"rates": {"values": [1e-3, 2e-3, 4e-3], "budget": 1}}))
+    study = studies.Study(toy)
+    put(study, studies.Job("two", 1, 0, 1e-3, False), 0.5)
+    with pytest.raises(SystemExit, match="differs in"):
+        study_tables.runs_of(study)
+
+
+def test_results__that_are_stored_are_what_the_studies_ask_for() -> None:
+    seen = 0
+    for path in PROJECT:
+        study = studies.Study(path)
+        study.missing()
+        study_tables.runs_of(study)
+        for stored in study.folder.rglob("*@*.json"):
+            found = studies.read(stored)
+            job = studies.Job(*(found[name] for name in ("arm", "budget", "seed", "rate", "searching")))
+            assert study.folder / f"{job.name}.json" == stored
+            assert study.result(job)
+            seen += 1
+    assert seen
+
+
+def test_tables__count_a_run_once_that_two_parts_ask_for(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy.write_text(yaml.safe_dump(TOY | {"runs": [*TOY["runs"], {"cells": ["two@1"], "seeds": 3}]}))
+    put(studies.Study(toy), studies.Job("two", 1, 0, 1e-3, False), 0.5)
+    study_tables.write(studies.Study(toy))
+    assert "1 of 5 runs" in capsys.readouterr().out
+
+
+def test_tables__compare_times_round_by_round_and_ask_for_those_of_arms_that_have_changed(toy: Path) -> None:
+    contrast = {"of": "two@1", "against": "untrained@0", "margin": 1.0, "says": "training"}
+    contrasts = [contrast | {"time": wanted} for wanted in (2, 3, 5)]
+    toy.write_text(yaml.safe_dump(TOY | {"contrasts": contrasts}))
+    study = studies.Study(toy)
+    for seed in (0, 1):
+        put(study, studies.Job("two", 1, seed, 1e-3, False), 0.5)
+        put(study, studies.Job("untrained", 0, seed, 0.0, False), 0.5)
+    put_times(study, {"two": [1.0, 2.0, 4.0], "untrained": [4.0, 4.0, 16.0]})
+    study_tables.write(study)
+    page = study.folder.with_suffix(".md").read_text()
+    assert "| 2 | 4.00x less (2.00 .. 4.00) |" in page
+    verdicts = {
+        wanted: f"as good; {wanted}x less time: {said} |" for wanted, said in ((2, "yes"), (3, "not shown"), (5, "no"))
+    }
+    assert all(verdict in page for verdict in verdicts.values())
+    assert "Missing now: nothing." in page
+    path = study.folder / "times.json"
+    stored = json.loads(path.read_text())
+    stored["arms"]["two"]["settings"]["decoder"]["depth"] = 2
+    path.write_text(json.dumps(stored))
+    study_tables.write(study)
+    page = study.folder.with_suffix(".md").read_text()
+    assert "as good; 3x less time: not measured |" in page
+    assert "Missing now: time of two." in page
+
+
+@pytest.mark.parametrize("path", PROJECT, ids=lambda path: path.stem)
+def test_arms__of_the_project_hide_what_their_ratio_says(path: Path) -> None:
+    study = studies.Study(path)
+    for arm in study.arms:
+        settings = study.settings(studies.Job(arm, 1, 0, 1e-3, False))
+        masking = settings["masking"]
+        side = settings["model"]["image_size"] // settings["model"]["patch_size"]
+        for share in (1, *settings["crop"].get("progressive", ())):
+            tokens = round(share * side) ** 2
+            hidden, _ = mask_counts((round(share * side),) * 2, **masking)
+            assert hidden == pytest.approx(masking["mask_ratio"] * tokens, abs=2), f"{arm}: {hidden} of {tokens}"
+
+
 @pytest.mark.long
 def test_studies__of_the_project_name_arms_that_they_describe_and_dmjd_takes(tmp_path: Path) -> None:
-    for path in sorted((ROOT / "benchmarks" / "studies").glob("*.yaml")):
+    for path in PROJECT:
         study = studies.Study(path)
         cells = {f"{arm}@{budget:g}" for arm, budget, _ in study.cells()}
         named = {each[side] for each in study.asked.get("contrasts", ()) for side in ("of", "against")}
@@ -129,40 +252,42 @@ def test_studies__of_the_project_name_arms_that_they_describe_and_dmjd_takes(tmp
             assert parsed(study.settings(studies.Job(arm, 1, 0, 1e-3, False)), tmp_path).lr == pytest.approx(1e-3)
 
 
-def test_times__count_smaller_crops_as_less_work(toy: Path, tmp_path: Path) -> None:
-    for number in range(16):
-        path = tmp_path / "images" / "train" / f"class{number % 2}" / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((16, 16, 3), number, np.uint8)).save(path)
-    growing = {"two": TOY["arms"]["two"], "growing": TOY["arms"]["two"] | {"crop": {"progressive": [0.5]}}}
-    toy.write_text(yaml.safe_dump(TOY | {"arms": growing, "runs": [{"cells": ["two@1", "growing@1"], "seeds": 1}]}))
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Undo that timing takes one thread."""
     threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_times__keep_all_rounds_and_count_what_a_plan_counts_and_smaller_crops_as_less(
+    toy: Path, tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studies, "ROUNDS", 2)
+    write_images(tmp_path / "images", {"train": 8})
+    two = TOY["arms"]["two"]
+    arms = {"two": two, "growing": two | {"crop": {"progressive": [0.5]}}, "hybrid": {"model": {"backbone": "convvit"}}}
+    cells = [f"{arm}@1" for arm in arms]
+    toy.write_text(yaml.safe_dump(TOY | {"arms": arms, "runs": [{"cells": cells, "seeds": 1}]}))
     study = studies.Study(toy)
     studies.measure_times(study, tmp_path / "images", "cpu")
-    torch.set_num_threads(threads)
-    arms = json.loads((study.folder / "times.json").read_text())["arms"]
-    assert arms["growing"]["mflop_per_row"] / arms["two"]["mflop_per_row"] == pytest.approx((1 + 1 / 4) / 2, rel=0.1)
+    times = study_tables.times_of(study)
+    assert [len(times[arm].rounds) for arm in arms] == [2, 2, 2]
+    assert times["growing"].mflop / times["two"].mflop == pytest.approx((1 + 1 / 4) / 2, rel=0.1)
+    for arm in ("two", "hybrid"):
+        settings = parsed(study.timed(arm), tmp_path, "plan")
+        work = count(parts_of(settings), precision="fp32", on_gpu=False)
+        assert times[arm].mflop == pytest.approx(work.flops / settings.masking.num_views / 1e6, abs=0.005)
 
 
 @pytest.mark.slow
 def test_toy_study__runs_from_images_to_tables_and_does_not_run_twice(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    generator = np.random.default_rng(0)
-    for part, count in (("train", 12), ("test", 4)):
-        for value, name in enumerate(("dark", "light")):
-            folder = tmp_path / "images" / part / name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = generator.integers(100, size=(16, 16, 3), dtype=np.uint8) + np.uint8(150 * value)
-                Image.fromarray(pixels).save(folder / f"{number}.png")
+    write_images(tmp_path / "images", {"train": 12, "test": 4})
     toy.write_text(yaml.safe_dump(TOY | {"runs": [{"cells": ["two@1"], "seeds": 1}]}))
-    site = tmp_path / "work" / "site"  # the copy of the program: here the one that is tested
-    site.mkdir(parents=True)
-    (site / "commit").write_text("0" * 40)
     study = studies.Study(toy)
-    machine = studies.Machine(study, tmp_path / "images", tmp_path / "work", "cpu", until=time.monotonic() + 3600)
-    machine.prepare()
+    machine = machine_of(study, tmp_path)
     monkeypatch.setattr(studies.signal, "signal", lambda *_: None)
     machine.work_off(1)
     assert study.missing() == []
@@ -180,6 +305,51 @@ def test_toy_study__runs_from_images_to_tables_and_does_not_run_twice(
     assert "nothing" in capsys.readouterr().out
     machine.dmjd = None  # type: ignore[assignment]
     machine.work_off(1)
+
+
+@pytest.fixture
+def own_handlers() -> Iterator[None]:
+    """Undo that a study handles signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.slow
+def test_study__stopped_by_minutes_or_by_a_signal_goes_on_and_adds_up_what_it_spent(
+    toy: Path, tmp_path: Path, own_handlers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "images", {"train": 12, "test": 4})
+    common = studies.merge(TOY["common"], {"monitor": {"log_every": 5}})
+    runs = [{"cells": ["two@150"], "seeds": 1}]
+    toy.write_text(yaml.safe_dump(TOY | {"common": common, "judges": ["linear"], "runs": runs}))
+    study = studies.Study(toy)
+    run = tmp_path / "work" / "toy" / "two@150-0"
+    metrics, spent = run / "pretrain" / "metrics.jsonl", run / "spent.json"
+
+    machine = machine_of(study, tmp_path)
+    machine.until = time.monotonic()
+    machine.work_off(1)
+    assert machine.stopped.is_set()
+
+    def stop_when_it_trains() -> None:
+        while not metrics.is_file() or '"loss"' not in metrics.read_text():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_when_it_trains, daemon=True).start()
+    machine_of(study, tmp_path).work_off(1)
+    assert [job.name for job in study.missing()] == ["two@150-0"]
+    begun, before = metrics.read_text(), studies.read(spent)["pretrain"]["cpu_seconds"]
+    assert 0 < json.loads(begun.splitlines()[-1])["step"] < 300
+
+    monkeypatch.setattr(studies.shutil, "rmtree", lambda _: None)  # to see how the run went
+    machine_of(study, tmp_path).work_off(1)
+    (result,) = study_tables.runs_of(study)["two", 150.0].values()
+    assert result["spent"]["pretrain"]["cpu_seconds"] > before
+    assert metrics.read_text().startswith(begun)  # with the seconds of then: it was not begun anew
+    assert json.loads(metrics.read_text().splitlines()[-1])["step"] == 300
 
 
 @pytest.mark.slow

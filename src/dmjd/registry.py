@@ -28,10 +28,11 @@ class Registry(Generic[T]):
     Args:
         noun: What the things are called in messages, in the singular.
         package: The package whose modules register things, and the group of the entry points.
+        others: What may be given beside the names, for messages.
     """
 
-    def __init__(self, noun: str, package: str):
-        self.noun, self.package = noun, package
+    def __init__(self, noun: str, package: str, others: str = ""):
+        self.noun, self.package, self.others = noun, package, others
         self._entries: dict[str, T] = {}
         self._loaded = False
 
@@ -59,14 +60,16 @@ class Registry(Generic[T]):
         """Look up what was registered under a name.
 
         Raises:
-            ConfigError: If there is no such name; the message has the nearest one, or all of them.
+            ConfigError: If there is no such name; the message has the nearest one, or all of them, and how to add one.
         """
         self._load()
         if name in self._entries:
             return self._entries[name]
         nearest = get_close_matches(name, self._entries, n=1)
         advice = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(self.names())}"
-        raise ConfigError(f"no {self.noun} of this name; {name}; {advice}")
+        others = f", or give {self.others}" if self.others else ""
+        own = f"one of your own: import its module first, or install it with an entry point of {self.package}"
+        raise ConfigError(f"no {self.noun} of this name; {name}; {advice}{others}; {own}")
 
     def _load(self) -> None:
         if self._loaded:

@@ -1,6 +1,7 @@
 """One rank or two, copied or shared out: the same run."""
 
 import json
+import os
 import signal
 from contextlib import contextmanager
 from itertools import product
@@ -15,6 +16,7 @@ from prefork import start_ranks
 from ranks import Case, run
 from safetensors.torch import load_file
 
+from dmjd.cli import main
 from dmjd.engine.device import choose_device
 from dmjd.engine.distributed import Ranks, join_ranks
 from dmjd.errors import ConfigError
@@ -210,6 +212,32 @@ def test_join_ranks__without_torchrun_there_is_no_process_group(monkeypatch):
         assert ranks.agree(True, False) == [True, False]
         assert ranks.gather("it") == ["it"]
         assert list(ranks.share([1, 2, 3])) == [1, 2, 3]
+
+
+def test_join_ranks__several_tasks_of_srun_without_torchrun_are_refused(monkeypatch, capsys, images, tmp_path):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    words = ["pretrain", "--preset", "quick", "--data", images, "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: srun has started 8 processes that do not know of each other; ")
+    assert "torchrun" in said
+    assert "dmjd plan --script slurm" in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with join_ranks("cpu") as ranks:
+        assert ranks.world_size == 1
+
+
+@pytest.mark.long
+def test_two_ranks__the_first_walks_a_folder_and_the_other_takes_its_listing(images, tmp_path, monkeypatch):
+    os.utime(images, (1e9, 1e9))
+    monkeypatch.setenv("DMJD_DATA", str(tmp_path / "kept"))
+    ranks = start_ranks([images, str(tmp_path)], Path(__file__).with_name("walks.py"))
+    said = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], said
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["1 21", "0 21"]
 
 
 def test_join_ranks__without_memory_a_verb_ends_with_a_line():

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dmjd.engine import checkpoint
 from dmjd.engine.watch import this_process
 
 GONE = 30.0  # seconds after which nobody is left
@@ -102,7 +103,8 @@ def test_rank__killed_or_stopped_it_is_named_and_all_processes_are_gone_in_30_s(
         assert run.agent.returncode != 0
         if number == signal.SIGSTOP:
             assert errors(said) == [
-                f"error: rank {culprit} (process {pid}) was stopped for 10 s; all processes end; go on with --resume"
+                f"error: rank {culprit} (process {pid}) was stopped for 10 s; all processes end; "
+                f"{tmp_path / 'run'}; go on with --resume"
             ]
         else:  # torchrun says so
             assert re.search(rf"rank\s*: {culprit} \(local_rank: {culprit}\)\n\s*exitcode\s*: -9 \(pid: {pid}\)", said)
@@ -112,16 +114,42 @@ def test_rank__killed_or_stopped_it_is_named_and_all_processes_are_gone_in_30_s(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.slow)])
-def test_torchrun__killed_it_is_named_and_all_ranks_and_their_workers_are_gone_in_30_s(
-    ranks: int, colours: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("ranks", "number"),
+    [
+        (2, signal.SIGUSR1),
+        *(pytest.param(ranks, signal.SIGKILL, marks=pytest.mark.slow) for ranks in (1, 2)),
+    ],
+)
+def test_torchrun__killed_or_ended_by_a_signal_the_ranks_save_and_all_are_gone_in_30_s(
+    ranks: int, number: signal.Signals, colours: Path, tmp_path: Path
 ) -> None:
     with running(ranks, colours, tmp_path) as run:
-        run.agent.kill()
+        run.agent.send_signal(number)
         seconds = run.seconds_until_all_are_gone()
-        expected = f"error: torchrun (process {run.agent.pid}) has ended; all processes end; go on with --resume"
-        assert errors(run.said.read_text()) == [expected]
-        print(f"SIGKILL of torchrun with {ranks} ranks: {seconds:.1f} s")
+        said = run.said.read_text()
+        assert f"warning: torchrun (process {run.agent.pid}) has ended; all processes stop\n" in said
+        stops = re.findall(r"^stopped by SIGTERM at step (\d+); .*; go on with --resume$", said, re.MULTILINE)
+        newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
+        assert newest is not None
+        assert [checkpoint.read_state(newest)["step"]] == [int(step) for step in stops]
+        assert not errors(said)
+        print(f"{number.name} of torchrun with {ranks} ranks: {seconds:.1f} s")
+
+
+@pytest.mark.slow
+def test_torchrun__killed_and_a_rank_that_hangs_it_is_left_after_the_time_that_torchrun_has_for_it(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "6")  # before the 10 s after which a stopped rank is named
+    with running(2, colours, tmp_path) as run:
+        run.ranks[1].suspend()
+        run.agent.kill()
+        run.seconds_until_all_are_gone()
+        assert errors(run.said.read_text()) == [
+            f"error: torchrun (process {run.agent.pid}) has ended, and rank 0 did not stop within 6 s; "
+            f"all processes end; {tmp_path / 'run'}; go on with --resume"
+        ]
 
 
 @pytest.mark.slow
@@ -159,10 +187,13 @@ def test_is_stopped__tells_a_stopped_process_from_a_running_one_and_from_a_later
         while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
             time.sleep(0.01)
         assert seen.is_stopped
+        assert not seen.runs
         assert not seen._replace(started="1").is_stopped
         process.kill()
     assert not seen.is_stopped
+    assert not seen.runs
     assert not this_process(0).is_stopped
+    assert this_process(0).runs
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

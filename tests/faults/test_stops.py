@@ -1,5 +1,7 @@
 """Signals, a second process, numbers that are none: what a run does then, and that nothing is lost."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -19,6 +21,8 @@ import dmjd.tasks.pretrain
 from dmjd import DMJD
 from dmjd.cli import main
 from dmjd.engine import checkpoint
+from dmjd.engine.claim import claim
+from dmjd.engine.distributed import Ranks
 from dmjd.engine.loop import step_if
 from dmjd.engine.trainer import Trainer
 from dmjd.evaluation import monitor
@@ -200,6 +204,18 @@ def test_pretrain__a_second_process_in_the_same_directory_is_refused_and_harms_n
     step = checkpoint.read_state(reached)["step"]
     assert main([*resumption(data, out), "--steps", str(step + 1), "--allow_change", "steps"]) == 0
     assert not (out / ".lock").exists()
+
+
+def test_claim__where_nothing_can_be_locked_that_is_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with claim(tmp_path / "run", resume=False, ranks=Ranks(torch.device("cpu"))):
+        said = capsys.readouterr().err
+    assert said == f"warning: nothing can be locked here; {tmp_path / 'run'}; start no second process in it\n"
 
 
 # -- numbers that are none ---------------------------------------------------------------------------------------------

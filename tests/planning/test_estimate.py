@@ -23,7 +23,7 @@ JOB = Job(
     steps=1000,
     batch_size=1024,
     accumulation=1,
-    image_bytes=1e5,
+    image_bytes={"files": 1e5, "prepared": 2e5},
     parallel="ddp",
     network=25e9,
     storage=2e9,
@@ -39,7 +39,8 @@ def test_look_ahead__hours_and_cost_follow_from_images_and_steps() -> None:
     assert found.hours == pytest.approx(1000 * 1.034 / 3600)
     assert (found.device_hours, found.cost) == (found.hours, 2 * found.hours)
     assert found.images_per_second == pytest.approx(1024 / 1.034)
-    assert found.storage == pytest.approx(1e5 * found.images_per_second)
+    assert found.storage["files"] == pytest.approx(1e5 * found.images_per_second)
+    assert found.storage["prepared"] == pytest.approx(2e5 * found.images_per_second)
     assert found.cores["files"] == pytest.approx(found.images_per_second / 538)
     four = look_ahead(JOB, WORK, H100, SPEED, 4)
     assert four.device_hours == pytest.approx(4 * four.hours)

@@ -1,5 +1,7 @@
 """The run of a plan as a script."""
 
+import subprocess
+
 import pytest
 
 from dmjd.errors import ConfigError
@@ -17,3 +19,17 @@ def test_slurm__the_signal_goes_to_the_steps_and_the_cores_too():
     script = slurm(["dmjd", "pretrain"], 16, hours=10.0, cores=64, out="runs/a")
     assert 'scancel --signal=TERM "$SLURM_JOB_ID"' in script
     assert 'SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"' in script
+
+
+def test_slurm__two_jobs_on_a_machine_have_a_port_each_and_what_a_cluster_asks_for_has_a_line():
+    script = slurm(["dmjd", "pretrain"], 16, hours=10.0, cores=64, out="runs/a")
+    given = next(line for line in script.splitlines() if line.startswith("port="))
+    ports = [
+        int(subprocess.check_output(["bash", "-c", f"SLURM_JOB_ID={job}; {given}; echo $port"]))
+        for job in (7, 81230008)
+    ]
+    assert ports == [20007, 20008]
+    assert '--rdzv-endpoint "$first:$port"' in script
+    comments = [line for line in script.splitlines() if line.startswith(("##SBATCH", "# source"))]
+    for word in ("--account=", "--partition=", "--mem=", "activate"):
+        assert any(word in line for line in comments)

@@ -44,6 +44,7 @@ FOUND: dict[str, Any] = {
     "image_size": 64,
     "patch_size": 8,
     "data_pages": None,
+    "pages_unsaid": False,
     "samples_per_second": 300.0,
     "decode_share": 0.6,
     "decoded_bytes": 2e9,
@@ -115,6 +116,7 @@ def test_page__of_a_set_in_order_says_so(tmp_path: Path) -> None:
         ({"broken": 1}, "Training leaves them out"),
         ({"refused": 1}, "1 of 1,000 files does not fit the others, which are read as images of 3 channels"),
         ({"labels": {"train": {"a": 5}, "val": {"a": 5, "b": 5}}}, "1 held-out class has no training images: b."),
+        ({"pages": {5: 7}, "pages_unsaid": True}, "Files have several pages (7 of 5 pages), which may be channels of"),
         ({"types": {"uint8": 5, "uint16": 6}}, "Values are of different types: 5 uint8, 6 uint16."),
     ],
 )
@@ -133,6 +135,7 @@ def test_problems__are_said_in_words(change: dict[str, Any], words: str) -> None
             {"pages": {3: 7}, "data_pages": "frames"},
             "Files have several pages (7 of 3 pages); they were looked at as frames",
         ),
+        ({"pages": {3: 1}}, "Files have several pages (1 of 3 pages); they were refused."),
         ({"flat": 4}, "Images of an even surface: 4."),
         ({"long": 4}, "Images more than five times as long as wide: 4."),
         ({"labels": {"train": {"a": 500, "b": 5}}}, "The largest class has 500 images, the smallest 5."),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -125,9 +126,33 @@ def test_doctor__looks_at_pages_as_frames_where_most_files_have_some(
         scenes[0].save(tmp_path / "set" / f"{number}.tif", save_all=True, append_images=scenes[1:])
     found = examine(capsys, tmp_path / "set", "--out", tmp_path / "found")
     assert (found["images"], found["refused"]) == (12, 0)
-    assert "--data_pages frames" in found["command"]
-    bands = examine(capsys, tmp_path / "set", "--out", tmp_path / "found", "--data_pages", "bands", "--in_chans", 12)
+    bands = examine(capsys, tmp_path / "set", "--out", tmp_path / "found", "--data_pages", "bands")
     assert (bands["images"], bands["refused"]) == (3, 0)
+    assert json.loads((tmp_path / "found" / "summary.json").read_text())["in_chans"] == 12
+
+
+def test_doctor__does_not_guess_what_pages_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("plates").mkdir()
+    for number in range(6):
+        pages = np.random.default_rng(number).integers(0, 4096, (5, 40, 44), dtype=np.uint16)
+        tifffile.imwrite(f"plates/{number}.tif", pages, photometric="minisblack")
+    assert main(["doctor", "plates"]) == 0
+    said = capsys.readouterr()
+    command = shlex.split(json.loads(said.out)["command"])
+    assert command == ["dmjd", "pretrain", "--data", "plates", "--out", "runs/plates"]
+    (line,) = said.err.splitlines()
+    assert "say --data_pages bands (channels of one image) or frames" in line
+    page = Path("doctor/report.html").read_text("utf-8")
+    assert "Files have several pages (6 of 5 pages), which may be channels of one image" in page
+    assert main([*command[1:], *shlex.split(TINY)]) == 3  # and not after all images are looked at as frames
+    assert capsys.readouterr().err == "error: 5 pages; plates/0.tif; say --data_pages bands or frames\n"
+    for pages, images in (("bands", 6), ("frames", 30)):
+        found = examine(capsys, "plates", "--data_pages", pages)
+        assert (found["images"], found["command"]) == (images, f"{shlex.join(command)} --data_pages {pages}")
+    assert "Files have several pages (6 of 5 pages); they were" in Path("doctor/report.html").read_text("utf-8")
 
 
 def test_doctor__recommends_what_training_cannot_find_out_by_itself(

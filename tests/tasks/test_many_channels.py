@@ -2,10 +2,12 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -164,3 +166,19 @@ def test_detect__trains_judges_and_predicts_images_of_twelve_channels(backbone, 
     predict = ["--predict", str(maps / "images" / "val" / "1.npy"), "--out", str(seen), "--device", "cpu"]
     assert main(["detect", "--backbone", str(out / "last.safetensors"), *predict]) == 0
     assert np.array(Image.open(seen / "overlays" / "1.jpg")).shape == (36, 50, 3)
+
+
+def test_pretrain__prints_commands_that_work_for_pages_as_channels(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("plates").mkdir()
+    for number in range(8):
+        tifffile.imwrite(f"plates/{number}.tif", pixels(number, np.zeros((36, 40), int)).transpose(2, 0, 1))
+    shape = "--model.image_size 32 --model.patch_size 8 --model.embed_dim 16 --model.depth 1 --model.num_heads 2"
+    head = "--decoder.embed_dim 16 --decoder.depth 1 --decoder.num_heads 2 --monitor.evals 0"
+    short = f"{shape} {head} --steps 2 --batch_size 4 --workers 0 --device cpu"
+    # The preset auto counts the channels, which are the pages here.
+    assert main(["pretrain", "--data", "plates", "--data_pages", "bands", "--out", "run", *short.split()]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].partition("then: ")[2]
+    assert main([*shlex.split(command)[1:], "--device", "cpu"]) == 0
+    assert np.load("features.npy").shape == (8, 16)
+    assert f"{command.replace(' --out features.npy', '')} --out features.npy" in Path("run/report.html").read_text()

@@ -32,6 +32,7 @@ def test_plan__prints_a_page_with_all_that_a_run_takes(capsys: pytest.CaptureFix
     assert "12,800 images, 3 epochs, batch 256: 150 steps on 8 x h100, bf16" in page
     for word in ("NETWORK", "MEMORY", "TIME", "AROUND", "MORE DEVICES", "OTHER DEVICES", "assumed", "cost"):
         assert word in page
+    assert "times the" not in page
     assert all(re.search(rf"^  {name} ", page, flags=re.MULTILINE) for name in listed())
     assert re.search(r"^  1,024 .* fewer images than devices$", page, flags=re.MULTILINE)
     assert max(map(len, page.splitlines())) <= 120
@@ -55,7 +56,37 @@ def test_plan__counts_and_weighs_the_images_of_a_folder(colours: Path, capsys: p
     sizes = [file.stat().st_size for file in (colours / "train").rglob("*.png")]
     assert printed["images"] == len(sizes) == 24
     assert printed["image_bytes"] == pytest.approx(sum(sizes) / len(sizes))
-    assert printed["plan"]["storage"] == pytest.approx(printed["image_bytes"] * printed["plan"]["images_per_second"])
+    per_second = printed["plan"]["images_per_second"]
+    assert printed["plan"]["storage"]["files"] == pytest.approx(printed["image_bytes"] * per_second)
+    assert printed["disk"]["files"] == pytest.approx(sum(sizes))
+
+
+def test_plan__of_a_large_set_says_its_steps_beside_the_recipes_and_what_storage_is_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    large = ["--images", 50_000_000, "--device", "h100", "--devices", 8]
+    printed = json.loads(plan(capsys, *large, "--json"))
+    recipe = printed["recipe"]
+    assert recipe["steps"] == round(400 * 1_281_167 / 512)
+    assert recipe["times"] == pytest.approx(400 * 50_000_000 / 256 / recipe["steps"])
+    assert printed["prepared_size"] == round(32 * 256 / 224)
+    assert printed["disk"] == pytest.approx({"files": 50e6 * 110e3, "prepared": 50e6 * 37**2 * 4 / 3 * 3})
+    page = write_plan(printed)
+    assert "That is 78.1 times the 1,000,912 steps of dm on ImageNet; --epochs 5.12 has as many." in page
+    assert re.search(r"^  storage .* MB/s \(above 2 GB/s\), by 110 kB an image; ", page, flags=re.MULTILINE)
+    assert re.search(r"^  on disk     5,500 GB; ", page, flags=re.MULTILINE)
+    assert re.search(r"^  reads .* a second, .* tar shards", page, flags=re.MULTILINE)
+    assert max(map(len, page.splitlines())) <= 120
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "hours"), [([], 101), (["--model.backbone", "vit", "--epochs", "800"], 132)])
+def test_plan__published_hours_are_near_those_at_the_default_utilisation(
+    flags: list[str], hours: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_imagenet = ["--images", "1281167", "--device", "a100-40", "--devices", "8", "--json"]
+    assert main(["plan", *flags, *of_imagenet]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["hours"] == pytest.approx(hours, rel=0.15)
 
 
 def test_plan__with_measure_it_trains_here_and_plans_with_that(capsys: pytest.CaptureFixture[str]) -> None:

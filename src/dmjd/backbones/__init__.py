@@ -56,7 +56,7 @@ class Encoder(Protocol):
 
 # A builder makes an untrained encoder: builder(size, *, image_size, patch_size, in_chans, **options). Its options are
 # those of the settings' section `model` that a user has set, such as `embed_dim`.
-register_encoder: Registry[Callable[..., Encoder]] = Registry("backbone", "dmjd.backbones")
+register_encoder: Registry[Callable[..., Encoder]] = Registry("backbone", "dmjd.backbones", "timm:NAME or a file")
 
 _ENCODERS: dict[type[nn.Module], Callable[[Any, Architecture], Encoder]] = {}
 

@@ -31,7 +31,7 @@ class DoctorSettings:
     """Channels of an image. Default: those that the headers of most files say, or 3 where there are no files."""
     data_pages: Annotated[Literal["bands", "frames"] | None, group("Images")] = None
     """What the pages of a TIFF are: bands of one image, or frames, each an image. Default: where most files have
-    several, they are looked at as frames."""
+    several, they are looked at as frames, and a warning says that this has to be said."""
 
     def __post_init__(self) -> None:
         within(1, 1_000_000_000, self, "max_images")

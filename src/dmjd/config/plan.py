@@ -33,8 +33,9 @@ class PlanSettings(PretrainSettings):
     """Images to train on. Default: those of --data."""
     devices: Annotated[int, group("Plan")] = 1
     """Devices that share a step; eight of them are a machine."""
-    utilisation: Annotated[float, group("Plan")] = 0.4
-    """Share of a device's peak that is reached; an assumption, for the device of this machine replaced by --measure."""
+    utilisation: Annotated[float, group("Plan")] = 0.15
+    """Share of a device's peak that is reached; an assumption, which published hours support; for the device of this
+    machine replaced by --measure."""
     price: Annotated[float | None, group("Plan")] = None
     """Price of a device for an hour, in any currency."""
     image_bytes: Annotated[float | None, group("Plan")] = None

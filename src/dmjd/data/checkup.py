@@ -92,14 +92,15 @@ def headers(parts: Mapping[str, Source], count: int = 64) -> list[Peek]:
 
 
 def open_as_most(
-    data: str, in_chans: int | None, pages: Literal["bands", "frames"] | None
+    data: str, in_chans: int | None, pages: Literal["bands", "frames"] | None, *, look: bool = False
 ) -> tuple[dict[str, Source], Wanted]:
-    """Open a set as most of its files want to be opened: with their channels, and pages as frames if they have some.
+    """Open a set as most of its files want to be opened: with the channels that they have.
 
     Args:
         data: What to open.
         in_chans: Channels, if they are known.
-        pages: What pages are, if that is known.
+        pages: What pages are, if that is known; files of several are refused otherwise.
+        look: Open pages as frames where most files have several and nothing is known of them, to look at each.
 
     Raises:
         DataError: If there is nothing of the name, or no image in it.
@@ -108,10 +109,10 @@ def open_as_most(
     wanted = Wanted(in_chans=in_chans or stored, pages=pages)
     parts = open_parts(data, wanted)
     seen = headers(parts)
-    channels, numbers = (Counter(getattr(each, name) for each in seen) for name in ("channels", "pages"))
+    channels = Counter(each.channels * (each.pages if pages == "bands" else 1) for each in seen)
     usual = channels.most_common(1)[0][0] if channels else stored
-    several = bool(numbers) and numbers[1] < numbers.total() / 2
-    fitting = Wanted(in_chans=in_chans or usual, pages=pages or ("frames" if several else None))
+    several = sum(each.pages > 1 for each in seen) > len(seen) / 2
+    fitting = Wanted(in_chans=in_chans or usual, pages=pages or ("frames" if look and several else None))
     return (parts if fitting == wanted else open_parts(data, fitting)), fitting
 
 

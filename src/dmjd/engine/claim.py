@@ -2,12 +2,13 @@
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from dmjd.engine.distributed import Ranks
+from dmjd.engine.distributed import Ranks, losing_others
 from dmjd.engine.signals import stop_signals
 from dmjd.errors import ConfigError, Stopped
 
@@ -21,19 +22,24 @@ def claim(out: Path, *, resume: bool, ranks: Ranks) -> Iterator[None]:
     Raises:
         ConfigError: If another process holds it; or it holds a run and it was not said to resume it; or there is no
             such directory and it was.
-        Stopped: When a signal comes; the message says whether the run can go on from a checkpoint.
+        Stopped: When a signal comes, or another rank has ended; the message says whether the run can go on from a
+            checkpoint.
     """
+
+    def advice() -> str:
+        kept = any((out / "checkpoints").glob("step-*"))
+        return f"{out}; " + ("go on with --resume" if kept else "nothing was to be saved yet")
+
     locks: list[IO[str]] = []
     missing = [folder for folder in (out, *out.parents) if ranks.is_main and not folder.exists()]
     ranks.on_main(lambda: locks.extend(_take(out, resume=resume)))
     try:
         if ranks.on_main((out / "config.yaml").exists) and not resume:
             raise ConfigError(f"there is a run already; {out}; add --resume to go on with it or choose another --out")
-        with stop_signals():
+        with stop_signals(advice), losing_others():
             yield
     except Stopped as stop:
-        kept = any((out / "checkpoints").glob("step-*"))
-        stop.said += f"; {out}; " + ("go on with --resume" if kept else "nothing was to be saved yet")
+        stop.said += f"; {advice()}"
         raise
     finally:
         for lock in locks:
@@ -55,14 +61,14 @@ def refuse_run(out: Path) -> None:
 
 
 def _take(out: Path, *, resume: bool) -> list[IO[str]]:
-    """Lock the directory, and write down who does; nothing is locked where the system cannot."""
+    """Lock the directory, and write down who does; where the system cannot lock, that is said on stderr."""
     if resume and not out.exists():
         raise ConfigError(f"there is no run to resume; {out}; leave --resume out, or check --out")
     out.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:  # Windows
-        return []
+        return _unlocked(out)
     while True:
         file = (out / LOCK).open("a+")
         try:
@@ -72,9 +78,9 @@ def _take(out: Path, *, resume: bool) -> list[IO[str]]:
             owner = file.read().strip() or "another process"
             file.close()
             raise ConfigError(f"{owner} works in it; {out}; wait for it, or choose another --out") from None
-        except OSError:
+        except OSError:  # Lustre and NFS have locks only where they are set up for it
             file.close()
-            return []
+            return _unlocked(out)
         # Whoever held it before may have removed the file between our opening and our locking it.
         with suppress(FileNotFoundError):
             if os.fstat(file.fileno()).st_ino == (out / LOCK).stat().st_ino:
@@ -84,3 +90,8 @@ def _take(out: Path, *, resume: bool) -> list[IO[str]]:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return [file]
+
+
+def _unlocked(out: Path) -> list[IO[str]]:
+    print(f"warning: nothing can be locked here; {out}; start no second process in it", file=sys.stderr)
+    return []

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -36,6 +37,9 @@ Parallel = Literal["ddp", "fsdp"]
 Compile = Literal["auto", "on", "off"]
 SMALLER = "give a smaller --batch_size, or choose cpu for --device"
 REPAID = 2000  # steps after which a minute or two of compiling have paid on a GPU
+# How long ranks wait for one that does something alone, such as listing tens of millions of files: torch's 30 minutes
+# are too short for it. Who is dead or stopped is found by `watch`, not by waiting; NCCL keeps its own 10 minutes.
+TIMEOUT = timedelta(hours=2)
 # A block of a transformer, by timm's names: what FSDP shards, and what is computed again, by itself.
 BLOCK = re.compile(r"(^|\.)blocks\d*\.\d+$")
 
@@ -111,6 +115,12 @@ class Ranks:
             raise outcome[1]
         return outcome[0]
 
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Let rank 0 do something, then the others the same, who find what it has left on disk; each has its result."""
+        done: list[T] = []
+        self.on_main(lambda: done.append(work()))
+        return done[0] if done else work()
+
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Average scalars over the ranks, which all have equally many images."""
         if self.world_size == 1:
@@ -128,9 +138,15 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         device: As `choose_device` takes it. Of several GPUs every rank has that of its place on the machine.
 
     Raises:
-        ConfigError: If the device is unknown, absent, or one for all ranks; from within, if there is no memory left.
+        ConfigError: If the device is unknown, absent, or one for all ranks; if srun has started several processes
+            without torchrun; from within, if there is no memory left.
         Stopped: If another rank has ended before its time.
     """
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # of srun alone; that of a job is in every batch script
+    if tasks != "1" and "WORLD_SIZE" not in os.environ:
+        such = f"srun has started {tasks} processes that do not know of each other; SLURM_STEP_NUM_TASKS"
+        how = "start torchrun in one task a node (see dmjd plan --script slurm), or set WORLD_SIZE=1 for runs apart"
+        raise ConfigError(f"{such}; {how}")
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if world_size > 1 and ":" in device:
         raise ConfigError(f"{world_size} processes cannot share a device; --device {device}; leave its number out")
@@ -145,21 +161,32 @@ def join_ranks(device: str) -> Iterator[Ranks]:
             return
         if ours:
             dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world_size)
-        ranks = Ranks(chosen, rank, world_size, dist.new_group(backend="gloo"))
+        ranks = Ranks(chosen, rank, world_size, dist.new_group(backend="gloo", timeout=TIMEOUT))
         processes[:] = ranks.gather(this_process(rank))
         if rank:
             nowhere = silence.enter_context(Path(os.devnull).open("w"))
             silence.enter_context(redirect_stdout(nowhere))
             silence.enter_context(redirect_stderr(nowhere))
-        try:
+        with losing_others():
             yield ranks
-        except RuntimeError as error:
-            if "gloo" not in str(error) and not isinstance(error, dist.DistError):
-                raise
-            reason = " ".join(str(error).split("] ", 1)[-1].split())[:80]
-            raise Stopped(f"stopped, as another process has ended ({reason}); go on with --resume") from None
     if ours:
         dist.destroy_process_group()  # not after an error: others may still wait for this rank, and would be waited for
+
+
+@contextmanager
+def losing_others() -> Iterator[None]:
+    """Stop where what is done together fails, as another rank has ended.
+
+    Raises:
+        Stopped: If so.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        reason = " ".join(str(error).split("] ", 1)[-1].split())[:80]
+        raise Stopped(f"stopped, as another process has ended ({reason})") from None
 
 
 class ParallelModel:

@@ -20,11 +20,15 @@ NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # some systems lack the last
 class _State:
     received: str | None = None
     patient = 0  # how many `patiently` are open
+    advice: Callable[[], str] | None = None
 
 
 @contextmanager
-def stop_signals() -> Iterator[None]:
+def stop_signals(advice: Callable[[], str]) -> Iterator[None]:
     """Listen to the signals that stop a run. One that is ignored, as SIGHUP is below nohup, stays ignored.
+
+    Args:
+        advice: Says, whenever it is asked, what can be done when the run has stopped.
 
     Raises:
         Stopped: When one comes and nothing is being done `patiently`.
@@ -45,11 +49,12 @@ def stop_signals() -> Iterator[None]:
         known = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
         listened = [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
         before = {number: signal.signal(number, receive) for number in listened}
+    _State.advice = advice
     try:
         yield
     finally:
         restore()
-        _State.received = None
+        _State.received = _State.advice = None
 
 
 @contextmanager
@@ -70,6 +75,12 @@ def stopping() -> bool:
 def stopped() -> Stopped:
     """Make what ends the run; on a rank that has no signal of its own, another one has."""
     return Stopped(f"stopped by {_State.received or 'a signal'}", _State.received)
+
+
+def what_then() -> str:
+    """Say what can be done after a stop, as the end of a line; nothing where there is no run to go on with."""
+    advice = _State.advice
+    return f"; {advice()}" if advice else ""
 
 
 def stoppable(items: Iterable[T], agree: Callable[[bool], list[bool]]) -> Iterator[T]:

@@ -21,7 +21,7 @@ class Job:
         steps: Of the optimizer.
         batch_size: Images in one, over all devices.
         accumulation: Parts of a step at least.
-        image_bytes: Mean size of a file.
+        image_bytes: Mean size of an image as a file, and in a set that is prepared.
         parallel: ddp or fsdp.
         network: Bytes/s between machines, for each device.
         storage: Bytes/s that the storage delivers.
@@ -31,7 +31,7 @@ class Job:
     steps: int
     batch_size: int
     accumulation: int
-    image_bytes: float
+    image_bytes: dict[str, float]
     parallel: str
     network: float
     storage: float
@@ -71,7 +71,7 @@ class Outlook(NamedTuple):
         cost: At the price.
         sent: Seconds of a step in which something is sent between devices; None where no link is known.
         hidden: Share of these that the computation covers.
-        storage: Bytes/s that are read.
+        storage: Bytes/s that are read, of files or of a set that is prepared.
         cores: That decode files, or a set that is prepared, for all devices.
         breaks: What goes wrong, the worst first; empty if nothing does.
     """
@@ -88,7 +88,7 @@ class Outlook(NamedTuple):
     cost: float | None
     sent: float | None
     hidden: float | None
-    storage: float
+    storage: dict[str, float]
     cores: dict[str, float]
     breaks: list[str]
 
@@ -129,14 +129,14 @@ def look_ahead(job: Job, work: Work, device: Device, speed: Pace, devices: int) 
     waited = max((sent or 0.0) - covers, 0.0)
     seconds = computed + speed.step + waited
     rate, hours = job.batch_size / seconds, job.steps * seconds / 3600
-    storage = rate * job.image_bytes
+    storage = {kind: rate * each for kind, each in job.image_bytes.items()}
     breaks = {
         "fewer images than devices": job.batch_size < devices,
         "the batch does not divide": job.batch_size % (devices * parts) != 0,
         "no memory for it": at_a_time > largest,
         f"fewer than {FEWEST} images at a time": at_a_time < FEWEST and device.kind == "gpu",
         "communication is longer than what hides it": waited > 0,
-        f"storage above {job.storage / 1e9:g} GB/s": storage > job.storage,
+        f"storage above {job.storage / 1e9:g} GB/s": storage["files"] > job.storage,
     }
     return Outlook(
         devices=devices,

@@ -11,6 +11,7 @@ LONGEST = 24  # hours of a job, which then goes on in another one
 MARGIN = 1.2  # of the hours planned
 NOTICE = 300  # seconds before its end in which a job saves
 PORT = 29500
+PORTS = 20000  # of a job of SLURM, and the 10,000 above: two jobs may share a machine
 MOST_WIDE = 110
 
 
@@ -52,12 +53,17 @@ def slurm(command: Sequence[str], devices: int, *, hours: float, cores: int, out
     nodes, each = machines(devices)
     limit = max(min(math.ceil(hours * MARGIN), LONGEST), 1)
     launch = ["srun", "torchrun", "--nnodes", '"$SLURM_NNODES"', "--nproc-per-node", str(each), "--rdzv-backend"]
-    launch += ["c10d", "--rdzv-endpoint", f'"$first:{PORT}"', "--rdzv-id", '"$SLURM_JOB_ID"']
+    launch += ["c10d", "--rdzv-endpoint", '"$first:$port"', "--rdzv-id", '"$SLURM_JOB_ID"']
     return f"""#!/bin/bash
 #SBATCH --job-name=dmjd --nodes={nodes} --ntasks-per-node=1 --gpus-per-node={each} --cpus-per-task={cores}
 #SBATCH --time={limit}:00:00 --signal=B:USR1@{NOTICE} --requeue --open-mode=append
+# What many clusters ask for beside that; take one of the two # away:
+##SBATCH --account=ACCOUNT --partition=PARTITION
+##SBATCH --mem=0  # all of a machine's memory
+# source ENVIRONMENT/bin/activate  # where torchrun and dmjd are
 mkdir -p {shlex.quote(out)}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$(({PORTS} + SLURM_JOB_ID % 10000))
 
 # {NOTICE} s before its time is over, the job has the run save and asks for another job, which goes on: --resume.
 again=

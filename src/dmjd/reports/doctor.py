@@ -66,7 +66,14 @@ def write_checkup(
 
 def problems(found: Mapping[str, Any]) -> list[Problem]:
     """Say what has to be put right, the worst first."""
-    checks: tuple[Callable[[Mapping[str, Any]], Problem | None], ...] = (leakage, broken, refused, classes, depths)
+    checks: tuple[Callable[[Mapping[str, Any]], Problem | None], ...] = (
+        leakage,
+        pages,
+        broken,
+        refused,
+        classes,
+        depths,
+    )
     return [problem for check in checks if (problem := check(found))]
 
 
@@ -80,6 +87,17 @@ def leakage(found: Mapping[str, Any]) -> Problem | None:
         "or almost. Every number measured on them is too good."
     )
     return what, "Remove them from one of the two parts; duplicates.tsv names them."
+
+
+def pages(found: Mapping[str, Any]) -> Problem | None:
+    """Pages that may be channels or images, which no file says."""
+    if not found["pages_unsaid"]:
+        return None
+    what = (
+        f"Files have several pages ({pages_listed(found)}), which may be channels of one image or images of their own. "
+        "Here they were looked at as images of their own; training stops at the first of them."
+    )
+    return what, "Say --data_pages bands or --data_pages frames, to doctor once more and then to the other verbs."
 
 
 def broken(found: Mapping[str, Any]) -> Problem | None:
@@ -131,14 +149,13 @@ def notes(found: Mapping[str, Any]) -> list[Problem]:
     """Say what is worth knowing, but needs nothing done at once."""
     low, high = found.get("value_range", (0, 0))
     smallest, largest = ([pick(part.values()) for part in found["labels"].values()] or [1] for pick in (min, max))
-    pages = listed({f"of {pages} pages": count for pages, count in found["pages"].items()})
     said: list[tuple[bool, str, str]] = [
         (found["equal"] > 0, f"Images that are exact copies of others: {found['equal']:,}.",
          "Training sees them more often than the rest; duplicates.tsv names them."),
         (found["near_pairs"] > 0, f"Pairs of images that are almost equal: {found['near_pairs']:,}.",
          "Look at a few below: they may be copies at another size or quality, or frames of one film."),
-        (bool(found["pages"]), f"Files have several pages ({pages}); they were looked at as "
-         f"{found['data_pages'] or 'one'}.",
+        (bool(found["pages"]) and not found["pages_unsaid"], f"Files have several pages ({pages_listed(found)}); they "
+         f"were {'looked at as ' + found['data_pages'] if found['data_pages'] else 'refused'}.",
          "Say --data_pages bands if the pages are channels of one image, --data_pages frames if each is an image."),
         ("mean" not in found, "All values are the same.", "Nothing can be learned from them; check the files."),
         (found["flat"] > 0, f"Images of an even surface: {found['flat']:,}.", "Look whether they are empty."),
@@ -153,6 +170,11 @@ def notes(found: Mapping[str, Any]) -> list[Problem]:
          "Say --data_range if you know better."),
     ]  # fmt: skip
     return [(what, advice) for holds, what, advice in said if holds]
+
+
+def pages_listed(found: Mapping[str, Any]) -> str:
+    """List how many files have how many pages."""
+    return listed({f"of {pages} pages": count for pages, count in found["pages"].items()})
 
 
 def listed(counts: Mapping[str, int], most: int = 8) -> str:

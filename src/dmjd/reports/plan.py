@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 GIB, MIB = 2**30, 2**20
+MANY_TIMES = 3  # the steps of the recipe, from which on that is said
+MANY_READS = 1000  # a second, from which on shared file systems, Lustre or NFS, may not open so many files; judgement
 
 
 def write_plan(found: Mapping[str, Any]) -> str:
@@ -25,11 +27,17 @@ def write_plan(found: Mapping[str, Any]) -> str:
 
 
 def _run(found: Mapping[str, Any]) -> list[str]:
+    recipe = found["recipe"]
+    longer = (
+        f"That is {short(recipe['times'])} times the {recipe['steps']:,} steps of {found['preset']} on ImageNet; "
+        f"--epochs {recipe['epochs']:.3g} has as many."
+    )
     return [
         f"{found['preset']}: {found['network']}, {found['image_size']} px, {found['views']} views that hide "
         f"{found['mask_ratio']:.0%}, target {found['target']}",
         f"{found['images']:,} images, {found['epochs']:.4g} epochs, batch {found['batch_size']}: "
         f"{found['steps']:,} steps on {found['plan']['devices']} x {found['device']['name']}, {found['precision']}",
+        *([longer] if recipe["times"] >= MANY_TIMES else []),
     ]
 
 
@@ -96,11 +104,18 @@ def _measured(found: Mapping[str, Any]) -> list[str]:
 
 def _surroundings(found: Mapping[str, Any]) -> list[str]:
     plan = found["plan"]
-    cores = plan["cores"]
+    cores, disk, reads = plan["cores"], found["disk"], plan["devices"] * plan["images_per_second"]
+    storage = {
+        kind: f"{each / 1e6:,.0f} MB/s" + f" (above {found['storage'] / 1e9:g} GB/s)" * (each > found["storage"])
+        for kind, each in plan["storage"].items()
+    }
+    shards = "; on a shared file system rather from tar shards than from files" if reads >= MANY_READS else ""
     lines = [
-        "AROUND THE DEVICES",
-        f"  storage     {plan['storage'] / 1e6:,.0f} MB/s, by {found['image_bytes'] / 1e3:,.0f} kB an image",
-        f"  decoding    {cores['files']:,.1f} cores, {cores['prepared']:,.1f} after dmjd prepare",
+        "AROUND THE DEVICES, in files and after dmjd prepare --size " + str(found["prepared_size"]),
+        f"  storage     {storage['files']}, by {found['image_bytes'] / 1e3:,.0f} kB an image; {storage['prepared']}",
+        f"  on disk     {short(disk['files'] / 1e9)} GB; {short(disk['prepared'] / 1e9)} GB",
+        f"  decoding    {cores['files']:,.1f} cores; {cores['prepared']:,.1f} cores",
+        f"  reads       {reads:,.0f} a second, in random order{shards}",
     ]
     if plan["sent"] is None:
         lines.append("  between     no link is known")

@@ -96,6 +96,7 @@ def write_report(run: Path, path: Path | None = None) -> Path:
         "finished": bool(facts),
         "now": record.now,
         "data": str(facts.get("data") or settings.get("data") or ""),
+        "pages": settings.get("data_pages"),
         "labels": bool(facts.get("labels", True)),
         "command": str(facts.get("command") or ""),
         "run": run,

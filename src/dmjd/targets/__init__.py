@@ -14,7 +14,6 @@ a class with what `Target` asks for, and a function that makes it of a `TargetRe
 from dataclasses import replace
 from pathlib import Path
 
-from dmjd.errors import ConfigError
 from dmjd.targets.concat import ConcatTarget
 from dmjd.targets.ema import EmaTeacher
 from dmjd.targets.hog import HOG, hog
@@ -49,8 +48,4 @@ def create_target(name: str, request: TargetRequest) -> Target:
     kind, _, argument = name.partition(":")
     if name.endswith(".safetensors") and kind not in register_target.names():
         kind, argument = "file", name
-    try:
-        build = register_target.get(kind)
-    except ConfigError as error:
-        raise ConfigError(f"{error}, or give timm:NAME, hf:NAME or a backbone.safetensors") from None
-    return build(replace(request, argument=argument))
+    return register_target.get(kind)(replace(request, argument=argument))

@@ -74,4 +74,6 @@ class TargetRequest:
             raise ConfigError(f"this target takes nothing after a colon; :{self.argument}; leave it out")
 
 
-register_target: Registry[Callable[[TargetRequest], Target]] = Registry("target", "dmjd.targets")
+register_target: Registry[Callable[[TargetRequest], Target]] = Registry(
+    "target", "dmjd.targets", "timm:NAME, hf:NAME or a backbone.safetensors"
+)

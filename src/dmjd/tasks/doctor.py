@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,7 +61,10 @@ def examine_set(settings: DoctorSettings) -> dict[str, Any]:
     began, data, out = time.perf_counter(), settings.data, settings.out
     if (Path(data) / SET).is_file():
         verify(Path(data))
-    parts, wanted = open_as_most(data, settings.in_chans, settings.data_pages)
+    parts, wanted = open_as_most(data, settings.in_chans, settings.data_pages, look=True)
+    if wanted.pages != settings.data_pages:
+        what = "most files have several pages, here looked at as images of their own"
+        print(f"warning: {what}; {data}; say --data_pages bands (channels of one image) or frames", file=sys.stderr)
     looks = look_at(parts, chosen(parts, settings.max_images, settings.seed), settings.workers)
     good = [each for each in looks if not each.fault]
     if not good:
@@ -78,7 +82,7 @@ def examine_set(settings: DoctorSettings) -> dict[str, Any]:
         found |= {"value_range": [values.statistics.levels.low, values.statistics.levels.high]}
     except DataError:  # all values are the same
         values = None
-    found |= advise(found, wanted, parts, good, settings.in_chans)
+    found |= advise(found, wanted, parts, good, settings)
     found["seconds"] = round(time.perf_counter() - began, 1)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "summary.json", json.dumps(found, indent=1))
@@ -102,6 +106,12 @@ def describe_files(data: str, parts: Mapping[str, Source], looks: Sequence[Look]
     sizes = [each.file_bytes for each in looks if each.file_bytes is not None]
     seen = [each.header for each in looks if each.header]
     faulty = [each for each in looks if each.fault]
+    # Every page of a file that is looked at as frames has the header of the file.
+    paged = {
+        (each.part, re.sub(r"#\d+$", "", each.name)): each.header.pages
+        for each in looks
+        if each.header and each.header.pages > 1
+    }
     return {
         "images": sum(map(len, parts.values())),
         "looked_at": len(looks),
@@ -113,7 +123,7 @@ def describe_files(data: str, parts: Mapping[str, Source], looks: Sequence[Look]
         "channels": dict(Counter(each.channels for each in seen).most_common()),
         "depths": dict(Counter(each.dtype for each in seen).most_common()),
         "turned": sum(each.turned > 1 for each in seen),
-        "pages": dict(Counter(each.pages for each in seen if each.pages > 1).most_common()),
+        "pages": dict(Counter(paged.values()).most_common()),
         "broken": sum(each.broken for each in faulty),
         "refused": sum(not each.broken for each in faulty),
         "reasons": dict(Counter(each.fault for each in faulty).most_common(20)),
@@ -160,11 +170,15 @@ def spread(numbers: Sequence[int]) -> dict[str, int]:
 
 
 def advise(
-    found: Mapping[str, Any], wanted: Wanted, parts: Mapping[str, Source], good: Sequence[Look], asked: int | None
+    found: Mapping[str, Any],
+    wanted: Wanted,
+    parts: Mapping[str, Source],
+    good: Sequence[Look],
+    settings: DoctorSettings,
 ) -> dict[str, Any]:
     """Choose settings that fit, and a command with those that `--preset auto` cannot find out by itself.
 
-    Measures how fast images can be read for that. `asked` are the channels that the user wants, if not the usual ones.
+    Measures how fast images can be read for that. What pages are is for the user to say: no command guesses it.
     """
     short = int(np.median([min(each.shape[1:]) for each in good]))
     size, patch = fitting_size(short)
@@ -172,18 +186,21 @@ def advise(
     share = speed.decode / max(speed.decode + speed.crop, 1e-9)
     largest = max(int(np.prod(each.shape)) * np.dtype(each.dtype).itemsize for each in good)
     ready = all(source.in_memory for source in parts.values()) or largest * found["images"] <= MEMORY_LIMIT
-    pages = ["--data_pages", wanted.pages] if wanted.pages else []
-    flags = ["--out", Path("runs") / name_of(found["data"]), *(["--model.in_chans", asked] if asked else []), *pages]
+    pages = ["--data_pages", settings.data_pages] if settings.data_pages else []
+    chans = ["--model.in_chans", settings.in_chans] if settings.in_chans else []
+    flags = ["--out", Path("runs") / name_of(found["data"]), *chans, *pages]
     broken = found["broken"] / found["looked_at"]
     if broken > RunSettings.max_bad:
         flags += ["--max_bad", min(math.ceil(110 * broken), 100) / 100]  # a tenth more, as it is perhaps of a sample
     prepare = ["--out", "SET", "--size", size * 8 // 7, "--in_chans", wanted.in_chans, *pages]
-    slow = not ready and share > SLOW and short > size
+    unsaid = wanted.pages != settings.data_pages
+    slow = not ready and share > SLOW and short > size and not unsaid
     return {
         "in_chans": wanted.in_chans,
         "image_size": size,
         "patch_size": patch,
         "data_pages": wanted.pages,
+        "pages_unsaid": unsaid,
         "decode_images_per_second": round(1 / max(speed.decode, 1e-9), 1),
         "samples_per_second": round(1 / max(speed.decode + speed.crop, 1e-9), 1),
         "decode_share": round(share, 3),

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dmjd.config.load import by_flag, read_yaml
-from dmjd.config.plan import PlanSettings
+from dmjd.config.plan import PlanRun, PlanSettings
 from dmjd.config.pretrain import SHAPE, PretrainSettings
 from dmjd.config.rules import PRESETS, flags_of, is_flat, plain
 from dmjd.data.checkup import file_of
@@ -35,6 +35,9 @@ from dmjd.reports.plan import write_plan
 
 USUAL_BYTES = 110e3  # mean size of a file of ImageNet
 WEIGHED = 200  # files
+IMAGENET = 1_281_167  # images for which published recipes were made
+PREPARED = 256 / 224  # side of a prepared image over that of the crops, as `dmjd prepare` has it by default
+SHAPED = 4 / 3  # long side over short side of a usual photograph
 WIDEST = 1024  # devices in the table
 # What the command of a script has from the plan, or leaves to the machine that it runs on.
 OWN = {"device", "resume", "config", "debug", "optim.accumulation"}
@@ -63,11 +66,12 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     parts = parts_of(settings)
     precision = precision_of(settings, device)
     work = count(parts, precision=precision, on_gpu=device.kind == "gpu")
+    side = round(PREPARED * min(settings.model.image_hw))
     job = Job(
         steps=run.num_steps(images),
         batch_size=run.batch_size,
         accumulation=settings.optim.accumulation,
-        image_bytes=image_bytes,
+        image_bytes={"files": image_bytes, "prepared": side**2 * SHAPED * settings.model.in_chans},
         parallel=run.parallel,
         network=settings.network * 1e9,
         storage=settings.storage * 1e9,
@@ -82,7 +86,11 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     found = {
         **describe(settings, work, precision, images),
         "image_bytes": image_bytes,
+        "prepared_size": side,
+        "disk": {kind: images * each for kind, each in job.image_bytes.items()},
+        "storage": job.storage,
         "steps": job.steps,
+        "recipe": beside_recipe(run, job.steps, images),
         "device": asdict(device) | {"usable": device.usable},
         "speed": asdict(speed),
         "measured": compare(trial, work, device, precision) if trial else None,
@@ -200,6 +208,17 @@ def describe(settings: PlanSettings, work: Work, precision: str, images: int) ->
         "network_bandwidth": settings.network * 1e9,
         "work": asdict(work) | {"trained": work.trained},
     }
+
+
+def beside_recipe(run: PlanRun, steps: int, images: int) -> dict[str, Any]:
+    """Compare the steps of a run with those of its recipe on ImageNet, which are what was found to be enough.
+
+    Returns:
+        The recipe's steps, how many times as many the run has, and the epochs of these images with as many.
+    """
+    recipe = flags_of(PretrainSettings) | by_flag(read_yaml(PRESETS / f"{run.preset}.yaml"))
+    enough = recipe["steps"] or round(recipe["epochs"] * IMAGENET / recipe["batch_size"])
+    return {"steps": enough, "times": steps / enough, "epochs": enough * run.batch_size / images}
 
 
 # -- how fast ----------------------------------------------------------------------------------------------------------

@@ -303,7 +303,8 @@ def finish(
     write_atomically(out / "summary.json", json.dumps(summary, indent=1))
     page = write_report(out)
     verb = ["knn"] if has_labels(parts.train) else ["embed", "--out", "features.npy"]
-    then = shlex.join(["dmjd", *verb, "--backbone", str(path), "--data", data])
+    pages = ["--data_pages", settings.run.data_pages] if settings.run.data_pages else []
+    then = shlex.join(["dmjd", *verb, "--backbone", str(path), "--data", data, *pages])
     print(f"{verdict.kind}: {verdict.line}" + (f"; try {verdict.advice}" if verdict.advice else ""))
     print(f"done in {run.seconds:.0f} s; look at {page}; then: {then}")
     return summary
