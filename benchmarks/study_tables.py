@@ -102,10 +102,11 @@ def table_of_runs(study: Study, runs: Runs) -> str:
         if time:
             cost = [f"{time.minutes(one['rows']):.1f}", f"{one['rows'] * time.mflop / 1e6:.0f}"]
         scores = [spread([top1(run, judge) for run in found.values()]) for judge in judges]
-        ranks = spread([run["measures"]["knn"]["rankme"] for run in found.values()])
+        ranks = [spread([run["measures"]["knn"]["rankme"] for run in found.values()])] if "knn" in judges else []
         counts = [f"{one['steps']:,}", f"{one['images']:,}"]
-        rows.append([arm, f"{budget:g}", len(found), f"{one['rate']:g}", *counts, *cost, *scores, ranks])
-    return markdown([*head, *(NAMES[judge] for judge in judges), "RankMe"], rows)
+        rows.append([arm, f"{budget:g}", len(found), f"{one['rate']:g}", *counts, *cost, *scores, *ranks])
+    last = ["RankMe"] if "knn" in judges else []  # of the features that k-NN compared
+    return markdown([*head, *(NAMES[judge] for judge in judges), *last], rows)
 
 
 def table_of_contrasts(study: Study, runs: Runs) -> str:
