@@ -113,14 +113,8 @@ def test_rank__killed_or_stopped_it_is_named_and_all_processes_are_gone_in_30_s(
         print(f"{number.name} of rank {culprit}: {seconds:.1f} s")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("ranks", "number"),
-    [
-        (2, signal.SIGUSR1),
-        *(pytest.param(ranks, signal.SIGKILL, marks=pytest.mark.slow) for ranks in (1, 2)),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "number"), [(2, signal.SIGUSR1), (1, signal.SIGKILL), (2, signal.SIGKILL)])
 def test_torchrun__killed_or_ended_by_a_signal_the_ranks_save_and_all_are_gone_in_30_s(
     ranks: int, number: signal.Signals, colours: Path, tmp_path: Path
 ) -> None:
