@@ -172,7 +172,8 @@ def table_of_rates(study: Study) -> str:
         scores = [f"{job.rate:g}: {top1(result, 'linear'):.1f}" for job, result in found if result]
         if scores:
             rows.append([arm, ", ".join(scores)])
-    return markdown(["arm", f"linear probe at {study.asked['rates']['budget']:g} effective epochs, by peak rate"], rows)
+    head = ["arm", f"linear probe at {study.asked['rates']['budget']:g} effective epochs, by peak rate"]
+    return markdown(head, rows) if rows else "No rates were searched.\n"
 
 
 def write_figure(study: Study, runs: Runs) -> bool:
