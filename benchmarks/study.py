@@ -75,9 +75,10 @@ class Study:
 
     def __init__(self, path: Path, teacher: str = "TEACHER"):
         self.name, self.asked, self.teacher = path.stem, yaml.safe_load(path.read_text()), teacher
-        if "like" in self.asked:  # another study, of which all is taken but its arms, runs and contrasts
+        if "like" in self.asked:  # another study, of which all is taken but runs, contrasts and, if there are own, arms
             like = yaml.safe_load(path.with_name(f"{self.asked['like']}.yaml").read_text())
-            self.asked = merge({key: like[key] for key in SHARED}, self.asked)
+            shared = SHARED if "arms" in self.asked else (*SHARED, "arms")
+            self.asked = merge({key: like[key] for key in shared}, self.asked)
         self.folder = RESULTS / self.name
 
     @property
