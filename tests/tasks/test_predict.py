@@ -205,6 +205,14 @@ def test_predict__a_users_mistake_is_one_line(file, data, code, said, backbones,
     assert line.startswith(f"error: {said}")
 
 
+def test_predict__a_file_of_a_format_that_it_does_not_write_is_refused_before_anything_is_read(tmp_path, capsys):
+    out = tmp_path / "seen.json"
+    assert main(["predict", "--backbone", "nowhere", "--data", "nowhere", "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: --out {out}: there are no .json files of predictions; take .csv or .jsonl"
+    assert not out.exists()
+
+
 # -- segmenters and detectors ------------------------------------------------------------------------------------------
 
 

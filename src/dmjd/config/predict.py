@@ -8,6 +8,9 @@ from cyclopts import Parameter
 
 from dmjd.config.common import BackboneSettings, ReadSettings, flat, group
 from dmjd.config.rules import within
+from dmjd.errors import ConfigError
+
+UNWRITTEN = (".json", ".tsv", ".txt", ".parquet")  # endings that ask for a file, of a format that is not there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +49,6 @@ class PredictSettings:
 
     def __post_init__(self) -> None:
         within(1, 1_000_000, self, "top")
+        if self.out.suffix in UNWRITTEN:
+            ending = self.out.suffix
+            raise ConfigError(f"--out {self.out}: there are no {ending} files of predictions; take .csv or .jsonl")
