@@ -407,6 +407,13 @@ def test_config_yaml__of_every_verb_has_its_flags_as_keys_and_reads_back(verb: s
     assert bound.arguments["settings"] == settings
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--resume=true", "--resume=Yes"])
+def test_config_yaml__is_what_a_run_is_resumed_with_however_the_flag_is_written(flag: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("preset: mae\nepochs: 7\nmasking: {num_views: 2, predict_ratio: 1.0}\n")
+    settings = settings_of("pretrain", "--data", "d", "--out", str(tmp_path), flag)
+    assert (settings.run.epochs, settings.masking.num_views, settings.run.resume) == (7, 2, True)
+
+
 def test_config_yaml__spoilt_it_is_named_when_the_run_is_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """What keeps the source readable is checked: sizes of functions, names of classes, one file for a verb."""
 
 import ast
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -52,3 +53,10 @@ def test_classes__have_names_of_their_own():
         if isinstance(node, ast.ClassDef)
     )
     assert not [name for name, count in names.items() if count > 1]
+
+
+@pytest.mark.parametrize("package", sorted({path.parent.name for path in SOURCE.glob("*/__init__.py")} - {"tasks"}))
+def test_packages__say_what_each_of_their_files_is_for(package):
+    index = ast.get_docstring(ast.parse((SOURCE / package / "__init__.py").read_text()))
+    files = {path.stem for path in (SOURCE / package).glob("*.py")} - {"__init__"}
+    assert not {name for name in files if not re.search(rf"\b{name}\b", index)}

@@ -42,6 +42,7 @@ from dmjd.config.prepare import PrepareSettings
 from dmjd.config.pretrain import PretrainSettings
 from dmjd.config.rules import PRESETS, nearest, plain, to_yaml
 from dmjd.config.search import SearchSettings
+from dmjd.engine.watch import is_from_torchrun
 
 PRINT_CONFIG = Annotated[
     bool,
@@ -233,7 +234,13 @@ def layers_of(arguments: Sequence[str]) -> list[Path]:
     given: dict[str, Any] = {
         name: flag_value(arguments, f"--{name}") for name in ("preset", "config", "out", "model.size")
     }
-    return layers(verb.settings, verb.presets, given | {"resume": "--resume" in arguments})
+    return layers(verb.settings, verb.presets, given | {"resume": is_set(arguments, "--resume")})
+
+
+def is_set(arguments: Sequence[str], name: str) -> bool:
+    """Tell whether a flag that takes no value is given, as `--flag` or with a word that the parser takes for true."""
+    value = flag_value(arguments, name)
+    return name in arguments or (value or "").lower() in {"true", "t", "yes", "y", "1"}
 
 
 def flag_value(arguments: Sequence[str], name: str) -> str | None:
@@ -319,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(arguments)
     except (errors.UserError, CycloptsError, yaml.YAMLError, OSError, SafetensorError) as error:
-        if "--debug" in arguments:
+        if is_set(arguments, "--debug"):
             traceback.print_exc()
         code, message = explain(error)
         say_error(message)
@@ -342,7 +349,7 @@ def say_error(message: str) -> None:
     speak only if the first has nothing to say.
     """
     rank = os.environ.get("RANK", "0")
-    if rank != "0" and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started it
+    if rank != "0" and is_from_torchrun():
         time.sleep(PATIENCE)
     print(f"error{'' if rank == '0' else f' (process {rank})'}: {message}", file=sys.stderr)
 

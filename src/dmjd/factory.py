@@ -191,15 +191,7 @@ def masks_of(
     settings: PretrainSettings, seeds: Int[Tensor, " B"], grid: tuple[int, int] | None = None
 ) -> Bool[Tensor, "B V L"]:
     """Draw the masks of samples, True = hidden, by their seeds, for whole crops or for those of another grid."""
-    masking = settings.masking
-    return seeded_masks(
-        seeds,
-        grid or settings.model.grid,
-        block=masking.block,
-        num_views=masking.num_views,
-        mask_ratio=masking.mask_ratio,
-        predict_ratio=masking.predict_ratio,
-    )
+    return seeded_masks(seeds, grid or settings.model.grid, **asdict(settings.masking))
 
 
 def create_decoder(settings: PretrainSettings, encoder: Encoder, out_dim: int) -> Decoder | LinearHead:

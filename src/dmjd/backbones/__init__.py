@@ -9,6 +9,7 @@ A new backbone is one file: a function that makes the encoder, registered by the
     blocks, normalize         parts that several of them and the heads share
     positions                 of tokens on a grid
     depthwise                 the hybrid's convolutions, on whole maps or, by Triton, on visible rows
+    adapt                     weights of one network in the shapes of another of its kind
     files                     backbone.safetensors, and backbones by name, for every verb that starts from one
     feature_maps, pyramid     maps of any backbone: for targets, for dense tasks (windows: attention for large images)
     huggingface               teachers that transformers loads
@@ -39,7 +40,6 @@ class Encoder(Protocol):
     """What the method asks of a backbone."""
 
     embed_dim: int
-    num_prefix_tokens: int
     grid: tuple[int, int]  # rows and columns of tokens
     patch_size: int  # side of a token, in pixels
     architecture: Architecture | None

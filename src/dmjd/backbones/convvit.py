@@ -303,8 +303,6 @@ class ConvViTEncoder(nn.Module):
     The backbone's positions are fixed from here on; one that is loaded for another task trains them.
     """
 
-    num_prefix_tokens = 0
-
     def __init__(self, backbone: ConvViT, architecture: Architecture | None = None):
         super().__init__()
         self.backbone, self.architecture = backbone, architecture

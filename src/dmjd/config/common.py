@@ -60,7 +60,8 @@ class DeviceSettings:
     """Lowest and highest value of images deeper than 8 bits. Default: what the backbone was trained with, else what a
     sample of them uses."""
     workers: int | None = None
-    """Processes that load images. Default: none for sets in memory, else one per core of this rank but one."""
+    """Processes that load images. Default: none for sets in memory, else one per core of this rank but one, at most
+    16."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes the best."""
     precision: Precision = "auto"

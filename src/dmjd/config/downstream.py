@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from cyclopts import Parameter
-
 from dmjd.config.common import (
     SEEDS,
     BackboneSettings,
@@ -79,8 +77,6 @@ class EmbedSettings:
 class LinearRun(RunSettings):
     """Where, how long and on what `dmjd linear` computes."""
 
-    data: Annotated[str, Parameter(required=True)] = ""
-    """Folder of labelled images, or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""
     out: Path = Path("runs/linear")
     """Directory of the results."""
     preset: str = "base"
@@ -196,8 +192,6 @@ class FinetuneRun(RunSettings):
 
     FEWEST_EPOCHS: ClassVar[float] = 0.0
 
-    data: Annotated[str, Parameter(required=True)] = ""
-    """Folder of labelled images, or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""
     out: Path = Path("runs/finetune")
     preset: str = "quick"
     """Recipe to start from: quick, base, large."""

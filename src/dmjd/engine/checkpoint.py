@@ -104,7 +104,7 @@ def latest(folder: Path) -> Path | None:
         CheckpointError: If there are checkpoints, but none is whole.
     """
     found = sorted(folder.glob("step-*"), reverse=True)
-    kept = next(iter(whole_ones(folder)), None)
+    kept = next((path for path in found if verify(path)), None)
     if found and kept is None:
         raise CheckpointError(f"no checkpoint is whole ({len(found)} broken); {folder}; remove them to start afresh")
     if kept:

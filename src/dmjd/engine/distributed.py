@@ -100,6 +100,13 @@ class Ranks:
             dist.all_gather_object(items, item, group=self.talk)
         return items
 
+    def gather_on_main(self, item: T) -> list[T]:
+        """Collect an object of every rank, in their order, on rank 0; the others have none."""
+        items: list[Any] = [item] * self.world_size if self.is_main else []
+        if self.world_size > 1:
+            dist.gather_object(item, items or None, group=self.talk)
+        return items
+
     def on_main(self, work: Callable[[], T]) -> T:
         """Let rank 0 do something and hand the result, or the error, to all ranks; the others wait for it."""
         if self.world_size == 1:
@@ -287,7 +294,9 @@ class ParallelModel:
         """
         if self._copy is None:
             return self.module
-        self._copy.load_state_dict({name: whole(value) for name, value in self.module.state_dict().items()})
+        copies = self._copy.state_dict()
+        for name, value in self.module.state_dict().items():  # one by one: there is no room for two whole networks
+            copies[name].copy_(whole(value))
         return self._copy
 
 

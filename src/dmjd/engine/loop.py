@@ -116,10 +116,11 @@ def train(
             norm = get_total_norm([parameter.grad for parameter in model.parameters if parameter.grad is not None])
         for group in optimizer.param_groups:
             group["lr"] = lr(step) * group.get("lr_scale", 1.0)
-        finite = whole(norm).isfinite()
+        norm = whole(norm)
+        finite = norm.isfinite()
         step_if(finite, optimizer)
         optimizer.zero_grad(set_to_none=True)
-        yield Step(step + 1, start, began, sums, whole(norm), finite, lr(step), skipped)
+        yield Step(step + 1, start, began, sums, norm, finite, lr(step), skipped)
 
 
 def step_if(finite: Tensor, optimizer: Optimizer) -> None:

@@ -214,6 +214,7 @@ class Run:
         ]
         self.evaluated = {values["step"] for _, values in kept if "loss" not in values}
         self.ranks.on_main(lambda: self.replace("metrics.jsonl", "".join(line for line, _ in kept)))
+        self.ranks.on_main(lambda: self.replace("skipped.tsv", rows_of(self.skipped)))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl, where what is not finite becomes null, and log its numbers."""
@@ -235,11 +236,13 @@ class Run:
         Raises:
             DataError: If they are more of the set than the setting `max_bad` permits.
         """
-        if skipped.keys() <= self.skipped.keys():
+        new = {path: reason for path, reason in sorted(skipped.items()) if path not in self.skipped}
+        if not new:
             return
-        self.skipped |= skipped
-        rows = "".join(f"{one_cell(path)}\t{reason}\n" for path, reason in sorted(self.skipped.items()))
-        self.replace("skipped.tsv", rows)
+        self.skipped |= new
+        if self.ranks.is_main:
+            with (self.out / "skipped.tsv").open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(rows_of(new))  # a kill may cut a line: what is resumed writes them all anew
         most, count = self.settings["max_bad"], self.count + self.held_out
         if len(self.skipped) > most * count:
             raise DataError(
@@ -251,6 +254,11 @@ class Run:
         """Write a file of the run in one go."""
         if self.ranks.is_main:
             checkpoint.write_atomically(self.out / name, text)
+
+
+def rows_of(skipped: Mapping[str, str]) -> str:
+    """Write names and reasons as lines of skipped.tsv."""
+    return "".join(f"{one_cell(path)}\t{reason}\n" for path, reason in skipped.items())
 
 
 def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,27 @@
+"""What a run writes while it trains."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from dmjd.data.source import open_source
+from dmjd.engine.distributed import join_ranks
+from dmjd.engine.run import Run
+
+
+def test_skipped__only_what_is_new_is_written_and_a_resumed_run_has_the_lines_that_its_checkpoint_knew(
+    tmp_path: Path,
+) -> None:
+    np.save(tmp_path / "images.npy", np.zeros((40, 8, 8, 3), np.uint8))
+    images, out = open_source(str(tmp_path / "images.npy")).train, tmp_path / "run"
+    with join_ranks("cpu") as ranks:
+        run = Run(out, {"max_bad": 1.0}, images, batch_size=4, ranks=ranks, held_out=0, defaults={})
+        run.begin()
+        run.skip({"b": "cut", "a": "empty"})
+        state = json.loads(json.dumps({**run.state(), "step": 1}))
+        run.skip({"a": "empty", "9": "no image", "b": "cut"})
+        assert (out / "skipped.tsv").read_text() == "a\tempty\nb\tcut\n9\tno image\n"
+        again = Run(out, {"max_bad": 1.0}, images, batch_size=4, ranks=ranks, held_out=0, defaults={})
+        again.restore(state)
+        assert (out / "skipped.tsv").read_text() == "a\tempty\nb\tcut\n"
