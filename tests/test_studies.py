@@ -1,7 +1,9 @@
 """The program of the studies: what a run gets, which runs are missing, and a toy study from images to its tables."""
 
+import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,6 +178,26 @@ def test_result__that_counts_is_refused_while_the_search_for_its_rate_goes_on(to
     put(study, studies.Job("two", 1, 0, 1e-3, False), 0.5)
     with pytest.raises(SystemExit, match="differs in"):
         study_tables.runs_of(study)
+
+
+RESULTS = studies.RESULTS
+STUDIED = [path.stem for path in PROJECT if (RESULTS / path.stem).is_dir()]
+
+
+@pytest.mark.parametrize("name", [*STUDIED, "auto", "auto-rates", "tuning_length"])
+def test_pages__that_are_stored_are_what_their_programs_write_of_the_stored_results(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(RESULTS / name, tmp_path / name)
+    if name in STUDIED:
+        monkeypatch.setattr(studies, "RESULTS", tmp_path)
+        study_tables.write(studies.Study(ROOT / "benchmarks" / "studies" / f"{name}.yaml"))
+    else:
+        program = importlib.import_module(name.replace("-", "_"))
+        monkeypatch.setattr(program, "RESULTS", tmp_path)
+        monkeypatch.setattr(program, "FOLDER", tmp_path / name)
+        program.write_table()
+    assert (tmp_path / f"{name}.md").read_text() == (RESULTS / f"{name}.md").read_text()
 
 
 def test_results__that_are_stored_are_what_the_studies_ask_for() -> None:
