@@ -1,4 +1,7 @@
-"""`dmjd VERB [--preset NAME] [--config FILE] [--section.key VALUE ...]`: defaults < preset < file < flags."""
+"""`dmjd VERB [--preset NAME] [--config FILE] [--section.key VALUE ...]`: defaults < preset < file < flags.
+
+Presets and files are for `pretrain`, `plan` and the verbs that train on labels; the others have flags alone.
+"""
 
 import errno
 import inspect
@@ -42,7 +45,6 @@ from dmjd.config.prepare import PrepareSettings
 from dmjd.config.pretrain import PretrainSettings
 from dmjd.config.rules import PRESETS, nearest, plain, to_yaml
 from dmjd.config.search import SearchSettings
-from dmjd.engine.watch import is_from_torchrun
 
 PRINT_CONFIG = Annotated[
     bool,
@@ -349,7 +351,7 @@ def say_error(message: str) -> None:
     speak only if the first has nothing to say.
     """
     rank = os.environ.get("RANK", "0")
-    if rank != "0" and is_from_torchrun():
+    if rank != "0" and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started it
         time.sleep(PATIENCE)
     print(f"error{'' if rank == '0' else f' (process {rank})'}: {message}", file=sys.stderr)
 

@@ -215,9 +215,9 @@ class CropSettings:
     SECTION: ClassVar[str] = "crop."
 
     scale: tuple[float, float] = (0.5, 1.0)
-    """Smallest and largest share of the image's area."""
+    """Smallest and largest share of the image's area; a box that is longer than the image is cut short there."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest width over height."""
+    """Smallest and largest width over height, before that."""
     flip: bool = True
     """Mirror every other image."""
     variants: int | None = None

@@ -73,7 +73,7 @@ class Trainer:
         self.finite: list[Tensor] = []  # whether the gradient was, of every step since the last line
         self.in_a_row = 0  # steps without a finite gradient
         self.waiting = Stopwatch(self.ranks.device)
-        self.waited = self.trained = 0.0  # seconds of this process: until images were there, and in all, logged so far
+        self.data_seconds = self.trained = 0.0  # of this process, logged so far: waiting for images, and in all
 
     def begin(self, *, resume: bool) -> None:
         """Start the run, or take it up at its newest checkpoint, if it has one.
@@ -305,10 +305,10 @@ class Trainer:
 
     def warn_of_waiting(self, waited: float, seconds: float) -> None:
         """Say what would help, once, where a tenth of a minute's work and more has gone into waiting for images."""
-        before, (self.waited, self.trained) = self.trained, (self.waited + waited, self.trained + seconds)
-        if before < PATIENCE <= self.trained and self.waited > WAITING * self.trained and self.ranks.is_main:
+        before, (self.data_seconds, self.trained) = self.trained, (self.data_seconds + waited, self.trained + seconds)
+        if before < PATIENCE <= self.trained and self.data_seconds > WAITING * self.trained and self.ranks.is_main:
             print(
-                f"warning: {self.waited / self.trained:.0%} of the time goes into waiting for images; "
+                f"warning: {self.data_seconds / self.trained:.0%} of the time goes into waiting for images; "
                 f"{self.run.address}; give more --workers where there are cores, or decode them once with dmjd prepare",
                 file=sys.stderr,
             )
