@@ -55,6 +55,11 @@ def test_confusion__rows_are_true_classes() -> None:
     assert confusion.sum() == 5
 
 
+def test_confusion__is_counted_once() -> None:
+    result = by_hand()
+    assert result.confusion is result.confusion
+
+
 def test_by_class__counts_by_hand_and_is_empty_where_there_is_nothing_to_divide_by() -> None:
     ant, bee, cat, dog, *_ = by_hand().by_class()
     assert ant == {"class": "ant", "images": 3, "accuracy": 0.6667, "precision": 0.6667, "taken_for": "bee"}

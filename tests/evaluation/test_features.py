@@ -1,10 +1,16 @@
 """What features are worth: neighbours, linear classifiers and rank, against other programs and by hand."""
 
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
+from dmjd.data.source import open_all
+from dmjd.engine.distributed import Ranks
+from dmjd.evaluation.features import FeatureExtractor
 from dmjd.evaluation.knn import knn_top1, knn_votes
 from dmjd.evaluation.linear import choose_penalty, linear_top1, logistic_regression
 from dmjd.evaluation.rank import feature_std, rankme
@@ -88,3 +94,48 @@ def test_choose_penalty__few_clean_labels_do_not_get_one_that_drowns_them() -> N
     shares = logistic_regression(features, labels, queries, num_classes=3, penalty=penalty)
     assert penalty <= 10
     assert (shares.argmax(dim=1) == torch.arange(300) % 3).float().mean() > 0.8
+
+
+@dataclass(frozen=True)
+class NotingRanks(Ranks):
+    """One rank that notes what the first does before the others, and what each would send to all."""
+
+    noted: list[str] = field(default_factory=list)
+
+    def main_first(self, work):
+        self.noted.append("first")
+        return super().main_first(work)
+
+    def gather(self, item):
+        self.noted.append("to all")
+        return super().gather(item)
+
+
+@pytest.mark.parametrize(("dtype", "times"), [("uint8", 1), ("uint16", 2)])
+def test_open__the_first_rank_finds_a_set_before_the_others(
+    dtype: str, times: int, backbones: dict[str, Path], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "images.npy", np.full((3, 9, 8, 3), 200, dtype))
+    extractor = FeatureExtractor(str(backbones["vit"]), ranks=NotingRanks(torch.device("cpu")))
+    found = []
+
+    def find(wanted):
+        found.append(len(extractor.ranks.noted))
+        return open_all(str(tmp_path / "images.npy"), wanted)
+
+    extractor.open(find)
+    assert found == [*range(1, times + 1)]
+
+
+def test_stream__what_is_seen_goes_to_the_first_rank_alone(backbones: dict[str, Path], tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", np.zeros((5, 9, 8, 3), np.uint8))
+    extractor = FeatureExtractor(str(backbones["vit"]), ranks=NotingRanks(torch.device("cpu")), workers=0)
+    (images,) = extractor.open(lambda wanted: open_all(str(tmp_path / "images.npy"), wanted))
+    seen = list(extractor.stream(extractor.pooled, images, batch_size=2))
+    assert [(each.numbers, each.end) for each in seen] == [([0, 1], 2), ([2, 3], 4), ([4], 5)]
+    assert "to all" not in extractor.ranks.noted
+
+
+def test_feature_extractor__what_it_does_not_know_is_refused(backbones: dict[str, Path]) -> None:
+    with pytest.raises(TypeError, match="data_pages"):
+        FeatureExtractor(str(backbones["vit"]), ranks=Ranks(torch.device("cpu")), data_pages="bands")

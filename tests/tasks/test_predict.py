@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -236,6 +237,19 @@ def test_predict__of_a_segmenter_writes_what_segment_predict_writes(backbones, c
     )
     assert old == new
     assert len(new) == 9
+
+    # Nothing is written outside of --out, where images may lie, and the table of classes is never there in part.
+    before = {path: path.read_bytes() for path in images.iterdir()}
+    earlier, out, table = tmp_path / "earlier.txt", tmp_path / "listed", tmp_path / "images.txt"
+    earlier.write_text("earlier")
+    out.mkdir()
+    os.link(earlier, out / "classes.txt")
+    table.write_text("".join(f"{path}\n" for path in before))
+    run("predict", "--backbone", trained, "--data", table, "--out", out)
+    assert before == {path: path.read_bytes() for path in images.iterdir()}
+    assert {*out.glob("masks/**/*.png")} == {out / "masks" / path.relative_to("/") for path in before}
+    assert earlier.read_text() == "earlier"
+
     words = ["predict", "--backbone", trained, "--data", images, "--out", tmp_path / "new", "--top", 2]
     assert main([*map(str, words)]) == 2
     assert "--top and --format are for classifiers" in capsys.readouterr().err
@@ -247,7 +261,11 @@ def test_predict__of_a_detector_writes_what_detect_predict_writes(backbones, tmp
     run("detect", "--backbone", backbones["vit"], "--data", data, "--out", tmp_path / "run", *size, "--log.evals", 0)
     trained, image = tmp_path / "run" / "last.safetensors", data / "images" / "a.png"
     run("detect", "--backbone", trained, "--predict", image, "--out", tmp_path / "old")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "earlier.json").write_text("earlier")
+    os.link(tmp_path / "earlier.json", tmp_path / "new" / "detections.json")
     run("predict", "--backbone", trained, "--data", image, "--out", tmp_path / "new")
+    assert (tmp_path / "earlier.json").read_text() == "earlier"  # replaced in one go
     old, new = (json.loads((tmp_path / name / "detections.json").read_text()) for name in ("old", "new"))
     assert old == new
     assert len(new["images"]) == 1

@@ -1,6 +1,9 @@
 """An image file as a set of one, beside all that `--data` takes."""
 
+from contextlib import suppress
 from pathlib import Path
+
+from numpy.lib.format import open_memmap
 
 from dmjd.data.decode import EXTENSIONS, Wanted
 from dmjd.data.folder import FolderImages
@@ -9,7 +12,11 @@ from dmjd.data.source import Source, open_all
 
 
 def is_image(path: Path) -> bool:
-    """Tell whether there is a file that ends as images do."""
+    """Tell whether there is a file that ends as images do, and is no array of several."""
+    if path.suffix.lower() == ".npy":
+        with suppress(OSError, ValueError, EOFError):  # reading it says what is wrong
+            if open_memmap(path, mode="r").ndim == 4:
+                return False
     return path.suffix.lower() in EXTENSIONS and path.is_file()
 
 

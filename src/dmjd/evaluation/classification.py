@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ class ClassificationResult:
     classes: Sequence[str]
     facts: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def confusion(self) -> Int[np.ndarray, "true predicted"]:
         """Count images by true and predicted class."""
         numbers = np.arange(len(self.classes))

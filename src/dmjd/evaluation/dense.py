@@ -71,23 +71,37 @@ def decodable(images: Readable, ranks: Ranks) -> Iterator[tuple[int, Any]]:
         print(f"warning: {line}; {images.address}", file=sys.stderr)
 
 
+def output_name(name: str) -> str:
+    """Name what is written of an image, without an ending: never outside of a folder, and each page of a file apart."""
+    file, _, page = name.rpartition("#")
+    path, page = (Path(file), f"#{page}") if file and page.isdecimal() else (Path(name), "")
+    # The names of a list may be absolute, or lead upwards: there lie the images themselves.
+    return "/".join(part for part in path.with_suffix("").parts if part not in (path.anchor, "..")) + page
+
+
 def images_to_predict(path: Path, backbone: FeatureExtractor) -> Iterator[tuple[str, Num[Tensor, "C H W"] | None]]:
-    """Read an image, or those of a set, by name; None for one that does not decode, which stderr names.
+    """Read an image, or those of a set, by name; None for one that does not decode, which stderr names at the end.
 
     Raises:
-        DataError: If there is none, or two have the same name but for its ending.
+        DataError: If there is none, none decodes, or two have the same name but for its ending.
     """
     one = is_image(path)
     parts = backbone.open(lambda wanted: [open_image(path, wanted)] if one else open_all(str(path), wanted))
     names = [images.name(index) for images in parts for index in range(len(images))]
-    if len({Path(name).with_suffix("") for name in names}) < len(names):
+    if len({*map(output_name, names)}) < len(names):
         raise DataError(f"two images of the same name but for the ending; {path}; rename one")
+    bad: dict[str, str] = {}
     seen = tqdm(total=len(names), desc="predicting", unit=" images", leave=False, disable=None)
     for images, index in ((part, index) for part in parts for index in range(len(part))):
         name = images.name(index)
         try:
             yield name, images.read(index)
         except BadImage as reason:
-            print(f"warning: {reason}; {name} of {images.address}; left out", file=sys.stderr)
+            bad[name] = str(reason)
             yield name, None
         seen.update()
+    if len(bad) == len(names):
+        name, why = next(iter(bad.items()))
+        raise DataError(f"none of {len(names)} images decodes; {name}: {why}; check {path}")
+    for name, why in bad.items():
+        print(f"warning: {why}; {name} of {path}; left out", file=sys.stderr)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -106,8 +106,9 @@ class FeatureExtractor:
         workers: Processes that load images; None for as many as fit.
         pretrained: With its weights, or the same network untrained.
         drop_path_rate: Stochastic depth in training.
-        images: `pages` of TIFFs, as `Wanted` has them, and the `value_range` of images deeper than 8 bits: None is what
-            the backbone was trained with, if these were any, else what a sample of them uses.
+        value_range: Of images deeper than 8 bits: None is what the backbone was trained with, if these were any, else
+            what a sample of them uses.
+        pages: Of TIFFs, as `Wanted` has them.
 
     Raises:
         CheckpointError: If the backbone does not load.
@@ -123,7 +124,8 @@ class FeatureExtractor:
         workers: int | None = None,
         pretrained: bool = True,
         drop_path_rate: float = 0.0,
-        **images: Any,
+        value_range: Sequence[float] | None = None,
+        pages: Literal["bands", "frames"] | None = None,
     ):
         self.ranks, self.device, self.workers = ranks, ranks.device, workers
         self.autocast = choose_precision(precision, self.device)
@@ -132,22 +134,24 @@ class FeatureExtractor:
         wanted: Any = model.pretrained_cfg
         self.in_chans, *size = wanted["input_size"]
         self.image_hw: tuple[int, int] = (size[0], size[1])
-        known = images.get("value_range") or wanted.get("value_range")
+        known = value_range or wanted.get("value_range")
         levels = Levels(*map(float, known)) if known and tuple(known) != (0.0, 255.0) else None
-        self.wanted = Wanted(self.in_chans, self.image_hw, levels, images.get("pages"))
+        self.wanted = Wanted(self.in_chans, self.image_hw, levels, pages)
         self.statistics: tuple[list[float], list[float]] = (list(wanted["mean"]), list(wanted["std"]))
         self.normalize = Normalize(*self.statistics).to(self.device)
 
     def open(self, find: Callable[[Wanted], _Found]) -> _Found:
         """Find a set in the channels of the model, and in the size of it where that is made to measure.
 
+        All ranks have to call this. The first one downloads and lists, and the others take what it has left on disk.
+
         Args:
             find: Finds the parts of a set, of which the first is looked at where the range of values is not known.
         """
-        found = find(self.wanted)
+        found = self.ranks.main_first(lambda: find(self.wanted))
         if self.wanted.levels is None and (levels := measure_levels(next(iter(found)))):
             self.wanted = replace(self.wanted, levels=levels)
-            return find(self.wanted)
+            return self.ranks.main_first(lambda: find(self.wanted))
         return found
 
     def open_images(self, data: str, *, seed: int, part: str | None = None) -> Parts:
@@ -196,7 +200,7 @@ class FeatureExtractor:
     ) -> Iterator[Seen]:
         """Look at the images of a set in order, batch by batch, so that no more than a batch has to be in memory.
 
-        Every rank does its share of each batch, and has all of it.
+        Every rank does its share of each batch, and rank 0 alone has all of it; the others see nothing.
 
         Args:
             see: From images (B, C, H, W) of 0..255 on the device to values (B, ...).
@@ -219,7 +223,7 @@ class FeatureExtractor:
             if images is not None and numbers:
                 with torch.inference_mode():
                     values = see(transfer(images, self.device)).float().cpu()
-            shares = self.ranks.gather((values, numbers))
+            shares = self.ranks.gather_on_main((values, numbers))
             found = [number for _, theirs in shares for number in theirs]
             order = sorted(range(len(found)), key=found.__getitem__)
             parts = [theirs for theirs, _ in shares if theirs is not None]

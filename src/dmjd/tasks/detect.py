@@ -17,13 +17,14 @@ from dmjd.config.rules import flags_of, to_dict, to_yaml
 from dmjd.data.annotated import AnnotatedBatch, AnnotatedSamples, class_names
 from dmjd.data.detection import DetectionAugmentation, DetectionSet, open_detection
 from dmjd.data.transfer import transfer
+from dmjd.engine.checkpoint import write_atomically
 from dmjd.engine.claim import claim
-from dmjd.engine.distributed import ParallelModel, join_ranks
+from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
 from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_optimizer
 from dmjd.engine.run import Run
 from dmjd.engine.trainer import Trainer
-from dmjd.evaluation.dense import Judged, images_to_predict
+from dmjd.evaluation.dense import Judged, images_to_predict, output_name
 from dmjd.evaluation.detection import Finder, Found, judge_detection, likely
 from dmjd.evaluation.features import FeatureExtractor
 from dmjd.networks.around import fit_around, heads_of, make_pyramid
@@ -177,7 +178,8 @@ def predict(settings: DetectSettings) -> dict[str, Any] | None:
         if not ranks.is_main:  # an image takes no longer than starting a process
             return None
         start = settings.start.keywords | {"pretrained": False}  # the weights of all come with `load_around`
-        backbone = FeatureExtractor(ranks=ranks, **start, **settings.run.keywords)
+        alone = Ranks(ranks.device)  # the others have left
+        backbone = FeatureExtractor(ranks=alone, **start, **settings.run.keywords)
         network = create(settings, backbone, len(classes), masks=task["masks"]).eval()
         load_around(settings.start.backbone, network)
         find = Finder(network, backbone.autocast)
@@ -191,11 +193,11 @@ def predict(settings: DetectSettings) -> dict[str, Any] | None:
             content["images"].append({"id": image_id, "file_name": name, "height": height, "width": width})
             content["annotations"] += annotations(found, image_id, first_id=len(content["annotations"]) + 1)
             drawn = likely(found)
-            write(out / "overlays" / Path(name).with_suffix(".jpg"), overlay_objects(image, drawn, classes))
+            write(out / "overlays" / f"{output_name(name)}.jpg", overlay_objects(image, drawn, classes))
             if "masks" in found:
-                write(out / "masks" / Path(name).with_suffix(".png"), instances(drawn["masks"], height, width))
+                write(out / "masks" / f"{output_name(name)}.png", instances(drawn["masks"], height, width))
     out.mkdir(parents=True, exist_ok=True)
-    (out / "detections.json").write_text(json.dumps(content), "utf-8")
+    write_atomically(out / "detections.json", json.dumps(content))
     seconds = round(time.perf_counter() - began, 1)
     summary = {"images": len(content["images"]), "skipped": skipped, "out": str(out), "seconds": seconds}
     print(json.dumps(summary))

@@ -3,7 +3,6 @@
 import json
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,15 @@ from dmjd.config.rules import flags_of, to_dict, to_yaml
 from dmjd.data.annotated import AnnotatedBatch, AnnotatedSamples, class_names
 from dmjd.data.segmentation import SegmentationAugmentation, SegmentationSet, open_segmentation
 from dmjd.data.transfer import transfer
+from dmjd.engine.checkpoint import write_atomically
 from dmjd.engine.claim import claim
-from dmjd.engine.distributed import ParallelModel, join_ranks
+from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
 from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_optimizer
 from dmjd.engine.run import Run
 from dmjd.engine.trainer import Trainer
 from dmjd.errors import ConfigError
-from dmjd.evaluation.dense import Judged, images_to_predict
+from dmjd.evaluation.dense import Judged, images_to_predict, output_name
 from dmjd.evaluation.features import FeatureExtractor
 from dmjd.evaluation.segmentation import PixelClassifier, judge_segmentation
 from dmjd.networks.around import fit_around, heads_of, make_pyramid
@@ -183,7 +183,8 @@ def predict(settings: SegmentSettings) -> dict[str, Any] | None:
         if not ranks.is_main:  # an image takes no longer than starting a process
             return None
         start = settings.start.keywords | {"pretrained": False}  # the weights of all come with `load_around`
-        backbone = FeatureExtractor(ranks=ranks, **start, **settings.run.keywords)
+        alone = Ranks(ranks.device)  # the others have left
+        backbone = FeatureExtractor(ranks=alone, **start, **settings.run.keywords)
         classes = task["classes"]
         network = create(settings, backbone, len(classes)).eval()
         load_around(settings.start.backbone, network)
@@ -200,11 +201,11 @@ def predict(settings: SegmentSettings) -> dict[str, Any] | None:
                 mask.putpalette(class_colours(len(classes))[:256].tobytes())
             picture = Image.fromarray(overlay_pixels(rgb(image), numbers, len(classes)))
             for folder, suffix, drawn in (("masks", ".png", mask), ("overlays", ".jpg", picture)):
-                file = out / folder / Path(name).with_suffix(suffix)
+                file = out / folder / f"{output_name(name)}{suffix}"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 drawn.save(file)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "classes.txt").write_text("".join(f"{name}\n" for name in classes), "utf-8")
+    write_atomically(out / "classes.txt", "".join(f"{name}\n" for name in classes))
     seconds = round(time.perf_counter() - began, 1)
     summary = {"images": counts[0], "skipped": counts[1], "out": str(out), "seconds": seconds}
     print(json.dumps(summary))
