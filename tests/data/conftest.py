@@ -1,5 +1,6 @@
 """What tests of data share: folders of small images."""
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,21 @@ def write() -> Write:
         return root
 
     return written
+
+
+@pytest.fixture(scope="session")
+def peak() -> Callable[[Callable[[], object]], int]:
+    """Measure how many bytes Python and NumPy take while something is called, at most."""
+
+    def measured(call: Callable[[], object]) -> int:
+        tracemalloc.start()
+        try:
+            call()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    return measured
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Mapping
@@ -244,6 +245,17 @@ def test_shards__what_is_wrong_is_said_in_one_line(tmp_path):
             open_all(pattern)
         assert raised.value.exit_code == 3
         assert "\n" not in str(raised.value)
+
+
+def test_shards__listing_takes_little_memory_an_image(tmp_path, peak):
+    members = {f"{number:06d}.{ending}": b"1" for number in range(50) for ending in ("png", "cls")}
+    first = tar(tmp_path / "00.tar", members)
+    os.utime(first, (1_000_000, 1_000_000))
+    for shard in range(1, 12):
+        shutil.copy2(first, tmp_path / f"{shard:02d}.tar")
+    few, many = (str(tmp_path / f"{{00..{last}}}.tar") for last in ("03", "11"))
+    only(many)  # keeps the indices
+    assert peak(lambda: only(many)) - peak(lambda: only(few)) < 8 * 50 * 150
 
 
 def test_shards__a_file_that_is_named_like_a_pattern_is_a_file(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,13 @@ def test_folder_images__a_folder_named_like_an_image_is_a_folder(tmp_path, write
 def test_folder_images__a_name_that_is_not_unicode_reads(tmp_path, write):
     os.rename(write(tmp_path, "a.png") / "a.png", os.fsencode(tmp_path) + b"/\xff.png")
     assert folder_images(tmp_path, Wanted(3)).read(0).shape == (3, 4, 6)
+
+
+def test_folder_images__labels_are_shared_with_workers(tmp_path, write):
+    images = folder_images(write(tmp_path, "dog/1.png", "cat/2.png"), Wanted(3))
+    ForkingPickler.dumps(images)
+    assert images.labels.content.is_shared()
+    assert labels(images) == [0, 1]
 
 
 def test_folder_images__survive_pickling(tmp_path, write):

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -122,6 +122,12 @@ def test_read_batches__are_in_order_without_what_does_not_decode(folder: Path, w
 def test_read_batches__are_as_many_as_the_indices_say(folder: Path, count: int, batches: int) -> None:
     assert len(read(folder_images(folder, Wanted(3)), range(count))) == batches
     assert len(read(folder_images(folder, Wanted(3)), [6] * count)) == batches
+
+
+def test_read_batches__take_no_memory_that_grows_with_the_set(folder: Path, peak: Callable[..., int]) -> None:
+    images, indices = folder_images(folder, Wanted(3)), range(100_000)
+    options = {"batch_size": 4, "workers": 0, "pin_memory": False}
+    assert peak(lambda: read_batches(images, indices, small, **options)) < len(indices)
 
 
 def test_read_batches__from_memory_they_are_those_from_the_disk(folder: Path) -> None:

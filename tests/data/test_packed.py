@@ -1,14 +1,15 @@
-"""Packed texts are the texts that were packed."""
+"""Packed texts and numbers are those that were packed."""
 
 import os
 import pickle
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmjd.data.packed import PackedStrings
+from dmjd.data.packed import PackedNumbers, PackedStrings
 
 
 @given(texts=st.lists(st.text()))
@@ -27,6 +28,15 @@ def test_pack__texts_stay_readable_after_their_memory_moved_to_a_worker():
     assert packed.content.is_shared()
     _ = [bytes(1_400_000) for _ in range(8)]  # whatever was freed is written over
     assert [*packed] == texts
+
+
+def test_packed_numbers__stay_readable_after_their_memory_moved_to_a_worker():
+    packed = PackedNumbers(torch.arange(100_000))
+    assert packed[3] == 3
+    assert len(ForkingPickler.dumps(packed)) < 1000
+    assert packed.content.is_shared()
+    _ = [bytes(800_000) for _ in range(8)]  # whatever was freed is written over
+    assert [packed[index] for index in range(0, 100_000, 1000)] == [*range(0, 100_000, 1000)]
 
 
 def test_pack__file_names_need_not_be_unicode():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from dmjd.data.source import (
     open_source,
     read_or_substitute,
     register_source,
+    same_classes,
 )
 from dmjd.errors import DataError
 
@@ -119,6 +121,28 @@ def test_open__held_out_classes_have_the_numbers_of_training_and_new_ones_come_a
     assert (labels(train), labels(held_out)) == ([0, 1], [2, 0, 1])
     assert names(held_out) == ["a/3.png", "b/5.png", "d/4.png"]
     assert torch.equal(held_out.read(0), decode(tmp_path / "val/a/3.png", Wanted(3)))
+
+
+def test_same_classes__compares_each_name_a_few_times_only():
+    compared = 0
+
+    class Name(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    @dataclass(frozen=True)
+    class Named(Bare):
+        classes: tuple[str, ...] = ()
+
+    names = [Name(number) for number in range(400)]
+    train, held_out = Named(400, classes=tuple(names)), Named(300, classes=tuple(names[:99:-1]))
+    assert labels(same_classes(train, held_out, "val").held_out) == [*range(399, 99, -1)]
+    assert compared < 4000
 
 
 def test_open__a_folder_of_the_name_of_a_set_needs_its_path(tmp_path, write, monkeypatch):
@@ -271,6 +295,13 @@ def test_subset__shows_the_images_chosen_in_their_order():
     assert labels(subset) == [5, 8, 8]
     assert [int(subset.read(index)[0, 0, 0]) for index in range(3)] == [5, 8, 8]
     assert (subset.classes, subset.address, subset.in_memory) == (Bare(9).classes, "bare", True)
+
+
+def test_subset__is_shared_with_workers():
+    subset = Subset(Bare(100_000), range(100_000))
+    assert subset.name(7) == "000007.png"
+    assert len(ForkingPickler.dumps(subset)) < 2000
+    assert subset.name(7) == "000007.png"
 
 
 def test_subset__of_nothing_is_empty():

@@ -93,6 +93,8 @@ BROKEN = {
     "no column path; .*its columns are: none": "",
     "no file gone.png, and 2 of 3 missing in all; .*relative paths begin at": "path\na.png\ngone.png\nno/b.png\n",
     "a.png is listed 2 times": "path\na.png\nb.png\na.png\n",
+    "b.png is listed 3 times": "path\na.png\nb.png\na.png\nb.png\nb.png\n",
+    "b.png is listed 2 times": "path\nb.png\na.png\na.png\nb.png\n",
     "an empty list": "path,label\n",
     "row 2 has 1 columns, not 2": "path,label\na.png,x\nb.png\n",
     "row 2 has 3 columns, not 2; .*quote": "path,label\na.png,x\nb,c.png,x\n",
@@ -119,10 +121,12 @@ def test_list__a_file_that_is_missing_or_no_table_is_named(tmp_path):
     pq.write_table(pa.table({"path": ["a.png", None]}), tmp_path / "null.parquet")
     content = (tmp_path / "null.parquet").read_bytes()
     (tmp_path / "holed.parquet").write_bytes(content[:4] + bytes(60) + content[64:])
+    pq.write_table(pa.table([["a.png"], ["b.png"]], names=["path", "path"]), tmp_path / "twice.parquet")
     for name, reason in (
         ("latin.csv", "not UTF-8"),
         ("broken.parquet", "no whole Parquet file"),
         ("holed.parquet", "no whole Parquet file"),
+        ("twice.parquet", "no whole Parquet file"),
         ("null.parquet", "row 2 has no path"),
         *((f"gone{ending}", "no such list") for ending in (".csv", ".tsv", ".txt", ".parquet")),
     ):
@@ -130,6 +134,16 @@ def test_list__a_file_that_is_missing_or_no_table_is_named(tmp_path):
             open_all(str(tmp_path / name))
         assert str(tmp_path / name) in str(raised.value)
         assert "\n" not in str(raised.value)
+
+
+def test_list__reading_takes_little_memory_a_row(tmp_path, peak):
+    def written(count: int) -> str:
+        rows = "".join(f"file:///x/{row:06d}.png,{'ab'[row % 2]}\n" for row in range(count))
+        return listed(tmp_path / f"{count}.csv", f"path,label\n{rows}")
+
+    few, many = written(1200), written(3600)
+    only(few)  # imports
+    assert peak(lambda: only(many)) - peak(lambda: only(few)) < 2400 * 150
 
 
 def test_list__without_the_library_the_extra_is_named(tmp_path, write, monkeypatch):

@@ -14,14 +14,16 @@ import tarfile
 import time
 import zipfile
 import zlib
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Int, Num
 from safetensors import SafetensorError, safe_open
@@ -32,7 +34,7 @@ from tqdm import tqdm
 from dmjd.data.builtin import download_folder
 from dmjd.data.decode import EXTENSIONS, MAX_BYTES, BadImage, Reduce, Wanted, decode
 from dmjd.data.listing import SETTLED, say_ignored, say_unread
-from dmjd.data.packed import PackedStrings
+from dmjd.data.packed import PackedStrings, Packer
 from dmjd.data.source import HELD_OUT_PARTS, Opener, Source, is_file_name, register_source
 from dmjd.data.stored import PARTS, StoredImages, classes_of, classes_of_folders, refuse_frames
 from dmjd.errors import DataError
@@ -214,20 +216,20 @@ def open_shards(data: str, wanted: Wanted) -> dict[str, Source]:
     refuse_frames(data, wanted)
     paths = expand(data)
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    names: list[str] = []
-    labels: list[str | None] = []
-    places: list[Place] = []
+    names, labels, places = Packer(), Packer(), array("q")
+    labelled = True
     for number, path in enumerate(tqdm(paths, desc="indexing shards", leave=False, disable=None)):
+        shard = os.path.relpath(path, root)
         for name, label, (start, size) in _samples(Path(path)):
-            names.append(f"{os.path.relpath(path, root)}/{name}")
-            labels.append(label)
-            places.append((number, start, size, IN_TAR))
-    if not names:
+            names.append(f"{shard}/{name}")
+            labels.append(label or "")
+            labelled = labelled and label is not None
+            places.extend((number, start, size, IN_TAR))
+    if not places:
         raise DataError(f"no images in {len(paths)} shards; {data}; images end in {', '.join(sorted(EXTENSIONS))}")
-    known = [label for label in labels if label is not None]
-    classes, numbers = classes_of(known) if len(known) == len(labels) else ((), None)
-    packed = PackedStrings.pack(names)
-    reader = ArchiveReader(PackedStrings.pack(paths), torch.tensor(places), packed, wanted)
+    classes, numbers = classes_of(labels.packed()) if labelled else ((), None)
+    packed = names.packed()
+    reader = ArchiveReader(PackedStrings.pack(paths), torch.from_numpy(np.asarray(places)).view(-1, 4), packed, wanted)
     return {"": StoredImages(address=data, names=packed, classes=classes, labels=numbers, reader=reader)}
 
 
@@ -258,7 +260,7 @@ def _choices(inside: str) -> Sequence[str]:
     return inside.split(",")
 
 
-def _samples(path: Path) -> list[tuple[str, str | None, tuple[int, int]]]:
+def _samples(path: Path) -> Iterator[tuple[str, str | None, tuple[int, int]]]:
     """List the samples of a shard: name and place of the image, and the label."""
     index = index_tar(path)
     images: dict[str, tuple[str, tuple[int, int]]] = {}
@@ -275,7 +277,8 @@ def _samples(path: Path) -> list[tuple[str, str | None, tuple[int, int]]]:
                 raise DataError(f"two images in a sample, {images[key][0]} and {name}; {path}; leave one of them out")
             if key not in images or "." not in ending:  # 0001.jpg rather than 0001.mask.png
                 images[key], plain[key] = (name, (start, size)), "." not in ending
-    return [(name, labels.get(key), place) for key, (name, place) in images.items()]
+    for key, (name, place) in images.items():
+        yield name, labels.get(key), place
 
 
 # -- where the members of a tar file lie ------------------------------------------------------------------------------
@@ -323,7 +326,7 @@ def index_tar(path: Path) -> TarIndex:
 
 def _scan(path: Path) -> TarIndex:
     """Read all headers; a cut file raises `tarfile.ReadError`."""
-    names, spans, texts = [], [], []
+    names, spans, texts = Packer(), array("q"), Packer()
     with tarfile.open(path, "r:") as archive:
         while member := archive.next():
             archive.members.clear()  # type: ignore[attr-defined]  # the headers of a million files would take a gigabyte
@@ -331,15 +334,13 @@ def _scan(path: Path) -> TarIndex:
                 continue
             content = archive.extractfile(member) if member.name.lower().endswith(".cls") else None
             names.append(member.name)
-            spans.append((member.offset_data, member.size))
+            spans.extend((member.offset_data, member.size))
             texts.append(content.read().decode(errors="replace").strip() if content else "")
     with path.open("rb") as file:  # tarfile takes a broken header for the end, which is a block of zeros
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"it breaks off at byte {archive.offset}")
-    return TarIndex(
-        PackedStrings.pack(names), torch.tensor(spans, dtype=torch.long).view(-1, 2), PackedStrings.pack(texts)
-    )
+    return TarIndex(names.packed(), torch.from_numpy(np.asarray(spans)).view(-1, 2), texts.packed())
 
 
 def _keep(kept: Path, index: TarIndex, stamp: dict[str, str]) -> None:

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int, Num
+import torch
+from jaxtyping import Num
 from torch import Tensor
 
 from dmjd.data.builtin import download_folder
 from dmjd.data.decode import EXTENSIONS, Reduce, Wanted, count_pages, decode
 from dmjd.data.listing import LINKED, list_files, say_ignored, say_unread
-from dmjd.data.packed import PackedStrings
-from dmjd.data.source import HELD_OUT_PARTS, Opener, Source, opener_of, register_source
+from dmjd.data.packed import PackedNumbers, PackedStrings
+from dmjd.data.source import HELD_OUT_PARTS, Opener, Source, opener_of, places_of, register_source
 from dmjd.errors import DataError
 
 
@@ -75,11 +76,11 @@ class FolderImages(FolderFiles):
         labels: Number of the class of each, if there are classes.
     """
 
-    labels: Int[np.ndarray, " n"] | None
+    labels: PackedNumbers | None
 
     def label(self, index: int) -> int | None:
         """Look up the number of an image's class; None if there are no classes."""
-        return None if self.labels is None else int(self.labels[index])
+        return None if self.labels is None else self.labels[index]
 
     def read(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
         """Decode an image; raises `BadImage`."""
@@ -129,8 +130,8 @@ def folder_images(root: Path, wanted: Wanted) -> FolderImages:
     if len(places) < 2:
         return FolderImages(root=root, names=names, wanted=wanted, classes=(), labels=None)
     classes = tuple(sorted(places))
-    rank = np.array([classes.index(name) for name in places])
-    return FolderImages(root=root, names=names, wanted=wanted, classes=classes, labels=rank[found])
+    labels = PackedNumbers(torch.tensor(places_of(places, classes))[torch.from_numpy(found)])
+    return FolderImages(root=root, names=names, wanted=wanted, classes=classes, labels=labels)
 
 
 def _frames(root: Path, names: PackedStrings) -> Iterator[str]:

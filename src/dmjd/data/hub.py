@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-import numpy as np
+import torch
 from jaxtyping import Num
 from torch import Tensor
 
 from dmjd.data.decode import BadImage, Reduce, Wanted, decode
-from dmjd.data.packed import PackedStrings
+from dmjd.data.packed import PackedNumbers, PackedStrings
 from dmjd.data.source import Opener, Source, register_source
 from dmjd.data.stored import Classes, StoredImages, classes_of, refuse_frames
 from dmjd.errors import DataError
@@ -165,7 +165,7 @@ def _classes(data: str, rows: Any, given: str | None) -> Classes:
     if None in values or (of_classes and -1 in values):  # a part whose labels are kept secret
         return (), None
     if of_classes:
-        return tuple(kind.names), np.array(values, dtype=np.int64)
+        return tuple(kind.names), PackedNumbers(torch.tensor(values))
     return classes_of([str(value) for value in values])
 
 

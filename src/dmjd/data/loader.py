@@ -55,7 +55,7 @@ def train_batches(
     if in_place or (workers is None and samples.images.in_memory):
         workers = 0
     elif workers is None:
-        workers = _spare_cores()
+        workers = spare_cores()
     return load_batches(samples, sampler, collate or _as_is, workers=workers, pin_memory=pin_memory and not in_place)
 
 
@@ -86,8 +86,8 @@ def read_batches(
     if source.in_memory or (workers is None and len(indices) < FEW):
         workers = 0  # reading is done before a worker has started
     elif workers is None:
-        workers = _spare_cores()
-    chunks = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
+        workers = spare_cores()
+    chunks = (list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size))
     reading, generator = _Reading(source, transform), Generator()  # the loader draws a seed: not from the global one
     return iter(load_batches(reading, chunks, _stack, workers=workers, pin_memory=pin_memory, generator=generator))
 
@@ -121,6 +121,6 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _spare_cores() -> int:
+def spare_cores() -> int:
     """Count the cores that the main process leaves to workers: 1 to 16."""
     return max(min(usable_cores() - 1, 16), 1)

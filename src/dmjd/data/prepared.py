@@ -32,7 +32,7 @@ from torch import Tensor
 
 from dmjd.data.crops import resize
 from dmjd.data.decode import DTYPES, BadImage, Reduce, Wanted, channels_advice, fit_channels
-from dmjd.data.packed import PackedStrings
+from dmjd.data.packed import PackedNumbers, PackedStrings
 from dmjd.data.source import Opener, Source, has_labels, labels_of, register_source
 from dmjd.data.stored import StoredImages
 from dmjd.errors import DataError
@@ -180,7 +180,7 @@ def open_prepared(data: str, wanted: Wanted) -> dict[str, Source]:
                 address=data,
                 names=PackedStrings(index["names"], index["ends"]),
                 classes=tuple(described["classes"]),
-                labels=None if labels is None else labels.numpy(),
+                labels=None if labels is None else PackedNumbers(labels),
                 reader=PreparedReader(root, stem_of(part), wanted, channels, index["places"]),
             )
         except (SafetensorError, KeyError) as error:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dmjd.data.decode import BadImage, Reduce, Wanted
 from dmjd.data.levels import Levels, levels_of
+from dmjd.data.packed import PackedNumbers
 from dmjd.errors import DataError
 from dmjd.random import mix
 from dmjd.registry import Registry
@@ -184,7 +185,8 @@ def same_classes(train: Source, held_out: Source, part: str) -> Parts:
     """Number the classes of the held-out part as those of the training part; classes of its own come after them."""
     if not (has_labels(train) and has_labels(held_out)) or train.classes == held_out.classes:
         return Parts(train, held_out, part)
-    own = tuple(name for name in held_out.classes if name not in train.classes)
+    known = set(train.classes)
+    own = tuple(name for name in held_out.classes if name not in known)
     return Parts(train, _Renumbered(held_out, train.classes + own), part)
 
 
@@ -268,22 +270,22 @@ class Subset(View):
 
     def __init__(self, source: Source, indices: Sequence[int] | np.ndarray):
         super().__init__(source)
-        self.indices = np.array(indices, dtype=np.int64)
+        self.indices = PackedNumbers(torch.as_tensor(indices, dtype=torch.long))
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def name(self, index: int) -> str:
         """Look up what the source calls the image of this place."""
-        return self.source.name(int(self.indices[index]))
+        return self.source.name(self.indices[index])
 
     def label(self, index: int) -> int | None:
         """Look up its label."""
-        return self.source.label(int(self.indices[index]))
+        return self.source.label(self.indices[index])
 
     def read(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
         """Decode it; raises `BadImage`."""
-        return self.source.read(int(self.indices[index]), reduce)
+        return self.source.read(self.indices[index], reduce)
 
 
 class _Renumbered(View):
@@ -292,7 +294,7 @@ class _Renumbered(View):
     def __init__(self, source: Source, classes: tuple[str, ...]):
         super().__init__(source)
         self.all_classes = classes
-        self.places = [classes.index(name) for name in source.classes]
+        self.places = places_of(source.classes, classes)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -336,6 +338,12 @@ class Scaled(View):
 def has_labels(source: Source) -> bool:
     """Tell whether the images have labels."""
     return bool(source.classes)
+
+
+def places_of(names: Iterable[str], classes: Iterable[str]) -> list[int]:
+    """Find the place of each name in a list of classes."""
+    places = {name: place for place, name in enumerate(classes)}
+    return [places[name] for name in names]
 
 
 def labels_of(source: Source, indices: Iterable[int]) -> Int[Tensor, " n"]:

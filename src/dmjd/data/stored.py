@@ -5,20 +5,21 @@ the number of an image to its pixels; all the rest is here.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Int, Num
 from torch import Tensor
 
 from dmjd.data.decode import Reduce, Wanted
-from dmjd.data.packed import PackedStrings
-from dmjd.data.source import HELD_OUT_PARTS, Source, Subset
+from dmjd.data.packed import PackedNumbers, PackedStrings
+from dmjd.data.source import HELD_OUT_PARTS, Source, Subset, places_of
 from dmjd.errors import DataError
 
 PARTS = ("train", *HELD_OUT_PARTS)
-Classes = tuple[tuple[str, ...], Int[np.ndarray, " n"] | None]  # names of the classes, and the number of each image's
+Classes = tuple[tuple[str, ...], PackedNumbers | None]  # names of the classes, and the number of each image's
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,7 +37,7 @@ class StoredImages:
     address: str
     names: PackedStrings
     classes: tuple[str, ...]
-    labels: Int[np.ndarray, " n"] | None
+    labels: PackedNumbers | None
     reader: Callable[[int, Reduce | None], Num[Tensor, "C H W"]]
 
     def __len__(self) -> int:
@@ -53,28 +54,28 @@ class StoredImages:
 
     def label(self, index: int) -> int | None:
         """Look up the number of an image's class; None if there are no classes."""
-        return None if self.labels is None else int(self.labels[index])
+        return None if self.labels is None else self.labels[index]
 
     def read(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
         """Decode an image; raises `BadImage`."""
         return self.reader(index, reduce)
 
 
-def classes_of(labels: Sequence[str]) -> Classes:
+def classes_of(labels: Iterable[str]) -> Classes:
     """Number the classes that a column of labels names, in alphabetical order, or by size if all are numbers.
 
     As with folders, a single class makes no labels.
     """
+    distinct, found = _numbered(labels)
     try:
-        keys = {label: float(label) for label in set(labels)}
+        keys = {label: float(label) for label in distinct}
         numbers = all(map(math.isfinite, keys.values()))
     except ValueError:
         numbers = False
-    classes = sorted(set(labels), key=lambda label: (keys[label], label) if numbers else label)
+    classes = sorted(distinct, key=lambda label: (keys[label], label) if numbers else label)
     if len(classes) < 2:
         return (), None
-    places = {name: place for place, name in enumerate(classes)}
-    return tuple(classes), np.array([places[label] for label in labels], dtype=np.int64)
+    return tuple(classes), PackedNumbers(torch.tensor(places_of(distinct, classes))[torch.from_numpy(found)])
 
 
 def classes_of_folders(names: Sequence[str]) -> Classes:
@@ -84,7 +85,7 @@ def classes_of_folders(names: Sequence[str]) -> Classes:
     return classes_of([name.partition("/")[0] for name in names])
 
 
-def parts_by_column(source: Source, splits: Sequence[str], where: object) -> dict[str, Source]:
+def parts_by_column(source: Source, splits: Iterable[str], where: object) -> dict[str, Source]:
     """Part a set by a column that has the name of the part of each image.
 
     Args:
@@ -95,10 +96,16 @@ def parts_by_column(source: Source, splits: Sequence[str], where: object) -> dic
     Raises:
         DataError: If it has any other word than the names of parts.
     """
-    found = np.array(splits)
-    if others := sorted(set(splits) - set(PARTS)):
+    distinct, found = _numbered(splits)
+    if others := sorted(distinct.keys() - set(PARTS)):
         raise DataError(f"unknown split {', '.join(others[:5])}; {where}; write {', '.join(PARTS[:-1])} or {PARTS[-1]}")
-    return {part: Subset(source, np.flatnonzero(found == part)) for part in PARTS if part in splits}
+    return {part: Subset(source, np.flatnonzero(found == distinct[part])) for part in PARTS if part in distinct}
+
+
+def _numbered(texts: Iterable[str]) -> tuple[dict[str, int], Int[np.ndarray, " n"]]:
+    """Number texts in the order in which they first come: the number of each distinct one, and that of every text."""
+    distinct: dict[str, int] = {}
+    return distinct, np.fromiter((distinct.setdefault(text, len(distinct)) for text in texts), dtype=np.int64)
 
 
 def refuse_frames(data: str, wanted: Wanted) -> None:

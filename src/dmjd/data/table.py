@@ -8,16 +8,19 @@ import csv
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from jaxtyping import Num
+import numpy as np
+from jaxtyping import Int, Num
 from torch import Tensor
 
 from dmjd.data.decode import MAX_BYTES, BadImage, Reduce, Wanted, count_pages, decode
 from dmjd.data.folder import FolderImages
 from dmjd.data.hub import has_embedded_images, open_hub
-from dmjd.data.packed import PackedStrings
+from dmjd.data.packed import PackedStrings, Packer
 from dmjd.data.source import Opener, Source, is_file_name, register_source
 from dmjd.data.stored import classes_of, parts_by_column
 from dmjd.errors import DataError
@@ -27,7 +30,7 @@ ENDINGS = (*DELIMITERS, ".parquet", ".txt")
 # Kinds of URLs that only read a file. Others of fsspec's unpack, cache or interpret what they read.
 PROTOCOLS = frozenset(("abfs", "az", "file", "ftp", "gcs", "gs", "hf", "http", "https", "oci", "oss", "s3", "sftp"))
 
-Columns = dict[str, list[str]]
+Columns = dict[str, PackedStrings]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,7 +75,7 @@ def open_list(data: str, wanted: Wanted) -> dict[str, Source]:
     images = ListedImages(
         listed_in=data,
         root=path.parent,
-        names=PackedStrings.pack(columns["path"]),
+        names=columns["path"],
         wanted=wanted,
         classes=classes,
         labels=labels,
@@ -110,12 +113,10 @@ def read_columns(path: Path, *, needed: Sequence[str], optional: Sequence[str] =
         there = ", ".join(header) or "none"
         raise DataError(f"no column {' or '.join(needed)}; {path}; name one so, its columns are: {there}")
     for name, cells in columns.items():
-        if not cells:
+        if not len(cells):
             raise DataError(f"an empty list; {path}; write one image a row")
-        if "" in cells:
-            raise DataError(
-                f"row {cells.index('') + 1} has no {name}; {path}; give every row one, or leave the row out"
-            )
+        if len(empty := np.flatnonzero(np.diff(cells.ends.numpy(), prepend=0) == 0)):
+            raise DataError(f"row {empty[0] + 1} has no {name}; {path}; give every row one, or leave the row out")
     return columns
 
 
@@ -123,15 +124,23 @@ def _text(path: Path, names: Sequence[str]) -> tuple[list[str], Columns]:
     """Read the header of a text file, and the columns of these names."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         if path.suffix.lower() == ".txt":
-            return ["path"], {"path": [line.rstrip("\r\n") for line in file if line.strip()]}
+            return ["path"], {"path": PackedStrings.pack(line.rstrip("\r\n") for line in file if line.strip())}
         rows = csv.reader(file, delimiter=DELIMITERS[path.suffix.lower()])
         try:
             header = [name.strip() for name in next(rows, [])]
             places = {name: header.index(name) for name in names if name in header}
-            cells = list(_cells(rows, len(header), list(places.values()), path))
+            return header, _pack(places, _cells(rows, len(header), list(places.values()), path))
         except csv.Error as error:
             raise DataError(f"{error} in line {rows.line_num}; {path}; write it anew") from None
-    return header, {name: [row[place] for row in cells] for place, name in enumerate(places)}
+
+
+def _pack(names: Iterable[str], rows: Iterable[Sequence[str]]) -> Columns:
+    """Make columns of these names out of rows, one by one."""
+    packers = {name: Packer() for name in names}
+    for row in rows:
+        for packer, cell in zip(packers.values(), row, strict=True):
+            packer.append(cell)
+    return {name: packer.packed() for name, packer in packers.items()}
 
 
 def _cells(rows: Iterable[list[str]], width: int, places: list[int], path: Path) -> Iterator[list[str]]:
@@ -153,39 +162,51 @@ def _parquet(path: Path, names: Sequence[str]) -> tuple[list[str], Columns]:
         raise DataError(f"Parquet files need pyarrow; {path}; pip install 'dmjd[tables]'") from None
     try:
         header = parquet.read_schema(path).names
-        table = parquet.read_table(path, columns=[name for name in names if name in header])
+        there = [name for name in names if name in header]
+        with parquet.ParquetFile(path) as file:
+            return header, _pack(there, _parquet_cells(file, there))
     except FileNotFoundError:
         raise
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, KeyError) as error:  # the last for two columns of one name
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"no whole Parquet file ({reason}); {path}; write it anew") from None
-    columns = table.to_pydict().items()
-    return header, {name: ["" if cell is None else str(cell) for cell in cells] for name, cells in columns}
+
+
+def _parquet_cells(file: Any, names: list[str]) -> Iterator[list[str]]:
+    """Read the rows of some columns of a Parquet file, batch by batch."""
+    for batch in file.iter_batches(1024, columns=names):
+        for row in zip(*(batch.column(name).to_pylist() for name in names), strict=True):
+            yield ["" if cell is None else str(cell) for cell in row]
 
 
 # -- paths -------------------------------------------------------------------------------------------------------------
 
 
-def _check_paths(path: Path, names: list[str]) -> None:
+def _check_paths(path: Path, names: PackedStrings) -> None:
     """Refuse a list that names an image twice, or a file that is not there; what URLs lead to is not looked at."""
-    most, times = Counter(names).most_common(1)[0]
-    if times > 1:
-        raise DataError(f"{most} is listed {times} times; {path}; list it once")
-    if remote := {name.partition("://")[0] for name in names if "://" in name}:
-        _check_protocols(remote, path)
-    if chained := [name for name in names if "://" in name and "::" in name]:
-        raise DataError(f"a URL within a URL, {chained[0]}; {path}; download what it leads to")
-    listings: dict[str, frozenset[str]] = {}
-    missing = []
+    hashes = _hashes(names)
+    ordered = np.sort(hashes)
+    if alike := {*ordered[1:][ordered[1:] == ordered[:-1]].tolist()}:
+        most, times = Counter(name for name in names if hash(name) in alike).most_common(1)[0]
+        if times > 1:
+            raise DataError(f"{most} is listed {times} times; {path}; list it once")
+    remote, chained, folders = set[str](), "", set[str]()
     for name in names:
-        if "://" in name:
-            continue
-        folder, slash, file = name.rpartition("/")
-        if folder + slash not in listings:
-            listings[folder + slash] = _files(path.parent / (folder + slash))
-        if file not in listings[folder + slash]:
-            missing.append(name)
-    missing = [name for name in missing if not (path.parent / name).exists()]  # the file system may fold case
+        protocol, address, _ = name.partition("://")
+        if address:
+            remote.add(protocol)
+            chained = chained or (name if "::" in name else "")
+        else:
+            folders.add(name[: name.rfind("/") + 1])
+    if remote:
+        _check_protocols(remote, path)
+    if chained:
+        raise DataError(f"a URL within a URL, {chained}; {path}; download what it leads to")
+    there = np.sort(_hashes(_files(path.parent, folders)))
+    absent = np.searchsorted(there, hashes) == np.searchsorted(there, hashes, side="right")
+    unseen = (names[int(row)] for row in np.flatnonzero(absent))
+    # The file system may fold case.
+    missing = [name for name in unseen if "://" not in name and not (path.parent / name).exists()]
     if missing:
         raise DataError(
             f"no file {missing[0]}, and {len(missing)} of {len(names)} missing in all; {path}; "
@@ -193,12 +214,16 @@ def _check_paths(path: Path, names: list[str]) -> None:
         )
 
 
-def _files(folder: Path) -> frozenset[str]:
-    """List a folder, once for all its files: a question for each of a million would take minutes on a network."""
-    try:
-        return frozenset(os.listdir(folder))
-    except OSError:
-        return frozenset()
+def _hashes(names: Iterable[str]) -> Int[np.ndarray, " n"]:
+    """Compute a hash of 64 bits of each name, to compare millions in 8 bytes each."""
+    return np.fromiter(map(hash, names), dtype=np.int64)
+
+
+def _files(root: Path, folders: Iterable[str]) -> Iterator[str]:
+    """List folders, each once for all its files: a question for each of a million would take minutes on a network."""
+    for folder in folders:
+        with suppress(OSError), os.scandir(root / folder) as entries:
+            yield from (folder + entry.name for entry in entries)
 
 
 def _check_protocols(protocols: Iterable[str], path: Path) -> None:
@@ -233,10 +258,13 @@ def _fetch(url: str) -> bytes:
 
 def _frames(root: Path, columns: Columns) -> Columns:
     """Give every page of a file a row of its own, as FILE#PAGE where there are several."""
-    counts = [1 if "://" in name else count_pages(root / name) for name in columns["path"]]
-    rows = [(row, f"#{page}" if count > 1 else "") for row, count in enumerate(counts) for page in range(count)]
-    expanded = {name: [cells[row] for row, _ in rows] for name, cells in columns.items()}
-    return expanded | {"path": [columns["path"][row] + page for row, page in rows]}
+
+    def rows() -> Iterator[list[str]]:
+        for name, *rest in zip(*columns.values(), strict=True):  # the paths come first
+            count = 1 if "://" in name else count_pages(root / name)
+            yield from ([f"{name}#{page}" if count > 1 else name, *rest] for page in range(count))
+
+    return _pack(columns, rows())
 
 
 register_source("list")(Opener(lambda data: is_file_name(data, ENDINGS), open_list, names_tell_part=True))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shlex
 import sys
@@ -19,6 +18,7 @@ from dmjd.config.doctor import DoctorSettings
 from dmjd.data.checkup import Copies, Look, chosen, find_copies, look_at, measure_speed, measure_values, open_as_most
 from dmjd.data.decode import Wanted
 from dmjd.data.folder import ignored_files
+from dmjd.data.loader import spare_cores
 from dmjd.data.memory import MEMORY_LIMIT
 from dmjd.data.prepared import SET, verify
 from dmjd.data.source import Source, has_labels
@@ -206,7 +206,7 @@ def advise(
         "decode_share": round(share, 3),
         "decoded_bytes": largest * found["images"],
         "fits_in_memory": ready,
-        "workers": 0 if ready else max((os.cpu_count() or 1) - 1, 1),
+        "workers": 0 if ready else spare_cores(),
         "command": command_line("pretrain", found["data"], flags),
         "prepare": command_line("prepare", found["data"], prepare) if slow else None,
     }
