@@ -49,6 +49,6 @@ class PredictSettings:
 
     def __post_init__(self) -> None:
         within(1, 1_000_000, self, "top")
-        if self.out.suffix in UNWRITTEN:
-            ending = self.out.suffix
+        ending = self.out.suffix
+        if ending.lower() in UNWRITTEN:
             raise ConfigError(f"--out {self.out}: there are no {ending} files of predictions; take .csv or .jsonl")

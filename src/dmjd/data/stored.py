@@ -82,7 +82,7 @@ def classes_of_folders(names: Sequence[str]) -> Classes:
     """Number the classes of paths if each is CLASS/IMAGE, of two classes or more."""
     if not all(name.count("/") == 1 for name in names):
         return (), None
-    return classes_of([name.partition("/")[0] for name in names])
+    return classes_of(name.partition("/")[0] for name in names)
 
 
 def parts_by_column(source: Source, splits: Iterable[str], where: object) -> dict[str, Source]:
