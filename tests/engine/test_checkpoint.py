@@ -7,6 +7,7 @@ from torch import nn
 
 from dmjd.engine import checkpoint
 from dmjd.engine.distributed import Ranks
+from dmjd.engine.optim import create_optimizer
 
 
 def test_collect__a_rank_that_does_not_write_keeps_no_tensor():
@@ -32,3 +33,29 @@ def test_trainer__the_first_rank_alone_has_tensors_to_write(paint, tmp_path, ran
     run(Case(out=str(tmp_path / "run"), data=str(images), steps=1, batch_size=2, dtype="float32"), alone)
     (written,) = checkpoint.whole_ones(tmp_path / "run" / "checkpoints")
     assert bool(checkpoint.read(written / "model")) == bool(checkpoint.read(written / "optimizer")) == (rank == 0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "lamb", "adafactorbv", "muon"])
+def test_load__a_run_goes_on_with_any_optimizer_as_if_it_had_not_stopped(name, tmp_path):
+    def begin():
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        return network, create_optimizer(network, name=name, lr=0.1, weight_decay=0.05, betas=(0.9, 0.95))
+
+    def go_on(network, optimizer, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            (network(torch.full((1, 3), step / 3)) ** 2).sum().backward()
+            optimizer.step()
+
+    whole, optimizer = begin()
+    go_on(whole, optimizer, range(1, 6))
+    stopped, optimizer = begin()
+    go_on(stopped, optimizer, range(1, 3))
+    path = checkpoint.save(tmp_path, checkpoint.collect(stopped, stopped, optimizer), {"step": 2})
+    resumed, optimizer = begin()
+    checkpoint.load(path, model=resumed, trained=resumed, optimizer=optimizer)
+    go_on(resumed, optimizer, range(3, 6))
+    assert resumed.state_dict().keys() == whole.state_dict().keys()
+    for key, value in resumed.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[key]), key

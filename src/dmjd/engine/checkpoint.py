@@ -23,7 +23,8 @@ from dmjd.engine.distributed import shared_like, whole
 from dmjd.errors import CheckpointError
 
 FORMAT = 2  # 1 named the optimizer's states by number
-OF_THIS_RUN = {"betas", "fused", "lr_scale", "weight_decay"}  # its settings, which may have changed, and its device
+# Of the groups of an optimizer: settings of the run, which may have changed, and what follows from its device.
+OF_THIS_RUN = {"params", "betas", "fused", "lr_scale", "momentum_dtype", "weight_decay"}
 KEEP = 2
 MANIFEST = "MANIFEST.json"
 
@@ -40,7 +41,7 @@ def collect(model: nn.Module, trained: nn.Module, optimizer: Optimizer, *, keep:
     """Bring together what a checkpoint holds, whatever the ranks; all of them have to call this.
 
     An optimizer's state goes by the name of its parameter, as NAME:KEY, so that it fits any number of ranks and any
-    order of parameter groups.
+    order of parameter groups. A tensor that a group has, such as LAMB's count of steps, is `group NUMBER:KEY`.
 
     Args:
         model: Whose state is kept.
@@ -53,9 +54,13 @@ def collect(model: nn.Module, trained: nn.Module, optimizer: Optimizer, *, keep:
         for name, parameter in trained.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-    tensors = {name: value for name, value in states.items() if isinstance(value, Tensor)}
+    groups = [
+        {key: value for key, value in group.items() if key not in OF_THIS_RUN} for group in optimizer.param_groups
+    ]
+    of_groups = {f"group {number}:{key}": value for number, group in enumerate(groups) for key, value in group.items()}
+    tensors = {name: value for name, value in {**states, **of_groups}.items() if isinstance(value, Tensor)}
     numbers = {name: value for name, value in states.items() if name not in tensors}
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    groups = [{key: value for key, value in group.items() if not isinstance(value, Tensor)} for group in groups]
     weights, moments = gather(model.state_dict(), keep=keep), gather(tensors, keep=keep)
     return Tensors(weights, moments, {"states": numbers, "groups": groups})
 
@@ -146,15 +151,16 @@ def load(path: Path, *, model: nn.Module, trained: nn.Module, optimizer: Optimiz
         weights = {name: shared_like(value, ours.get(name, value)) for name, value in read(path / "model").items()}
         model.load_state_dict(weights)
         moments, numbers = read(path / "optimizer"), read_state(path)["optimizer"]
-        for group, saved in zip(optimizer.param_groups, numbers["groups"], strict=True):
+        states: dict[str, dict[str, Any]] = {}
+        for name, value in {**moments, **numbers["states"]}.items():
+            owner, _, key = name.rpartition(":")
+            states.setdefault(owner, {})[key] = value
+        for number, (group, saved) in enumerate(zip(optimizer.param_groups, numbers["groups"], strict=True)):
+            saved |= states.get(f"group {number}", {})
             group.update({key: value for key, value in saved.items() if key not in OF_THIS_RUN})
     except (RuntimeError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"the checkpoint does not fit the model: {reason}; {path}; check the settings") from None
-    states: dict[str, dict[str, Any]] = {}
-    for name, value in {**moments, **numbers["states"]}.items():
-        parameter, _, key = name.rpartition(":")
-        states.setdefault(parameter, {})[key] = value
     fused = {parameter for group in optimizer.param_groups if group.get("fused") for parameter in group["params"]}
     for name, parameter in trained.named_parameters():
         for key, value in states.get(name, {}).items():
