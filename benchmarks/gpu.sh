@@ -32,8 +32,9 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd) && root=$(dirname "$here")
 kit=$(realpath -m "${KIT:-$root/build/gpu}") out=$(realpath -m "${OUT:-$root/docs/results/gpu}")
 device=${DEVICE:-cuda} python=${PYTHON:-python3}
-# What such machines lack of our dependencies: the command line, with its own, and the decoder of JPEGs.
-lacking=(cyclopts docstring_parser rich-rst simplejpeg)
+# What such machines lack of our dependencies, or have in another version than the studies: the command line, with its
+# own, the decoder of JPEGs, networks, and what dense tasks need.
+lacking=(cyclopts docstring_parser rich-rst simplejpeg timm segmentation_models_pytorch faster-coco-eval)
 platforms=(--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64)
 
 work=$(mktemp -d) # for what is not kept

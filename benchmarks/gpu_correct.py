@@ -16,6 +16,7 @@ repeat   a second run: equal to the last bit, in float32 and in bf16
 resume   a run that is killed by SIGKILL when step 10 is saved, and resumed: equal to the last bit
 bf16     bf16 against float32
 compile  --compile against the plain run, float32
+verbs    what every verb prints and writes, and runs of many kinds (gpu_verbs.py), against the CPU
 
 A difference of losses is relative to the CPU's, the largest of all steps; that of gradients is the largest of all
 weights: the norm of what differs over the norm of the gradient. Everything is without TF32.
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from gpu_speed import TOY, masking_of
+from gpu_verbs import LINES, Verbs
 from PIL import Image
 from safetensors import safe_open
 from study import device_name, versions
@@ -51,7 +54,7 @@ from dmjd.masking import seeded_masks, token_ids
 from dmjd.random import mix_all, uniforms
 from dmjd.reference import our_name
 
-LOSS, GRADIENT, CURVE, BF16 = 1e-5, 1e-4, 1e-3, 1e-2  # differences that rounding explains
+LOSS, GRADIENT, CURVE, BF16, VERB = 1e-5, 1e-4, 1e-3, 1e-2, 0.05  # differences that rounding explains
 STEPS = 20
 PRESETS: dict[str, dict[str, Any]] = {
     "mae": {},
@@ -276,6 +279,12 @@ class Runs:
         yield Finding("losses", largest(compiled, self.losses("fp32", preset)), CURVE)
 
 
+def verb(verbs: Verbs, name: str) -> Iterator[Finding]:
+    """Compare what a verb says and writes on the device with what it does on the CPU."""
+    for part, difference in verbs.compare(name):
+        yield Finding(part, difference, VERB)
+
+
 def largest(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Compare the losses of two runs."""
     return float(np.max(np.abs(ours[:, 0] / theirs[:, 0] - 1)))
@@ -301,6 +310,9 @@ def checks_of(given: argparse.Namespace, folder: Path) -> Iterator[tuple[str, st
     for name in ("curve", "repeat", "resume", "bf16", "compile"):
         for preset in RUNS:
             yield name, preset, partial(getattr(runs, name), preset)
+    made = Verbs(folder / "verbs", device)
+    for name in LINES:
+        yield "verbs", name, partial(verb, made, name)
 
 
 def main() -> int:
@@ -324,7 +336,9 @@ def main() -> int:
             try:
                 lines = [each._asdict() | {"ok": each.difference <= each.allowed} for each in check()]
             except Exception as error:  # the other checks are still worth making
-                lines = [{"ok": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}]
+                frames = traceback.extract_tb(error.__traceback__)
+                where = "; ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+                lines = [{"ok": False, "error": f"{type(error).__name__}: {str(error)[:300]}", "at": where[-300:]}]
             seconds = round(time.perf_counter() - began, 1)
             lines = [{"check": name, "of": subject, **line, "seconds": seconds} for line in lines]
             print("\n".join(map(json.dumps, lines)), flush=True)

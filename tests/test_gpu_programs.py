@@ -26,6 +26,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_correct
 import gpu_speed
+import gpu_verbs
 
 SHAPE = {"image_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_depth": 1}
 
@@ -117,6 +118,21 @@ def test_correct__goes_on_after_a_check_that_fails_and_fails_itself(
     checks = json.loads((tmp_path / "correct.json").read_text())["checks"]
     assert {check["of"]: check["ok"] for check in checks} == {"": True, "one": False, "two": False}
     assert all("error" in check for check in checks if not check["ok"])
+
+
+@pytest.mark.slow
+def test_verbs__say_and_write_the_same_twice(tmp_path: Path) -> None:
+    verbs = gpu_verbs.Verbs(tmp_path, "cpu")
+    for name in gpu_verbs.LINES:
+        for part, difference in verbs.compare(name):
+            assert int(part.split()[0]) > 1, name
+            assert difference == 0, (name, part)
+
+
+def test_verbs__that_fail_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu_verbs.LINES, "knn", "knn --data IMAGES --backbone RUN/none.safetensors")
+    with pytest.raises(RuntimeError, match="exit 4: error: no such backbone"):
+        list(gpu_verbs.Verbs(tmp_path, "cpu").compare("knn"))
 
 
 def test_largest_difference__of_gradients_sees_one_weight_that_differs() -> None:
