@@ -17,6 +17,7 @@ from dmjd.backbones.depthwise import DepthwiseOnRows, Layout
 from dmjd.masking import disjoint_masks, token_ids
 
 triton = pytest.importorskip("triton")
+from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as source_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.interpreter import InterpretedFunction
@@ -185,6 +186,17 @@ def test_depthwise__on_rows_is_one_graph_with_its_gradients(unchecked, monkeypat
         out.sum().backward()
     assert [each.grad.shape for each in given] == [torch.Size(size) for size in sizes]
     assert [len(kernels) for kernels in graphs] == [1, 2]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels__are_whole_in_the_program_that_torch_compile_writes(name, tmp_path):
+    written = source_of(getattr(depthwise, name))
+    path = tmp_path / "kernel.py"
+    path.write_text(f"import triton\nimport triton.language as tl\n@triton.jit\n{written}")  # all that it can name
+    spec = spec_from_file_location("kernel", path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert hasattr(module, name)
 
 
 @pytest.mark.slow

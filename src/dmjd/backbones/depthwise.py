@@ -21,7 +21,6 @@ from torch.nn.grad import conv2d_weight
 try:
     import triton
     import triton.language as tl
-    from triton.language import constexpr
 except ImportError:  # on a Mac, or with torch for CPUs alone
     triton = None
 
@@ -168,7 +167,18 @@ if triton:
     @no_type_check
     @triton.jit
     def _convolve(  # 12 parameters: a kernel takes no objects
-        values, taps, bias, rows, places, out, count, dim, width, SIDE: constexpr, ROWS: constexpr, BLOCK: constexpr
+        values,
+        taps,
+        bias,
+        rows,
+        places,
+        out,
+        count,
+        dim,
+        width,
+        SIDE: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
         """Sum the taps of some rows and channels."""
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -189,7 +199,18 @@ if triton:
     @no_type_check
     @triton.jit
     def _correlate(  # 12 parameters: a kernel takes no objects
-        values, grads, rows, places, parts, count, dim, width, each, SIDE: constexpr, LANES: constexpr, BLOCK: constexpr
+        values,
+        grads,
+        rows,
+        places,
+        parts,
+        count,
+        dim,
+        width,
+        each,
+        SIDE: tl.constexpr,
+        LANES: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
         """Sum a part of the rows, one by one, for all taps of some channels: no sum goes across threads."""
         part, channel = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

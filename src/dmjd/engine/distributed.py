@@ -257,7 +257,8 @@ class ParallelModel:
                 return self._forward(*arguments)
             except TorchDynamoException as error:
                 self.compiled, self.module._compiled_call_impl = False, None
-                reason = " ".join(str(error).partition("\n\n")[0].split())[:200]
+                said = re.findall(r"^[\w.]+(?:Error|Exception): .+", str(error), re.MULTILINE)  # the last is the cause
+                reason = " ".join((said or [str(error).partition("\n\n")[0]])[-1].split())[:200]
                 print(f"warning: torch cannot compile ({reason}); --compile; the run goes on without", file=sys.stderr)
         return self._forward(*arguments)
 
