@@ -12,8 +12,8 @@ step     losses and gradients of one step, float32, by preset
 rows     the hybrid's convolution and its gradients, in the form that the device chooses, against maps in float64
 golden   losses and norms of gradients of the official programs (FOLDER has their files, as tests/parity reads them)
 curve    the losses of 20 steps of `dmjd pretrain`, float32, against those of the CPU
-repeat   a second run: equal to the last bit, in float32 and in bf16
-resume   a run that is killed by SIGKILL when step 10 is saved, and resumed: equal to the last bit
+repeat   a second run: near the first, and with --deterministic equal to the last bit, in float32 and in bf16
+resume   a run with --deterministic that is killed by SIGKILL when step 10 is saved, and resumed: equal to the last bit
 bf16     bf16 against float32
 compile  --compile against the plain run, float32
 verbs    what every verb prints and writes, and runs of many kinds (gpu_verbs.py), against the CPU
@@ -245,6 +245,10 @@ class Runs:
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         return np.array([[line["loss"], line["grad_norm"]] for line in lines if "loss" in line])
 
+    def exact(self, name: str, preset: str, *flags: str) -> np.ndarray:
+        """Do the same with --deterministic."""
+        return self.losses(name, preset, *flags, "--deterministic")
+
     def curve(self, preset: str) -> Iterator[Finding]:
         """Compare with the CPU."""
         expected = self.losses("cpu", preset, "--device", "cpu")
@@ -253,20 +257,21 @@ class Runs:
     def repeat(self, preset: str) -> Iterator[Finding]:
         """Compare two equal runs."""
         for precision in ("fp32", "bf16"):
-            once, again = (
-                self.losses(name, preset, "--precision", precision) for name in (precision, f"{precision}-2")
-            )
-            yield Finding(precision, exactly(again, once), 0)
+            flags = ("--precision", precision)
+            once, again = (self.losses(name, preset, *flags) for name in (precision, f"{precision}-2"))
+            yield Finding(precision, largest(again, once), CURVE)
+            once, again = (self.exact(f"exact-{precision}{name}", preset, *flags) for name in ("", "-2"))
+            yield Finding(f"{precision}, deterministic", exactly(again, once), 0)
 
     def resume(self, preset: str) -> Iterator[Finding]:
         """Compare a run that was killed with one that was not."""
-        precision = ("--precision", "bf16")
-        line = self.line("killed", preset, *precision)
+        flags = ("--precision", "bf16")
+        line = self.line("killed", preset, *flags, "--deterministic")
         killed = subprocess.run([sys.executable, "-c", KILLED, *line], stdout=subprocess.DEVNULL, check=False)
         if killed.returncode != -9:
             raise RuntimeError(f"it should have been killed, and ended with {killed.returncode}")
-        resumed = self.losses("killed", preset, *precision, "--resume")
-        yield Finding("losses", exactly(resumed, self.losses("bf16", preset, *precision)), 0)
+        resumed = self.exact("killed", preset, *flags, "--resume")
+        yield Finding("losses", exactly(resumed, self.exact("exact-bf16", preset, *flags)), 0)
 
     def bf16(self, preset: str) -> Iterator[Finding]:
         """Compare bf16 with float32."""
@@ -334,7 +339,7 @@ def main() -> int:
                 continue
             began = time.perf_counter()
             try:
-                lines = [each._asdict() | {"ok": each.difference <= each.allowed} for each in check()]
+                lines = [each._asdict() | {"ok": bool(each.difference <= each.allowed)} for each in check()]
             except Exception as error:  # the other checks are still worth making
                 frames = traceback.extract_tb(error.__traceback__)
                 where = "; ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)

@@ -274,7 +274,7 @@ class Race:
         torch.compiler.reset()  # of the networks of the race before
         contenders: list[tuple[dict[str, Any], Contender]] = []
         entries: list[tuple[dict[str, Any], Entry]] = []
-        for case in CASES[size]:
+        for case in (case for case in CASES[size] if case.preset in self.given.presets):
             views = masking_of(case.preset, case.settings)["num_views"]
             label = {"model": case.model, "size": size, "preset": case.preset, "views": views, "form": case.form} | how
             make = partial(Contender, case, size, images, precision=how["precision"], toy=self.given.toy)
@@ -311,6 +311,8 @@ class Race:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["base", "small", "large"], choices=CASES)
+    presets = list(dict.fromkeys(case.preset for case in CASES["base"]))
+    parser.add_argument("--presets", nargs="+", default=presets, choices=presets)
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"], choices=("bf16", "fp32"))
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=("eager", "compiled"))
     parser.add_argument("--batch", type=int, default=256, help="images in a step at most")

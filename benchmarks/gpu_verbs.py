@@ -170,4 +170,4 @@ def differing(ours: float, theirs: float) -> float:
     """Compare two numbers: their difference over the larger of the second and a tenth."""
     if math.isnan(theirs) or math.isnan(ours):
         return 0.0 if math.isnan(theirs) == math.isnan(ours) else math.inf
-    return abs(ours - theirs) / max(abs(theirs), 0.1)
+    return float(abs(ours - theirs) / max(abs(theirs), 0.1))

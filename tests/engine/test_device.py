@@ -76,6 +76,30 @@ def test_train__in_bf16_attention_is_float32_in_the_backward_pass_of_checkpointe
     assert all(map(torch.equal, weights, same))
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_train__has_deterministic_algorithms_in_force_if_asked_for_and_not_after(asked):
+    network, seen = nn.Linear(2, 1), []
+
+    def objective(model, batch):
+        loss = model(torch.ones(1, 2)).sum()
+        loss.register_hook(lambda gradient: seen.append(torch.are_deterministic_algorithms_enabled()))
+        return {"loss": loss}
+
+    steps = train(
+        ParallelModel(network, ONE),
+        torch.optim.SGD(network.parameters(), lr=0.1),
+        iter([SimpleNamespace(skipped={})]),
+        objective,
+        Plan(steps=1, batch_size=1, lr=0.1, deterministic=asked),
+        start=0,
+        lr=lambda step: 0.1,
+        autocast=choose_precision("fp32", CPU),
+    )
+    assert len([*steps]) == 1
+    assert seen == [asked]  # in the backward pass
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -111,6 +111,9 @@ class RunSettings(DeviceSettings):
     activation_checkpointing: bool = False
     """Compute the inside of every block again in the backward pass instead of keeping it: less memory, a forward pass
     more in a step."""
+    deterministic: bool = False
+    """Take only algorithms that give the same bits at every call: a run on a GPU, repeated or resumed, is then the same
+    to the last bit, and slower. Training on a CPU is so by itself."""
     resume: bool = False
     """Go on with the run in --out."""
     allow_change: tuple[str, ...] = ()
@@ -154,6 +157,7 @@ class RunSettings(DeviceSettings):
             "seed": self.seed,
             "workers": self.workers,
             "save_minutes": self.checkpoint_minutes,
+            "deterministic": self.deterministic,
         }
 
 

@@ -88,6 +88,22 @@ class Float32Attention(TorchFunctionMode):
             return func(*(tensor.float() for tensor in args), **options).to(args[2].dtype)
 
 
+@contextmanager
+def deterministic(asked: bool) -> Iterator[None]:
+    """Have torch take only algorithms that give the same bits at every call, if asked for; it warns where it has none.
+
+    On a GPU the backward pass of attention, and that of reading rows by their numbers, else add in any order.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if asked:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS asks for
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def environment(device: torch.device, autocast: Callable[[], AbstractContextManager[None]]) -> dict[str, str | int]:
     """Describe what computes: versions, device, precision of matrix products, and the cores of the host.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from dmjd.engine.device import deterministic
 from dmjd.engine.distributed import ParallelModel, whole
 from dmjd.engine.optim import Shape
 from dmjd.engine.signals import stopping
@@ -37,6 +38,7 @@ class Plan:
         evaluations: How many, beside those before and after the run.
         saves: How many checkpoints; the last step has one in any case.
         save_minutes: Longest time without one.
+        deterministic: Whether torch is to take only algorithms that give the same bits at every call.
     """
 
     steps: int
@@ -52,6 +54,7 @@ class Plan:
     evaluations: int = 5
     saves: int = 20
     save_minutes: float = 15.0
+    deterministic: bool = False
 
 
 class Step(NamedTuple):
@@ -103,7 +106,7 @@ def train(
             batch = next(batches)
             # What the network draws itself (drop path) depends on the step and the micro-batch, not on who computes it.
             torch.manual_seed(mix(plan.seed, step, model.ranks.number(part)))
-            with model.synchronized(last=part == plan.accumulation - 1):
+            with deterministic(plan.deterministic), model.synchronized(last=part == plan.accumulation - 1):
                 with autocast():
                     losses = objective(model, batch)
                 (losses["loss"] / plan.accumulation).backward()

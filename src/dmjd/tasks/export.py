@@ -37,7 +37,7 @@ KINDS: dict[str, tuple[str, Callable[[], Any], Path]] = {
 UNTOLD = {
     *("data", "out", "preset", "config", "device", "workers", "debug", "resume", "checkpoint_minutes", "max_bad"),
     *("parallel", "compile", "allow_change", "backbone", "epochs", "steps", "batch_size", "monitor", "log"),
-    *("log_to", "activation_checkpointing"),
+    *("log_to", "activation_checkpointing", "deterministic"),
 }
 RESULTS = {  # what the card calls a result; others go by their own names
     "knn_top1": "k-NN, top-1",
