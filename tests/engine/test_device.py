@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
 
-from dmjd.engine.device import WIDE, Float32Attention, choose_precision, environment, memory_errors
+from dmjd.engine.device import WIDE, Float32Attention, choose_precision, deterministic, environment, memory_errors
 from dmjd.engine.distributed import ParallelModel, Ranks
 from dmjd.engine.loop import Plan, train
 from dmjd.errors import ConfigError
@@ -97,6 +97,15 @@ def test_train__has_deterministic_algorithms_in_force_if_asked_for_and_not_after
     )
     assert len([*steps]) == 1
     assert seen == [asked]  # in the backward pass
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic__what_cannot_be_so_is_named_in_a_line():
+    with pytest.raises(ConfigError, match=r"^put_ does not have a deterministic implementation; --deterministic"):
+        with deterministic(True):
+            torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+    with pytest.raises(RuntimeError, match="a bug"), deterministic(True):
+        raise RuntimeError("a bug")
     assert not torch.are_deterministic_algorithms_enabled()
 
 

@@ -90,16 +90,23 @@ class Float32Attention(TorchFunctionMode):
 
 @contextmanager
 def deterministic(asked: bool) -> Iterator[None]:
-    """Have torch take only algorithms that give the same bits at every call, if asked for; it warns where it has none.
+    """Have torch take only algorithms that give the same bits at every call, if asked for.
 
     On a GPU the backward pass of attention, and that of reading rows by their numbers, else add in any order.
+
+    Raises:
+        ConfigError: If torch has no such algorithm for something.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if asked:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS asks for
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)  # with warn_only, attention stays as it is
     try:
         yield
+    except RuntimeError as error:
+        if "deterministic implementation" not in str(error):
+            raise
+        raise ConfigError(f"{str(error).partition(',')[0]}; --deterministic; leave it out") from None
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
