@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What is to be shown on a GPU: benchmarks/gpu.sh WHAT ...
-# Nothing of it has been run on a GPU yet, only at toy size on a CPU (tests/test_gpu_programs.py). Times are estimates.
+# What came of it on one GPU: docs/results/gpu.md. Times are those of an H200 with 16 cores, or of Python that starts there.
 #
 # On a machine with network, before (a minute), in the environment of this package:
 #   prepare KIT IMAGES [GOLDEN]
@@ -13,10 +13,10 @@
 #
 # On a machine with a GPU, without network, that has Python 3.12, torch, torchvision, timm, scikit-learn, transformers:
 #   correct [FLAGS]
-#       5 min. The device computes what a CPU computes: masks, crops, losses, gradients, curves, resumption.
+#       6 min. The device computes what a CPU computes: masks, crops, losses, gradients, curves, resumption.
 #       OUT/correct.json has the difference for each check. FLAGS: gpu_correct.py.
 #   speed [FLAGS]
-#       8 min; what would begin later is left out, what has begun goes on, a minute where it is a compilation. Images a
+#       8 min; what would begin later is left out, what has begun goes on, minutes where it is a compilation. Images a
 #       second, FLOP/s and memory of a step, against plain forms, in OUT/speed.json, which is written on the way.
 #       FLAGS: gpu_speed.py; --sizes, --precisions and --modes share the work out between several calls.
 #   study NAME MINUTES JOBS [FLAGS]

@@ -16,6 +16,7 @@ A line of `results` has the median of its rounds and their quartiles, in images 
 TFLOP/s by the counter of `dmjd plan` (products, attention and convolutions, forward, backward and targets, two a
 multiply-add, but not what a kernel of Triton does: the depthwise convolutions of rows, a small part) and their share of
 the GPU's peak (`mfu`; `peak_tflops` says of which); and the peak memory of a step with weights and optimizer.
+With --profile a line has `operators`, too: which share of a step's time on the device each operator of torch takes.
 fp32 is what torch does when it is told nothing: TF32 in convolutions, not in matrix products.
 """
 
@@ -38,6 +39,8 @@ from plain.hybrid import PlainHybrid
 from plain.mae import TransformersMAE
 from study import device_name, versions
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import dmjd
@@ -163,6 +166,21 @@ class Contender:
         torch.cuda.synchronize()
         return float(began.elapsed_time(ended)) / 1e3 / steps
 
+    def operators(self, batch: int) -> dict[str, float]:
+        """Profile a step: the share of the time on the device that operators take, of those above a hundredth."""
+        with profile() as profiler:
+            self.step(batch)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+        spent = {
+            each.key: each.self_device_time_total if self.device.type == "cuda" else each.self_cpu_time_total
+            for each in profiler.key_averages()
+            if each.device_type == DeviceType.CPU  # operators: their kernels are listed as well
+        }
+        whole = sum(spent.values())
+        ordered = sorted(spent.items(), key=lambda item: -item[1])
+        return {name: round(time / whole, 4) for name, time in ordered if time > whole / 100}
+
     def memory(self, batch: int) -> float | None:
         """Measure the peak memory of a step with weights and optimizer in GiB; None on a CPU."""
         if self.device.type != "cuda":
@@ -196,12 +214,16 @@ def largest_batch(step: Callable[[int], None], most: int) -> int:
 
 @dataclass
 class Entry:
-    """A contender in a race: its batch, the steps of a round, the peak memory in GiB, and seconds a step by round."""
+    """A contender in a race: its batch, the steps of a round, the peak memory in GiB, and seconds a step by round.
+
+    `operators` are their shares of a step, if asked for.
+    """
 
     contender: Contender
     batch: int
     steps: int
     memory: float | None
+    operators: dict[str, float] | None
     seconds: list[float] = field(default_factory=list)
 
     def go_round(self) -> None:
@@ -209,15 +231,16 @@ class Entry:
         self.seconds.append(self.contender.seconds(self.batch, self.steps))
 
 
-def enter(contender: Contender, *, most: int, compiled: bool) -> Entry:
-    """Find the batch of a contender, at most so many images, compile it if asked for, and let it run warm."""
+def enter(contender: Contender, *, most: int, compiled: bool, profiled: bool) -> Entry:
+    """Find the batch of a contender, at most so many images, compile and profile it if asked for, and run it warm."""
     batch = largest_batch(contender.step, most)  # before: another batch would be compiled anew
     if compiled:
         contender.model.compile()
     for _ in range(2):
         contender.step(batch)
     steps = math.ceil(ROUND / contender.seconds(batch, 1))
-    return Entry(contender, batch, min(steps, 100), contender.memory(batch))
+    operators = contender.operators(batch) if profiled else None
+    return Entry(contender, batch, min(steps, 100), contender.memory(batch), operators)
 
 
 def results_of(entry: Entry, peak: float | None) -> dict[str, Any]:
@@ -235,6 +258,7 @@ def results_of(entry: Entry, peak: float | None) -> dict[str, Any]:
         "tflops": round(tflops, 3),
         "mfu": round(tflops / peak, 4) if peak else None,
         "peak_gib": entry.memory,
+        **({"operators": entry.operators} if entry.operators else {}),
     }
 
 
@@ -280,7 +304,13 @@ class Race:
             make = partial(Contender, case, size, images, precision=how["precision"], toy=self.given.toy)
             contenders += [(label, contender) for contender in self.attempt(make, label)]
         for label, contender in contenders:
-            begin = partial(enter, contender, most=len(images), compiled=how["mode"] == "compiled")
+            begin = partial(
+                enter,
+                contender,
+                most=len(images),
+                compiled=how["mode"] == "compiled",
+                profiled=self.given.profile,
+            )
             kept = self.given.rounds * ROUND * (len(entries) + 1)  # seconds for the rounds of those that are ready
             entries += [(label, entry) for entry in self.attempt(begin, label, kept=kept)]
         racing, before, peak = entries, len(self.found["results"]), self.peaks.get(how["precision"])
@@ -317,6 +347,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=("eager", "compiled"))
     parser.add_argument("--batch", type=int, default=256, help="images in a step at most")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--profile", action="store_true", help="say which operators take the time")
     parser.add_argument("--minutes", type=float, default=8.0, help="what would begin later is left out")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--toy", action="store_true", help="networks of nothing, to see that this program works")

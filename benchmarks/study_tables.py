@@ -219,7 +219,7 @@ def write(study: Study) -> None:
         f"Written by `python benchmarks/study_tables.py` from the files of [{study.name}]({study.name}).",
         f"Arms: [{study.name}.yaml](../../benchmarks/studies/{study.name}.yaml); rules: [protocol.md](protocol.md).",
         f"{done} of {asked} runs that count are there, and {len(results) - done} of the search for rates; in all",
-        f"{hours:.1f} hours of CPU on {', '.join(devices) or 'nothing'}.\n",
+        f"{hours:.1f} hours of processor time on {', '.join(devices) or 'nothing'}.\n",
         "Accuracies are percent on the test part: mean ± standard deviation over seeds.\n",
         table_of_runs(study, runs),
         "Paired differences, with 95 % intervals; the last column is about the linear probe.\n",

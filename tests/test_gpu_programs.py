@@ -179,12 +179,22 @@ def test_results__count_what_the_rounds_took() -> None:
     images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
     case = gpu_speed.Case("vit", "dm", gpu_speed.FOUR)
     contender = gpu_speed.Contender(case, "base", images, precision="fp32", toy=True)
-    entry = gpu_speed.Entry(contender, 4, 1, None, [2.0, 1.0, 4.0])
+    entry = gpu_speed.Entry(contender, 4, 1, None, {"aten::mm": 0.5}, [2.0, 1.0, 4.0])
     results = gpu_speed.results_of(entry, peak=contender.flops * 4 / 1e12)
     assert results["images_per_s"] == 2.0  # 4 images in the median of 2 s
     assert results["rows_per_s"] == 8.0  # of four views
     assert results["mfu"] == 0.5
     assert results["quartiles"] == [1.0, 4.0]
+    assert results["operators"] == {"aten::mm": 0.5}
+
+
+def test_operators__take_all_of_a_step() -> None:
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    contender = gpu_speed.Contender(gpu_speed.Case("vit", "dm", {}), "base", images, precision="fp32", toy=True)
+    shares = contender.operators(4)
+    assert 0.5 < sum(shares.values()) <= 1
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    assert {"aten::mm", "aten::addmm"} & shares.keys()
 
 
 @pytest.mark.slow

@@ -101,9 +101,9 @@ def test_train__has_deterministic_algorithms_in_force_if_asked_for_and_not_after
 
 
 def test_deterministic__what_cannot_be_so_is_named_in_a_line():
-    with pytest.raises(ConfigError, match=r"^put_ does not have a deterministic implementation; --deterministic"):
-        with deterministic(True):
-            torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+    said = r"^put_ does not have a deterministic implementation; --deterministic"
+    with pytest.raises(ConfigError, match=said), deterministic(True):
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
     with pytest.raises(RuntimeError, match="a bug"), deterministic(True):
         raise RuntimeError("a bug")
     assert not torch.are_deterministic_algorithms_enabled()
