@@ -21,12 +21,15 @@
 #       FLAGS: gpu_speed.py; --sizes, --precisions and --modes share the work out between several calls.
 #   study NAME MINUTES JOBS [FLAGS]
 #       MINUTES (8 leave room below 9) and half a minute. Runs of benchmarks/studies/NAME.yaml, JOBS side by side, as
-#       far as docs/results/NAME has none; a run that is cut off is lost. OUT/NAME.tar holds that folder afterwards:
+#       far as docs/results/NAME has none, in float32 as on a CPU, and not compiled, which would take longer than they
+#       do: eight runs of `halves` take two minutes with 16 cores, which read and judge. A run that is cut off is lost.
+#       OUT/NAME.tar holds that folder afterwards, and every ten seconds before:
 #       tar xf NAME.tar -C docs/results. FLAGS: study.py, such as --teacher FILE.
 #
-# These three refuse a KIT that is not there, or not of the commit that is checked out here (where there is git).
+# These three refuse a KIT that is not there; the first two one that is not of the commit that is checked out here, where
+# there is git. A study goes on with the commit that it was begun with.
 #
-# Variables: KIT, the folder of `prepare` (build/gpu); OUT, for results (docs/results/gpu); DEVICE (cuda);
+# Variables: COMMIT, of the program that `prepare` packs (HEAD); KIT, the folder of `prepare` (build/gpu); OUT, for results (docs/results/gpu); DEVICE (cuda);
 # PYTHON (python3).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd) && root=$(dirname "$here")
@@ -55,12 +58,13 @@ EOF
 }
 
 prepare() {
+  commit=$(git -C "$root" rev-parse "${COMMIT:-HEAD}")
   kit=$1 && mkdir -p "$(dirname "$kit")" && mkdir "$kit" "$kit/wheels" # a folder that is there is not touched
   pack "$2" "$kit/images.zip"
   [ -z "${3:-}" ] || cp -r --no-preserve=mode "$3" "$kit/golden"
-  git -C "$root" archive HEAD | tar x -C "$work"
+  git -C "$root" archive "$commit" | tar x -C "$work"
   "$python" -m pip install --quiet --no-deps --target "$kit/site" "$work"
-  git -C "$root" rev-parse HEAD | tr -d '\n' >"$kit/site/commit"
+  echo -n "$commit" >"$kit/site/commit"
   wanted=$("$python" -c 'import sys; from importlib.metadata import version
 for name in sys.argv[1:]: print(f"{name}=={version(name)}")' "${lacking[@]}")
   "$python" -m pip download --quiet --no-deps --only-binary=:all: --dest "$kit/wheels" \
@@ -70,30 +74,35 @@ for name in sys.argv[1:]: print(f"{name}=={version(name)}")' "${lacking[@]}")
 
 # Make the program as it was packed importable, and what it needs.
 begin() {
+  mkdir -p "$out"
   if [ ! -f "$kit/site/commit" ]; then
     echo "error: there is no kit; $kit; make one with $0 prepare, or set KIT" >&2 && exit 2
   fi
   commit=$(cat "$kit/site/commit")
-  head=$(git -C "$root" rev-parse HEAD 2>/dev/null || echo "$commit")
-  if [ "$commit" != "$head" ]; then
-    echo "error: the kit is of commit ${commit:0:7}, not of ${head:0:7}; $kit; remove it and make it anew" >&2 && exit 2
-  fi
-  mkdir -p "$out"
   if compgen -G "$kit/wheels/*.whl" >/dev/null; then
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/wheels" "$kit"/wheels/*.whl
   fi
   export PYTHONPATH=$kit/site:$work/wheels${PYTHONPATH:+:$PYTHONPATH}
 }
 
-correct() {
+# The same, for what is said of the program that is checked out here.
+begin_here() {
   begin
+  head=$(git -C "$root" rev-parse HEAD 2>/dev/null || echo "$commit")
+  if [ "$commit" != "$head" ]; then
+    echo "error: the kit is of commit ${commit:0:7}, not of ${head:0:7}; $kit; remove it and make it anew" >&2 && exit 2
+  fi
+}
+
+correct() {
+  begin_here
   if [ -d "$kit/golden" ]; then golden=(--golden "$kit/golden"); else golden=(); fi
   "$python" "$here/gpu_correct.py" --device "$device" --commit "$commit" --out "$out/correct.json" \
     "${golden[@]}" "$@"
 }
 
 speed() {
-  begin
+  begin_here
   "$python" "$here/gpu_speed.py" --device "$device" --commit "$commit" --out "$out/speed.json" "$@"
 }
 
@@ -104,13 +113,21 @@ study() {
   ln -s "$kit/site" "$work/site"
   "$python" -m zipfile -e "$kit/images.zip" "$work/images"
   OMP_NUM_THREADS=$(( ($(nproc) + jobs - 1) / jobs ))
-  export OMP_NUM_THREADS
-  status=0
+  export OMP_NUM_THREADS TORCHDYNAMO_DISABLE=1 NVIDIA_TF32_OVERRIDE=0
+  (while sleep 10; do keep; done) >/dev/null 2>&1 &
+  keeping=$! status=0
   "$python" "$here/study.py" run "$here/studies/$name.yaml" --data "$work/images" --work "$work" --device "$device" \
     --jobs "$jobs" --minutes "$minutes" "$@" || status=$?
   [ $status = 0 ] || find "$work/$name" -name log.txt -exec tail -n 5 {} + >&2
-  tar c -C "$root/docs/results" "$name" >"$out/$name.tar" # also of a study that failed: what is done is done
+  kill $keeping
+  keep # also of a study that failed: what is done is done
   return $status
+}
+
+# Write what a study has so far, in one go.
+keep() {
+  tar c -C "$root/docs/results" "$name" >"$work/$name.tar" && cp "$work/$name.tar" "$out/.$name.tar" &&
+    mv "$out/.$name.tar" "$out/$name.tar"
 }
 
 what=${1:-}
