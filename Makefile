@@ -4,8 +4,8 @@ BIN := .venv/bin
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "dmjd needs Python 3.11: make PYTHON=python3.11 ...")'
 SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 export OMP_WAIT_POLICY ?= PASSIVE
-# pip compiles no modules (below), so each is compiled where it is first imported: kept, they make a start three times as
-# fast, and the tests start hundreds of processes.
+# pip compiles no modules (below), so each is compiled where it is first imported.
+# Kept, they make a start three times as fast, and the tests start hundreds of processes.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all check lint docs bench bench-check study-quick format clean

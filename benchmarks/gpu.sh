@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What is to be shown on a GPU: benchmarks/gpu.sh WHAT ...
-# What came of it on one GPU: docs/results/gpu.md. Times are those of an H200 with 16 cores, or of Python that starts there.
+# What came of it on one GPU: docs/results/gpu.md. Times are of an H200 with 16 cores.
 #
 # On a machine with network, before (a minute), in the environment of this package:
 #   prepare KIT IMAGES [GOLDEN]
@@ -11,7 +11,7 @@
 #       The images alone, of a folder train/CLASS/IMAGE, test/CLASS/IMAGE such as CIFAR-10: the first COUNT (1500)
 #       training images of each class by name, and the test part.
 #
-# On a machine with a GPU, without network, that has Python 3.12, torch, torchvision, timm, scikit-learn, transformers:
+# On a machine with a GPU, without network, that has Python 3.12, torch, torchvision, scikit-learn, transformers:
 #   correct [FLAGS]
 #       6 min. The device computes what a CPU computes: masks, crops, losses, gradients, curves, resumption.
 #       OUT/correct.json has the difference for each check. FLAGS: gpu_correct.py.
@@ -22,15 +22,15 @@
 #   study NAME MINUTES JOBS [FLAGS]
 #       MINUTES (8 leave room below 9) and half a minute. Runs of benchmarks/studies/NAME.yaml, JOBS side by side, as
 #       far as docs/results/NAME has none, in float32 as on a CPU, and not compiled, which would take longer than they
-#       do: eight runs of `halves` take two minutes with 16 cores, which read and judge. A run that is cut off is lost.
-#       OUT/NAME.tar holds that folder afterwards, and every ten seconds before:
+#       do: eight runs of `halves` take three and a half minutes, where 16 cores decode and judge. A run that is cut
+#       off is lost. OUT/NAME.tar holds that folder afterwards, and every ten seconds before:
 #       tar xf NAME.tar -C docs/results. FLAGS: study.py, such as --teacher FILE.
 #
-# These three refuse a KIT that is not there; the first two one that is not of the commit that is checked out here, where
-# there is git. A study goes on with the commit that it was begun with.
+# These three refuse a KIT that is not there; the first two also one that is not of the commit that is checked out here,
+# where there is git. A study that was begun goes on with a kit of its commit, by COMMIT.
 #
-# Variables: COMMIT, of the program that `prepare` packs (HEAD); KIT, the folder of `prepare` (build/gpu); OUT, for results (docs/results/gpu); DEVICE (cuda);
-# PYTHON (python3).
+# Variables: COMMIT, of the program that `prepare` packs (HEAD); KIT, the folder of `prepare` (build/gpu); OUT, for
+# results (docs/results/gpu); DEVICE (cuda); PYTHON (python3).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd) && root=$(dirname "$here")
 kit=$(realpath -m "${KIT:-$root/build/gpu}") out=$(realpath -m "${OUT:-$root/docs/results/gpu}")
@@ -58,7 +58,7 @@ EOF
 }
 
 prepare() {
-  commit=$(git -C "$root" rev-parse "${COMMIT:-HEAD}")
+  commit=$(git -C "$root" rev-parse "${COMMIT:-HEAD}^{commit}")
   kit=$1 && mkdir -p "$(dirname "$kit")" && mkdir "$kit" "$kit/wheels" # a folder that is there is not touched
   pack "$2" "$kit/images.zip"
   [ -z "${3:-}" ] || cp -r --no-preserve=mode "$3" "$kit/golden"
@@ -114,20 +114,19 @@ study() {
   "$python" -m zipfile -e "$kit/images.zip" "$work/images"
   OMP_NUM_THREADS=$(( ($(nproc) + jobs - 1) / jobs ))
   export OMP_NUM_THREADS TORCHDYNAMO_DISABLE=1 NVIDIA_TF32_OVERRIDE=0
-  (while sleep 10; do keep; done) >/dev/null 2>&1 &
+  (while sleep 10 && kill -0 $$; do keep || true; done) >/dev/null 2>&1 &
   keeping=$! status=0
   "$python" "$here/study.py" run "$here/studies/$name.yaml" --data "$work/images" --work "$work" --device "$device" \
     --jobs "$jobs" --minutes "$minutes" "$@" || status=$?
-  [ $status = 0 ] || find "$work/$name" -name log.txt -exec tail -n 5 {} + >&2
-  kill $keeping
+  [ $status = 0 ] || find "$work/$name" -name log.txt -exec tail -n 5 {} + >&2 || true
+  kill $keeping && wait $keeping || true
   keep # also of a study that failed: what is done is done
   return $status
 }
 
 # Write what a study has so far, in one go.
 keep() {
-  tar c -C "$root/docs/results" "$name" >"$work/$name.tar" && cp "$work/$name.tar" "$out/.$name.tar" &&
-    mv "$out/.$name.tar" "$out/$name.tar"
+  tar c -C "$root/docs/results" "$name" >"$out/.$name.$BASHPID" && mv "$out/.$name.$BASHPID" "$out/$name.tar"
 }
 
 what=${1:-}

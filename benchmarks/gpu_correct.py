@@ -54,7 +54,7 @@ from dmjd.masking import seeded_masks, token_ids
 from dmjd.random import mix_all, uniforms
 from dmjd.reference import our_name
 
-LOSS, GRADIENT, CURVE, BF16, VERB = 1e-5, 1e-4, 1e-3, 1e-2, 0.05  # differences that rounding explains
+LOSS, GRADIENT, CURVE, BF16, VERB = 1e-5, 1e-4, 1e-3, 1e-2, 1e-3  # differences that rounding explains
 STEPS = 20
 PRESETS: dict[str, dict[str, Any]] = {
     "mae": {},

@@ -129,17 +129,25 @@ class Verbs:
             with path.open(newline="") as file:
                 for number, row in enumerate(csv.DictReader(file)):
                     found |= flat(f"{path.name} {number}", {key: number_of(text) for key, text in row.items()})
+        for path in sorted(out.rglob("masks/*.png")):  # of classes
+            with Image.open(path) as mask:
+                found[f"mean of {path.name}"] = float(np.asarray(mask, np.float64).mean())
         return found
 
     def compare(self, name: str) -> Iterator[tuple[str, float]]:
-        """Run a line on both; yield what differs most, and by how much."""
+        """Run a line on both; yield what differs most, and by how much.
+
+        Raises:
+            RuntimeError: If one fails, or they give other numbers.
+            ValueError: If there are none.
+        """
         expected = self.numbers(name, "cpu", self.folder / "expected")
         ours = self.numbers(name, self.device, self.folder / "found")
         if expected.keys() != ours.keys():
             raise RuntimeError(f"other numbers: {sorted(expected.keys() ^ ours.keys())[:5]}")
         differences = {key: differing(ours[key], value) for key, value in expected.items()}
-        worst = max(differences, key=differences.__getitem__) if differences else "nothing to compare"
-        yield f"{len(differences)} numbers, most in {worst}", differences.get(worst, 0.0)
+        worst = max(differences, key=differences.__getitem__)
+        yield f"{len(differences)} numbers, most in {worst}", differences[worst]
 
 
 def save(path: Path, pixels: np.ndarray) -> None:

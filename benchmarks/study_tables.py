@@ -209,8 +209,10 @@ def write(study: Study) -> None:
     """Write NAME.md and NAME.png, and say what is missing."""
     runs, missing = runs_of(study), study.missing()
     results = [read(path) for path in study.folder.rglob("*.json") if path.name != "times.json"]
-    hours = sum(spent["cpu_seconds"] for result in results for spent in result["spent"].values()) / 3600
-    devices = sorted({result["device"] for result in results})
+    on_cpus = [result for result in results if not result["device"].startswith("NVIDIA")]
+    hours = sum(spent["cpu_seconds"] for result in on_cpus for spent in result["spent"].values()) / 3600
+    cpus, devices = (sorted({result["device"] for result in part}) for part in (on_cpus, results))
+    others = [f"{sum(each['device'] == name for each in results)} on {name}" for name in devices if name not in cpus]
     asked = len(set(study.cells()))
     done = sum(map(len, runs.values()))
     lines = [
@@ -219,7 +221,7 @@ def write(study: Study) -> None:
         f"Written by `python benchmarks/study_tables.py` from the files of [{study.name}]({study.name}).",
         f"Arms: [{study.name}.yaml](../../benchmarks/studies/{study.name}.yaml); rules: [protocol.md](protocol.md).",
         f"{done} of {asked} runs that count are there, and {len(results) - done} of the search for rates; in all",
-        f"{hours:.1f} hours of processor time on {', '.join(devices) or 'nothing'}.\n",
+        f"{hours:.1f} hours of CPU on {', '.join(cpus) or 'nothing'}{''.join(f', and {other}' for other in others)}.\n",
         "Accuracies are percent on the test part: mean ± standard deviation over seeds.\n",
         table_of_runs(study, runs),
         "Paired differences, with 95 % intervals; the last column is about the linear probe.\n",

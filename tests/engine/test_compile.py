@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 import dmjd
 from dmjd.backbones.convvit import Layout
 from dmjd.cli import main, settings_of
-from dmjd.engine.distributed import REPAID, ParallelModel, Ranks
+from dmjd.engine.distributed import REPAID, ParallelModel, Ranks, cause
 from dmjd.masking import disjoint_masks, token_ids
 
 SHAPE = {"image_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -103,6 +103,25 @@ def test_model__without_a_compiler_it_says_so_once_and_goes_on_plain(capsys, mon
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: torch cannot compile")
     assert "--compile" in line
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("no lowering of roll\n\nSet TORCHDYNAMO_VERBOSE=1", "no lowering of roll"),
+        (
+            "SubprocException: An exception occurred in a subprocess:\n\nTraceback (most recent call last):\n"
+            "  File 'kernel.py', line 1\nNameError: name 'constexpr' is not defined\n\n\nSet TORCHDYNAMO_VERBOSE=1",
+            "NameError: name 'constexpr' is not defined",
+        ),
+        (
+            "triton.compiler.errors.CompilationError: at 3:8:\ndef kernel(x):\n        ^\nNameError('y')\n\nSet it",
+            "triton.compiler.errors.CompilationError: at 3:8: NameError('y')",
+        ),
+    ],
+)
+def test_cause__is_the_last_error_that_a_compiler_names(said, why):
+    assert cause(RuntimeError(said)) == why
 
 
 def test_model__a_backward_pass_that_does_not_compile_is_plain_too(capsys):

@@ -113,7 +113,8 @@ class RunSettings(DeviceSettings):
     more in a step."""
     deterministic: bool = False
     """Take only algorithms that give the same bits at every call: a run on a GPU, repeated or resumed, is then the same
-    to the last bit, and slower. Training on a CPU is so by itself."""
+    to the last bit, and slower. Training on a CPU is so by itself. Where torch has none, as for segment on a GPU, the
+    run ends and says so."""
     resume: bool = False
     """Go on with the run in --out."""
     allow_change: tuple[str, ...] = ()

@@ -23,8 +23,9 @@ from dmjd.engine.distributed import shared_like, whole
 from dmjd.errors import CheckpointError
 
 FORMAT = 2  # 1 named the optimizer's states by number
-# Of the groups of an optimizer: settings of the run, which may have changed, and what follows from its device.
-OF_THIS_RUN = {"params", "betas", "fused", "lr_scale", "momentum_dtype", "weight_decay"}
+# Of the groups of an optimizer: what is no JSON, and what a run that goes on has of its own, as settings may change.
+UNKEPT = {"params", "momentum_dtype"}
+OF_THIS_RUN = {"betas", "fused", "lr_scale", "weight_decay"}
 KEEP = 2
 MANIFEST = "MANIFEST.json"
 
@@ -54,9 +55,7 @@ def collect(model: nn.Module, trained: nn.Module, optimizer: Optimizer, *, keep:
         for name, parameter in trained.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-    groups = [
-        {key: value for key, value in group.items() if key not in OF_THIS_RUN} for group in optimizer.param_groups
-    ]
+    groups = [{key: value for key, value in group.items() if key not in UNKEPT} for group in optimizer.param_groups]
     of_groups = {f"group {number}:{key}": value for number, group in enumerate(groups) for key, value in group.items()}
     tensors = {name: value for name, value in {**states, **of_groups}.items() if isinstance(value, Tensor)}
     numbers = {name: value for name, value in states.items() if name not in tensors}

@@ -97,10 +97,12 @@ def deterministic(asked: bool) -> Iterator[None]:
     Raises:
         ConfigError: If torch has no such algorithm for something.
     """
+    if not asked:
+        yield
+        return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if asked:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS asks for
-        torch.use_deterministic_algorithms(True)  # with warn_only, attention stays as it is
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS asks for
+    torch.use_deterministic_algorithms(True)  # with warn_only, attention stays as it is
     try:
         yield
     except RuntimeError as error:

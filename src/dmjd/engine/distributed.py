@@ -196,6 +196,16 @@ def losing_others() -> Iterator[None]:
         raise Stopped(f"stopped, as another process has ended ({reason})") from None
 
 
+def cause(error: Exception) -> str:
+    """Find what was wrong in what a compiler says, which may hold the tracebacks of other processes: its last error.
+
+    Triton's say where in their first line, and what in the last.
+    """
+    errors = re.findall(r"^[\w.]+(?:Error|Exception): .+(?:\n.+)*", str(error), re.MULTILINE)
+    first, *others = (errors or [str(error).strip()])[-1].splitlines()
+    return " ".join(f"{first} {others[-1] if others and first.endswith(':') else ''}".split())[:200]
+
+
 class ParallelModel:
     """A network that all ranks train: as it is (one rank), copied to each (DDP), or shared out among them (FSDP2).
 
@@ -257,9 +267,10 @@ class ParallelModel:
                 return self._forward(*arguments)
             except TorchDynamoException as error:
                 self.compiled, self.module._compiled_call_impl = False, None
-                said = re.findall(r"^[\w.]+(?:Error|Exception): .+", str(error), re.MULTILINE)  # the last is the cause
-                reason = " ".join((said or [str(error).partition("\n\n")[0]])[-1].split())[:200]
-                print(f"warning: torch cannot compile ({reason}); --compile; the run goes on without", file=sys.stderr)
+                print(
+                    f"warning: torch cannot compile ({cause(error)}); --compile; the run goes on without",
+                    file=sys.stderr,
+                )
         return self._forward(*arguments)
 
     def begin(self, steps: int) -> None:

@@ -36,7 +36,7 @@ MAY_CHANGE = {
         "log_to",
         "debug",
     ),
-    *("workers", "device", "parallel", "compile", "activation_checkpointing", "deterministic"),
+    *("workers", "device", "parallel", "compile", "activation_checkpointing"),
 }
 
 
