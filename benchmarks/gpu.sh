@@ -74,11 +74,11 @@ for name in sys.argv[1:]: print(f"{name}=={version(name)}")' "${lacking[@]}")
 
 # Make the program as it was packed importable, and what it needs.
 begin() {
-  mkdir -p "$out"
   if [ ! -f "$kit/site/commit" ]; then
     echo "error: there is no kit; $kit; make one with $0 prepare, or set KIT" >&2 && exit 2
   fi
   commit=$(cat "$kit/site/commit")
+  mkdir -p "$out"
   if compgen -G "$kit/wheels/*.whl" >/dev/null; then
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/wheels" "$kit"/wheels/*.whl
   fi

@@ -102,7 +102,7 @@ class Verbs:
         """Run a line on a device and collect what it prints last, the losses of its steps, and its features.
 
         Raises:
-            RuntimeError: If it fails, with the end of what it said.
+            RuntimeError: If it fails, with the last line of what it said.
         """
         out = runs / name
         places = {"IMAGES": self.folder / "images", "SCENES": self.folder / "scenes", "BOXES": self.folder / "boxes"}
@@ -114,7 +114,8 @@ class Verbs:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
             status = dmjd_main(words)
         if status:
-            raise RuntimeError(f"exit {status}: {said.getvalue()[-200:]}")
+            last_line = said.getvalue().strip().rpartition("\n")[2].replace(f"{self.folder}/", "")
+            raise RuntimeError(f"exit {status}: {last_line}")
         found: dict[str, float] = {}
         last = printed.getvalue().strip().rpartition("\n")[2]
         if last.startswith("{"):
@@ -129,6 +130,9 @@ class Verbs:
             with path.open(newline="") as file:
                 for number, row in enumerate(csv.DictReader(file)):
                     found |= flat(f"{path.name} {number}", {key: number_of(text) for key, text in row.items()})
+        if (out / "detections.json").is_file():
+            scores = [each["score"] for each in json.loads((out / "detections.json").read_text())["annotations"]]
+            found |= {f"score {place}": score for place, score in enumerate(sorted(scores, reverse=True))}
         for path in sorted(out.rglob("masks/*.png")):  # of classes
             with Image.open(path) as mask:
                 found[f"mean of {path.name}"] = float(np.asarray(mask, np.float64).mean())
