@@ -30,7 +30,8 @@
 # where there is git. A study that was begun goes on with a kit of its commit, by COMMIT.
 #
 # Variables: COMMIT, of the program that `prepare` packs (HEAD); KIT, the folder of `prepare` (build/gpu); OUT, for
-# results (docs/results/gpu); DEVICE (cuda); PYTHON (python3).
+# results (docs/results/gpu); DEVICE (cuda); PYTHON (python3); OMP_NUM_THREADS, of a run of a study where several
+# studies run side by side (the cores over JOBS).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd) && root=$(dirname "$here")
 kit=$(realpath -m "${KIT:-$root/build/gpu}") out=$(realpath -m "${OUT:-$root/docs/results/gpu}")
@@ -83,6 +84,7 @@ begin() {
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/wheels" "$kit"/wheels/*.whl
   fi
   export PYTHONPATH=$kit/site:$work/wheels${PYTHONPATH:+:$PYTHONPATH}
+  unset PYTHONDONTWRITEBYTECODE # or each of some hundred processes would compile its modules anew
 }
 
 # The same, for what is said of the program that is checked out here.
@@ -112,7 +114,7 @@ study() {
   mkdir -p "$root/docs/results/$name"
   ln -s "$kit/site" "$work/site"
   "$python" -m zipfile -e "$kit/images.zip" "$work/images"
-  OMP_NUM_THREADS=$(( ($(nproc) + jobs - 1) / jobs ))
+  OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + jobs - 1) / jobs ))}
   export OMP_NUM_THREADS TORCHDYNAMO_DISABLE=1 NVIDIA_TF32_OVERRIDE=0
   (while sleep 10 && kill -0 $$; do keep || true; done) >/dev/null 2>&1 &
   keeping=$! status=0
