@@ -16,7 +16,9 @@ from dmjd.data.source import Source, Subset, View
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
-def test_in_memory__equals_decoding(tmp_path, write, in_chans):
+@pytest.mark.parametrize("threaded", [0, memory.THREADED])
+def test_in_memory__equals_decoding(tmp_path, write, monkeypatch, threaded, in_chans):
+    monkeypatch.setattr(memory, "THREADED", threaded)
     write(tmp_path, "x/a.png", "y/b.png", size=(6, 4))
     write(tmp_path, "x/c.png", size=(9, 30))
     (tmp_path / "y" / "bad.png").write_text("no image")
@@ -67,17 +69,26 @@ def test_in_memory__sets_without_a_readable_image_stay_on_the_disk(tmp_path):
     assert in_memory(images) is images
 
 
-def test_in_memory__is_decoded_on_the_cores_of_a_rank(folder, monkeypatch):
-    threads = set()
+@pytest.mark.parametrize(
+    ("threaded", "ranks", "most"),
+    [(0, 16, 1), (0, 4, 4), (memory.THREADED, 4, 1)],
+    ids=["a rank has one core", "a rank has four", "images are small"],
+)
+def test_in_memory__large_images_are_decoded_on_the_cores_of_a_rank(folder, monkeypatch, threaded, ranks, most):
+    decoding, together = set(), []
 
     class Slow(View):
         def read(self, index, reduce=None):
-            threads.add(threading.get_ident())
+            decoding.add(threading.get_ident())
             time.sleep(0.01)
+            together.append(len(decoding))
+            decoding.discard(threading.get_ident())
             return self.source.read(index)
 
     monkeypatch.setattr(memory, "CHUNK", 1)
+    monkeypatch.setattr(memory, "THREADED", threaded)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(16)}, raising=False)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     PackedImages(Slow(folder_images(folder, Wanted(3))))
-    assert len(threads) == 1
+    assert max(together) <= most
+    assert (max(together) > 1) == (most > 1)

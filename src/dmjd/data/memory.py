@@ -4,11 +4,12 @@ Small images of one size are a single tensor, which lives where the network is: 
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +25,10 @@ from dmjd.data.workers import usable_cores
 MEMORY_LIMIT = 2**30  # bytes of decoded images that are worth holding, rather than decoding them every epoch
 DEVICE_SHARE = 0.25  # of the memory of a GPU that images may take; what is free would change from run to run
 CPU_SIDE = 128  # pixels; cropping larger images by whole matrices would be slower there than one by one
-CHUNK = 256  # images that a thread decodes at a time: one by one, threads would wait for each other
+CHUNK = 256  # images that a thread decodes at a time
+THREADED = 2**16  # bytes of an image from which threads pay: for smaller ones they mostly wait for Python's lock
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class PackedImages(View):
 
 
 def _decoded(source: Source) -> Iterator[Tensor | BadImage]:
-    """Decode all images in order, on all cores: decoders let other threads run."""
+    """Decode all images in order, large ones on all cores: their decoders let other threads run."""
 
     def read(start: int) -> list[Tensor | BadImage]:
         images: list[Tensor | BadImage] = []
@@ -140,17 +144,33 @@ def _decoded(source: Source) -> Iterator[Tensor | BadImage]:
                 images.append(bad)
         return images
 
-    threads = min(usable_cores(), 16)
-    bar = tqdm(total=len(source), desc="reading images", unit=" images", leave=False, disable=None)
-    waiting: deque[Future[list[Tensor | BadImage]]] = deque()
-    with bar, ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(source), CHUNK):
+    threads = min(usable_cores(), 16) if max(_sizes(source), default=0) > THREADED else 1
+    starts = range(0, len(source), CHUNK)
+    with tqdm(total=len(source), desc="reading images", unit=" images", leave=False, disable=None) as bar:
+        for images in map(read, starts) if threads == 1 else _in_threads(read, starts, threads):
+            yield from images
+            bar.update(len(images))
+
+
+def _in_threads(read: Callable[[int], T], starts: Iterable[int], threads: int) -> Iterator[T]:
+    """Do what `map` does in threads, which are only a little ahead."""
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for start in starts:
             waiting.append(pool.submit(read, start))
-            if len(waiting) > 2 * threads:  # no more decoded images ahead than these
-                yield from waiting.popleft().result()
-                bar.update(CHUNK)
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
         while waiting:
-            yield from waiting.popleft().result()
+            yield waiting.popleft().result()
+
+
+def _sizes(source: Source) -> list[int]:
+    """Tell how many bytes some images have, decoded, from all over the set; none of those that do not decode."""
+    sizes = []
+    for index in range(0, len(source), max(len(source) // 16, 1)):
+        with suppress(BadImage):
+            sizes.append(source.read(index).nbytes)
+    return sizes
 
 
 def in_memory(source: Source) -> Source:
@@ -160,10 +180,7 @@ def in_memory(source: Source) -> Source:
     """
     if source.in_memory:
         return source
-    sizes = []
-    for index in range(0, len(source), max(len(source) // 16, 1)):
-        with suppress(BadImage):
-            sizes.append(source.read(index).nbytes)
+    sizes = _sizes(source)
     if not sizes or max(sizes) * len(source) > MEMORY_LIMIT:
         return source
     return PackedImages(source)
