@@ -1,7 +1,8 @@
 """Short lines of every verb that computes on a device, and of the choices that a pre-training run has.
 
 `gpu_correct.py` runs each on a device and on the CPU, and compares what the two print and write. Networks are toys and
-images noise of one colour a class, so that all of it takes two minutes.
+images noise of one colour a class, so that all of it takes two minutes. What torch draws on a device is drawn on the
+CPU for both: the channels that dropout leaves out, and the boxes that a detector learns from.
 """
 
 import contextlib
@@ -11,9 +12,13 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn import functional
 
 from dmjd.cli import main as dmjd_main
 
@@ -24,7 +29,7 @@ TRAIN = (
 PLAIN = f"{TRAIN} --workers 0 --preset quick"
 DENSE = "--out OUT --steps 4 --batch_size 4 --log.evals 1 --log.log_every 1"
 BOXES = f"{DENSE} --crop_size 64 --fpn_channels 8 --head_channels 16"
-# In this order: a line may name what an earlier one has written, as RUN/its name.
+# In this order: a line may name what an earlier one has written on the CPU, as RUN/its name.
 LINES = {
     "vit": PLAIN,
     "convvit": f"{TRAIN} --workers 2 --preset quick-dmjd",
@@ -101,17 +106,22 @@ class Verbs:
     def numbers(self, name: str, device: str, runs: Path) -> dict[str, float]:
         """Run a line on a device and collect what it prints last, the losses of its steps, and its features.
 
+        Args:
+            name: Of the line.
+            device: Where it computes.
+            runs: Folder for what it writes.
+
         Raises:
             RuntimeError: If it fails, with the last line of what it said.
         """
         out = runs / name
         places = {"IMAGES": self.folder / "images", "SCENES": self.folder / "scenes", "BOXES": self.folder / "boxes"}
         line = LINES[name]
-        for word, place in {**places, "RUN": runs, "OUT": out}.items():
+        for word, place in {**places, "RUN": self.folder / "expected", "OUT": out}.items():
             line = line.replace(word, str(place))
         printed, said = io.StringIO(), io.StringIO()
         words = [*line.split(), "--device", device, "--precision", "fp32"]
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said), drawn_on_the_cpu():
             status = dmjd_main(words)
         if status:
             last_line = said.getvalue().strip().rpartition("\n")[2].replace(f"{self.folder}/", "")
@@ -152,6 +162,26 @@ class Verbs:
         differences = {key: differing(ours[key], value) for key, value in expected.items()}
         worst = max(differences, key=differences.__getitem__)
         yield f"{len(differences)} numbers, most in {worst}", differences[worst]
+
+
+@contextlib.contextmanager
+def drawn_on_the_cpu() -> Iterator[None]:
+    """Let torch draw on the CPU what it would draw on another device, where the same seed gives other numbers."""
+    permute, drop = torch.randperm, functional.dropout2d
+
+    def randperm(count: int, *, device: torch.device | str = "cpu", **how: Any) -> Tensor:
+        return permute(count, **how).to(device)
+
+    def dropout2d(given: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training:
+            return given
+        return given * drop(torch.ones((*given.shape[:2], 1, 1)), p).to(given)
+
+    torch.randperm, functional.dropout2d = randperm, dropout2d
+    try:
+        yield
+    finally:
+        torch.randperm, functional.dropout2d = permute, drop
 
 
 def save(path: Path, pixels: np.ndarray) -> None:
