@@ -88,6 +88,18 @@ def test_archive__class_folders_are_labels(tmp_path, ending):
 
 
 @both
+def test_archive__classes_are_numbered_as_those_of_the_unpacked_folder(tmp_path, ending):
+    members = {f"{label}/{number}.png": png() for label in ("10", "9", "1") for number in range(2)}
+    for name, content in members.items():
+        path = tmp_path / "unpacked" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    ours, theirs = only(packed(tmp_path / f"x{ending}", members)), only(str(tmp_path / "unpacked"))
+    assert ours.classes == theirs.classes == ("1", "10", "9")
+    assert [ours.label(index) for index in range(6)] == [theirs.label(index) for index in range(6)]
+
+
+@both
 def test_archive__other_files_are_passed_over_and_counted(tmp_path, ending, capsys):
     data = packed(tmp_path / f"x{ending}", {"a.png": png(), "notes.txt": b"", "README": b""})
     assert names(data) == ["a.png"]

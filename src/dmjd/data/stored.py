@@ -72,17 +72,22 @@ def classes_of(labels: Iterable[str]) -> Classes:
         numbers = all(map(math.isfinite, keys.values()))
     except ValueError:
         numbers = False
-    classes = sorted(distinct, key=lambda label: (keys[label], label) if numbers else label)
-    if len(classes) < 2:
-        return (), None
-    return tuple(classes), PackedNumbers(torch.tensor(places_of(distinct, classes))[torch.from_numpy(found)])
+    return _in_order(sorted(distinct, key=lambda label: (keys[label], label) if numbers else label), distinct, found)
 
 
 def classes_of_folders(names: Sequence[str]) -> Classes:
-    """Number the classes of paths if each is CLASS/IMAGE, of two classes or more."""
+    """Number the classes of paths if each is CLASS/IMAGE, of two classes or more, as those of a folder: by alphabet."""
     if not all(name.count("/") == 1 for name in names):
         return (), None
-    return classes_of(name.partition("/")[0] for name in names)
+    distinct, found = _numbered(name.partition("/")[0] for name in names)
+    return _in_order(sorted(distinct), distinct, found)
+
+
+def _in_order(classes: Sequence[str], distinct: dict[str, int], found: Int[np.ndarray, " n"]) -> Classes:
+    """Number texts that were numbered as they came by their places among the classes."""
+    if len(classes) < 2:
+        return (), None
+    return tuple(classes), PackedNumbers(torch.tensor(places_of(distinct, classes))[torch.from_numpy(found)])
 
 
 def parts_by_column(source: Source, splits: Iterable[str], where: object) -> dict[str, Source]:
