@@ -128,7 +128,8 @@ study() {
 
 # Write what a study has so far, in one go.
 keep() {
-  tar c -C "$root/docs/results" "$name" >"$out/.$name.$BASHPID" && mv "$out/.$name.$BASHPID" "$out/$name.tar"
+  part=$out/.$name.$BASHPID # before tar, whose own process would have another number
+  tar c -C "$root/docs/results" "$name" >"$part" && mv "$part" "$out/$name.tar"
 }
 
 what=${1:-}
