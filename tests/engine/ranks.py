@@ -78,15 +78,8 @@ def run(case: Case, ranks: Ranks) -> None:
         saves=case.saves,
     )
     optimizer = create_optimizer(network, name="adamw", lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95))
-    record = Run(
-        Path(case.out),
-        {"max_bad": 0.01},
-        train,
-        batch_size=case.batch_size,
-        ranks=ranks,
-        held_out=0,
-        defaults={},
-    )
+    settings = {"out": case.out, "batch_size": case.batch_size, "max_bad": 0.01}
+    record = Run(settings, train, ranks=ranks, held_out=0, defaults={})
     trainer = Trainer(record, model, optimizer, plan, autocast=nullcontext)
     trainer.begin(resume=case.resume)
     started = trainer.done

@@ -15,13 +15,14 @@ def test_skipped__only_what_is_new_is_written_and_a_resumed_run_has_the_lines_th
 ) -> None:
     np.save(tmp_path / "images.npy", np.zeros((40, 8, 8, 3), np.uint8))
     images, out = open_source(str(tmp_path / "images.npy")).train, tmp_path / "run"
+    settings = {"out": str(out), "batch_size": 4, "max_bad": 1.0}
     with join_ranks("cpu") as ranks:
-        run = Run(out, {"max_bad": 1.0}, images, batch_size=4, ranks=ranks, held_out=0, defaults={})
+        run = Run(settings, images, ranks=ranks, held_out=0, defaults={})
         run.begin()
         run.skip({"b": "cut", "a": "empty"})
         state = json.loads(json.dumps({**run.state(), "step": 1}))
         run.skip({"a": "empty", "9": "no image", "b": "cut"})
         assert (out / "skipped.tsv").read_text() == "a\tempty\nb\tcut\n9\tno image\n"
-        again = Run(out, {"max_bad": 1.0}, images, batch_size=4, ranks=ranks, held_out=0, defaults={})
+        again = Run(settings, images, ranks=ranks, held_out=0, defaults={})
         again.restore(state)
         assert (out / "skipped.tsv").read_text() == "a\tempty\nb\tcut\n"

@@ -44,10 +44,9 @@ class Run:
     """Writes config.yaml, metrics.jsonl and skipped.tsv of one run, on rank 0, and logs to what its settings name.
 
     Args:
-        out: The directory.
-        settings: As plain values; a resumed run must have the same.
+        settings: As plain values, of which `out` is the directory and `batch_size` the images in a step; a resumed run
+            must have the same.
         images: What is trained on.
-        batch_size: Images in a step.
         ranks: Who trains.
         held_out: How many images it is judged by.
         defaults: Of the settings by their flags: what a run of an earlier version had, which lacks a setting.
@@ -61,17 +60,15 @@ class Run:
 
     def __init__(
         self,
-        out: Path,
         settings: Mapping[str, Any],
         images: Readable,
         *,
-        batch_size: int,
         ranks: Ranks,
         held_out: int,
         defaults: Mapping[str, Any],
     ):
-        self.out, self.settings, self.batch_size, self.ranks = out, settings, batch_size, ranks
-        self.held_out, self.defaults = held_out, defaults
+        self.settings, self.ranks, self.held_out, self.defaults = settings, ranks, held_out, defaults
+        self.out = Path(settings["out"])
         self.address, self.count = images.address, len(images)
         self.fingerprint = fingerprint(images)
         self.skipped: dict[str, str] = {}
@@ -218,7 +215,7 @@ class Run:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl, where what is not finite becomes null, and log its numbers."""
-        images = step * self.batch_size
+        images = step * self.settings["batch_size"]
         counters = {"step": step, "epoch": images / self.count, "images": images, "seconds": round(self.seconds, 3)}
         if "loss" not in values:
             self.evaluated.add(step)

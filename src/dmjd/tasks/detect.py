@@ -120,15 +120,7 @@ def fit(settings: DetectSettings, backbone: FeatureExtractor, train: DetectionSe
 
     steps = run.num_steps(len(train))
     trainer = Trainer(
-        Run(
-            run.out,
-            to_dict(settings),
-            train,
-            batch_size=run.batch_size,
-            ranks=ranks,
-            held_out=len(held_out),
-            defaults=flags_of(type(settings)),
-        ),
+        Run(to_dict(settings), train, ranks=ranks, held_out=len(held_out), defaults=flags_of(type(settings))),
         model,
         create_optimizer(
             backbone.model,

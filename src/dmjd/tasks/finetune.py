@@ -106,15 +106,7 @@ def fit(
 
     steps = run.num_steps(len(train))
     trainer = Trainer(
-        Run(
-            run.out,
-            to_dict(settings),
-            train,
-            batch_size=run.batch_size,
-            ranks=ranks,
-            held_out=len(held_out),
-            defaults=flags_of(type(settings)),
-        ),
+        Run(to_dict(settings), train, ranks=ranks, held_out=len(held_out), defaults=flags_of(type(settings))),
         model,
         create_optimizer(network, lr=settings.lr, layer_decay=settings.tuning.layer_decay, **optim.keywords),
         Plan(steps=steps, lr=settings.lr, **run.plan, **settings.log.plan, **optim.plan),

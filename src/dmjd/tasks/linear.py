@@ -127,15 +127,7 @@ def fit_paper(
     transform = training_transform((backbone.in_chans, *backbone.image_hw), mean=mean, std=std, **CROP_AND_FLIP)
     steps = run.num_steps(len(train))
     trainer = Trainer(
-        Run(
-            run.out,
-            to_dict(settings),
-            train,
-            batch_size=run.batch_size,
-            ranks=ranks,
-            held_out=len(held_out),
-            defaults=flags_of(type(settings)),
-        ),
+        Run(to_dict(settings), train, ranks=ranks, held_out=len(held_out), defaults=flags_of(type(settings))),
         model,
         create_lars(classifier, settings.lr),
         Plan(steps=steps, lr=settings.lr, warmup_epochs=settings.warmup_epochs, **run.plan, **settings.log.plan),

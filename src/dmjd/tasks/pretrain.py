@@ -184,10 +184,8 @@ def make_trainer(settings: PretrainSettings, model: ParallelModel, images: Sourc
     affordable = int(settings.monitor.max_share * steps * run.batch_size / monitor.num_images)
     return Trainer(
         Run(
-            run.out,
             to_dict(settings),
             images,
-            batch_size=run.batch_size,
             ranks=model.ranks,
             held_out=len(monitor.parts.held_out),
             defaults=flags_of(type(settings)),
