@@ -71,7 +71,7 @@ def _choose(
         images, in_chans = find(settings, asked)
     began = time.perf_counter()
     few = PackedImages(Subset(images, evenly(len(images), NUM_LOOKED_AT)))
-    reading = (time.perf_counter() - began) / len(few)  # of an image, on all cores
+    reading = (time.perf_counter() - began) / len(few)  # of an image, on one core
     sides = [min(few.shapes[number, :2].tolist()) for number in range(len(few)) if number not in few.bad]
     if not sides:
         raise DataError(f"none of {len(few)} images decodes ({few.bad[0]}); {run.data}; see dmjd doctor")

@@ -89,6 +89,6 @@ def test_in_memory__large_images_are_decoded_on_the_cores_of_a_rank(folder, monk
     monkeypatch.setattr(memory, "THREADED", threaded)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(16)}, raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    PackedImages(Slow(folder_images(folder, Wanted(3))))
+    in_memory(Slow(folder_images(folder, Wanted(3))))
     assert max(together) <= most
     assert (max(together) > 1) == (most > 1)

@@ -63,6 +63,7 @@ class PackedImages(View):
 
     Args:
         source: What to decode; not empty.
+        threads: That decode.
 
     Attributes:
         pixels: All images one after the other, each H W C.
@@ -76,12 +77,12 @@ class PackedImages(View):
     offsets: Int[Tensor, " n"]
     bad: dict[int, str]
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source, threads: int = 1):
         super().__init__(source)
         self.bad = {}
         content, shapes = bytearray(), np.zeros((len(source), 4), dtype=np.int64)
         offsets = np.zeros(len(source), dtype=np.int64)
-        for index, image in enumerate(_decoded(source)):
+        for index, image in enumerate(_decoded(source, threads)):
             if isinstance(image, BadImage):
                 self.bad[index] = str(image)
                 continue
@@ -132,8 +133,8 @@ class PackedImages(View):
         return {name: value for name, value in self.__dict__.items() if name != "stack"}
 
 
-def _decoded(source: Source) -> Iterator[Tensor | BadImage]:
-    """Decode all images in order, large ones on all cores: their decoders let other threads run."""
+def _decoded(source: Source, threads: int) -> Iterator[Tensor | BadImage]:
+    """Decode all images in order."""
 
     def read(start: int) -> list[Tensor | BadImage]:
         images: list[Tensor | BadImage] = []
@@ -144,7 +145,6 @@ def _decoded(source: Source) -> Iterator[Tensor | BadImage]:
                 images.append(bad)
         return images
 
-    threads = min(usable_cores(), 16) if max(_sizes(source), default=0) > THREADED else 1
     starts = range(0, len(source), CHUNK)
     with tqdm(total=len(source), desc="reading images", unit=" images", leave=False, disable=None) as bar:
         for images in map(read, starts) if threads == 1 else _in_threads(read, starts, threads):
@@ -164,26 +164,20 @@ def _in_threads(read: Callable[[int], T], starts: Iterable[int], threads: int) -
             yield waiting.popleft().result()
 
 
-def _sizes(source: Source) -> list[int]:
-    """Tell how many bytes some images have, decoded, from all over the set; none of those that do not decode."""
+def in_memory(source: Source) -> Source:
+    """Hold the decoded images of a source in memory if they are few and small; else leave it as it is.
+
+    The size is judged by the largest of a few images from all over the set. Large ones are decoded on all cores.
+    """
+    if source.in_memory:
+        return source
     sizes = []
     for index in range(0, len(source), max(len(source) // 16, 1)):
         with suppress(BadImage):
             sizes.append(source.read(index).nbytes)
-    return sizes
-
-
-def in_memory(source: Source) -> Source:
-    """Hold the decoded images of a source in memory if they are few and small; else leave it as it is.
-
-    The size is judged by the largest of a few images from all over the set.
-    """
-    if source.in_memory:
-        return source
-    sizes = _sizes(source)
     if not sizes or max(sizes) * len(source) > MEMORY_LIMIT:
         return source
-    return PackedImages(source)
+    return PackedImages(source, threads=min(usable_cores(), 16) if max(sizes) > THREADED else 1)
 
 
 def stack_of(source: Source) -> Stack | None:
