@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from dmjd import automatic
 from dmjd.automatic import time_image
 from dmjd.cli import main, settings_of
 from dmjd.data.memory import PackedImages
@@ -60,6 +61,17 @@ def test_auto__more_minutes_are_more_epochs_until_images_were_seen_often_enough(
     short, longer = auto(photos, minutes=0.02, model=model), auto(photos, minutes=0.2, model=model)
     assert short.run.epochs < longer.run.epochs
     assert auto(photos, minutes=10_000, model=model).run.epochs * 2 == 1600
+
+
+def test_auto__images_that_are_read_in_every_epoch_are_read_by_all_workers(tmp_path, monkeypatch):
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.jp2")  # which takes long to decode
+    monkeypatch.setattr(automatic, "MEMORY_LIMIT", 0)
+    model = {"image_size": "32", "patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    small = {"model": model, "decoder": {"embed_dim": 16, "depth": 1, "num_heads": 2}}
+    one, many = (auto(tmp_path, minutes=0.2, workers=workers, **small).run.epochs for workers in (1, 64))
+    assert many > 1.5 * one
 
 
 def test_auto__flags_stand_above_what_is_chosen(photos):

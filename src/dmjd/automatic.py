@@ -19,6 +19,7 @@ from dmjd.config.pretrain import SHAPE, PretrainSettings
 from dmjd.data.checkup import open_as_most
 from dmjd.data.crops import RandomCrop
 from dmjd.data.levels import BYTES
+from dmjd.data.loader import spare_cores
 from dmjd.data.masked import MaskedSamples
 from dmjd.data.memory import MEMORY_LIMIT, PackedImages, stack_of
 from dmjd.data.source import HELD_OUT_PARTS, Source, Subset, evenly, hold_out, measure_levels
@@ -80,6 +81,7 @@ def _choose(
     facts = Facts(len(images), int(median(sides)), in_chans, kind, minutes)
     held = len(images) * few.pixels.nbytes / len(few) <= MEMORY_LIMIT
     at_first = reading * len(images) / 60 if held else 0.0
+    readers = world_size * (spare_cores() if run.workers is None else max(run.workers, 1))
     training = replace(facts, minutes=max(SPARE * minutes - at_first, 0.1 * minutes))
 
     chosen: Chosen = {}
@@ -98,7 +100,7 @@ def _choose(
             if not (chosen and is_memory_error(error)):
                 raise
             break
-        took = took if held else max(took, reading)
+        took = took if held else max(took, reading / readers)
         count = auto.epochs(training, took, trial.masking.num_views)
         if chosen and count * trial.masking.num_views < auto.OFTEN:
             larger = True
