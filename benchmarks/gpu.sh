@@ -19,19 +19,19 @@
 #       8 min; what would begin later is left out, what has begun goes on, minutes where it is a compilation. Images a
 #       second, FLOP/s and memory of a step, against plain forms, in OUT/speed.json, which is written on the way.
 #       FLAGS: gpu_speed.py; --sizes, --precisions and --modes share the work out between several calls.
-#   study NAME MINUTES JOBS [FLAGS]
+#   study "NAME ..." MINUTES JOBS [FLAGS]
 #       MINUTES (8 leave room below 9) and half a minute. Runs of benchmarks/studies/NAME.yaml, JOBS side by side, as
-#       far as docs/results/NAME has none, in float32 as on a CPU, and not compiled, which would take longer than they
-#       do: eight runs of `halves` take three and a half minutes, where 16 cores decode and judge. A run that is cut
-#       off is lost. OUT/NAME.tar holds that folder afterwards, and every ten seconds before:
-#       tar xf NAME.tar -C docs/results. FLAGS: study.py, such as --teacher FILE.
+#       far as docs/results/NAME has none, those of the first study first; in float32 as on a CPU, and not compiled,
+#       which would take longer than they do. Sixteen side by side keep an H200 busy, each on one core: 56 runs, most
+#       of a quarter of the length, took ten minutes. A run that is cut off is lost. OUT/study.tar holds the folders
+#       docs/results/NAME afterwards, and every ten seconds before: tar xf study.tar -C docs/results.
+#       FLAGS: study.py, such as --teacher FILE.
 #
 # These three refuse a KIT that is not there; the first two also one that is not of the commit that is checked out here,
 # where there is git. A study that was begun goes on with a kit of its commit, by COMMIT.
 #
 # Variables: COMMIT, of the program that `prepare` packs (HEAD); KIT, the folder of `prepare` (build/gpu); OUT, for
-# results (docs/results/gpu); DEVICE (cuda); PYTHON (python3); OMP_NUM_THREADS, of a run of a study where several
-# studies run side by side (the cores over JOBS).
+# results (docs/results/gpu); DEVICE (cuda); PYTHON (python3).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd) && root=$(dirname "$here")
 kit=$(realpath -m "${KIT:-$root/build/gpu}") out=$(realpath -m "${OUT:-$root/docs/results/gpu}")
@@ -109,27 +109,28 @@ speed() {
 }
 
 study() {
-  name=$1 minutes=$2 jobs=$3 && shift 3
+  read -ra names <<<"$1" && minutes=$2 jobs=$3 && shift 3
   begin
-  mkdir -p "$root/docs/results/$name"
+  mkdir -p "${names[@]/#/$root/docs/results/}"
+  files=("${names[@]/#/$here/studies/}") files=("${files[@]/%/.yaml}")
   ln -s "$kit/site" "$work/site"
   "$python" -m zipfile -e "$kit/images.zip" "$work/images"
-  OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + jobs - 1) / jobs ))}
+  OMP_NUM_THREADS=$(( ($(nproc) + jobs - 1) / jobs ))
   export OMP_NUM_THREADS TORCHDYNAMO_DISABLE=1 NVIDIA_TF32_OVERRIDE=0
   (while sleep 10 && kill -0 $$; do keep || true; done) >/dev/null 2>&1 &
   keeping=$! status=0
-  "$python" "$here/study.py" run "$here/studies/$name.yaml" --data "$work/images" --work "$work" --device "$device" \
+  "$python" "$here/study.py" run "${files[@]}" --data "$work/images" --work "$work" --device "$device" \
     --jobs "$jobs" --minutes "$minutes" "$@" || status=$?
-  [ $status = 0 ] || find "$work/$name" -name log.txt -exec tail -n 5 {} + >&2 || true
+  [ $status = 0 ] || find "${names[@]/#/$work/}" -name log.txt -exec tail -n 5 {} + >&2 || true
   kill $keeping && wait $keeping || true
   keep # also of a study that failed: what is done is done
   return $status
 }
 
-# Write what a study has so far, in one go.
+# Write what the studies have so far, in one go.
 keep() {
-  part=$out/.$name.$BASHPID # before tar, whose own process would have another number
-  tar c -C "$root/docs/results" "$name" >"$part" && mv "$part" "$out/$name.tar"
+  part=$out/.study.$BASHPID # before tar, whose own process would have another number
+  tar c -C "$root/docs/results" "${names[@]}" >"$part" && mv "$part" "$out/study.tar"
 }
 
 what=${1:-}

@@ -1,6 +1,6 @@
 """Studies: many short runs of `dmjd`, described in one YAML file, whose results are small JSON files.
 
-    python benchmarks/study.py run benchmarks/studies/halves.yaml --data IMAGES [--jobs 2] [--minutes 60]
+    python benchmarks/study.py run benchmarks/studies/halves.yaml ... --data IMAGES [--jobs 2] [--minutes 60]
     python benchmarks/study.py time benchmarks/studies/halves.yaml --data IMAGES
     python benchmarks/study_tables.py
 
@@ -212,10 +212,10 @@ def merge(below: Settings, above: Settings) -> Settings:
 
 
 class Machine:
-    """Where jobs compute: a copy of the program, lists of the images, a device, and when to stop."""
+    """Where the jobs of a study compute: a copy of the program, lists of the images, and a device."""
 
-    def __init__(self, study: Study, images: Path, work: Path, device: str, until: float):
-        self.study, self.images, self.device, self.until = study, images.resolve(), device, until
+    def __init__(self, study: Study, images: Path, work: Path, device: str):
+        self.study, self.images, self.device = study, images.resolve(), device
         self.work = work.resolve() / study.name
         self.site = work.resolve() / "site"
         self.running: set[subprocess.Popen[str]] = set()
@@ -329,44 +329,56 @@ class Machine:
             f"{job.name}: linear {measures['linear']['top1']:.1%}, {spent['pretrain']['cpu_seconds']:.0f} s", flush=True
         )
 
-    def stop(self, *_: object) -> None:
+    def stop(self) -> None:
         """Tell all commands to write a checkpoint and stop."""
         self.stopped.set()
         for process in list(self.running):
             process.send_signal(signal.SIGTERM)
 
-    def work_off(self, jobs: int) -> None:
-        """Do what is missing, `jobs` at a time, until nothing is or the time is over."""
-        lock, taken = threading.Lock(), set[Job]()
-        signal.signal(signal.SIGTERM, self.stop)
-        signal.signal(signal.SIGINT, self.stop)
 
-        def take() -> Job | None:
-            with lock:
-                job = next((job for job in self.study.missing() if job not in taken), None)
-                taken.update({job} if job else set())
-                return job
+def work_off(machines: list[Machine], jobs: int, minutes: float) -> None:
+    """Do what is missing of all studies, `jobs` at a time, until nothing is or the time is over.
 
-        def work() -> None:
-            while not self.stopped.is_set():
-                job = take()
-                if job:
-                    self.do(job)
-                elif all(self.study.result(each) for each in taken):
-                    return
-                else:  # others search for rates that the rest waits for
-                    time.sleep(1)
+    A later study begins where an earlier one has nothing left to begin, so that the last runs of one, or a search for
+    rates that others wait for, keep no place free.
+    """
+    lock, taken = threading.Lock(), set[tuple[int, Job]]()
 
-        timer = threading.Timer(max(self.until - time.monotonic(), 0), self.stop)
-        timer.daemon = True
-        timer.start()
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            for done in concurrent.futures.as_completed([pool.submit(work) for _ in range(jobs)]):
-                if isinstance(done.exception(), InterruptedError):
-                    continue
-                if done.exception():
-                    self.stop()
-                done.result()
+    def stop(*_: object) -> None:
+        for machine in machines:
+            machine.stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+    def take() -> tuple[int, Job] | None:
+        with lock:
+            listed = ((place, job) for place, machine in enumerate(machines) for job in machine.study.missing())
+            chosen = next((each for each in listed if each not in taken), None)
+            taken.update({chosen} if chosen else set())
+            return chosen
+
+    def work() -> None:
+        while not machines[0].stopped.is_set():
+            chosen = take()
+            if chosen:
+                place, job = chosen
+                machines[place].do(job)
+            elif all(machines[place].study.result(job) for place, job in taken):
+                return
+            else:  # others search for rates that the rest waits for
+                time.sleep(1)
+
+    timer = threading.Timer(60 * minutes, stop)
+    timer.daemon = True
+    timer.start()
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(work) for _ in range(jobs)]):
+            if isinstance(done.exception(), InterruptedError):
+                continue
+            if done.exception():
+                stop()
+            done.result()
 
 
 def add_cost(path: Path, part: str, cost: dict[str, float]) -> None:
@@ -503,17 +515,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "study", help="for what is not kept")
     given = parser.parse_args()
-    until = time.monotonic() + 60 * given.minutes
-    for path in given.studies:
-        study = Study(path, given.teacher)
-        if given.what == "time":
+    named = [Study(path, given.teacher) for path in given.studies]
+    if given.what == "time":
+        for study in named:
             measure_times(study, given.data, given.device)
-            continue
-        machine = Machine(study, given.data, given.work, given.device, until)
+        return
+    machines = [Machine(study, given.data, given.work, given.device) for study in named]
+    for machine in machines:
         machine.prepare()
-        machine.work_off(given.jobs)
-        if machine.stopped.is_set():
-            break
+    work_off(machines, given.jobs, given.minutes)
 
 
 if __name__ == "__main__":

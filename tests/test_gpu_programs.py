@@ -284,13 +284,15 @@ def test_study__brings_results_home_from_images_that_travelled_in_a_zip_file(ima
     (root / "benchmarks" / "studies").mkdir(parents=True)  # a copy of the programs, whose results go beside them
     for name in ("gpu.sh", "study.py"):
         shutil.copy(BENCHMARKS / name, root / "benchmarks")
-    (root / "benchmarks" / "studies" / "toy.yaml").write_text(yaml.safe_dump(TOY_STUDY))
+    for name in ("toy", "other"):
+        (root / "benchmarks" / "studies" / f"{name}.yaml").write_text(yaml.safe_dump(TOY_STUDY))
     make_kit(kit, "0" * 40)
     gpu(root / "benchmarks", "pack", images, kit / "images.zip")
-    gpu(root / "benchmarks", "study", "toy", 5, 1, KIT=kit, OUT=out)
-    with tarfile.open(out / "toy.tar") as archive:
-        result = archive.extractfile("toy/untrained@0-0.json")
-        assert result
-        found = json.load(result)
-    assert found["measures"]["linear"]["images"] == 4
-    assert found["commit"] == "0" * 40
+    gpu(root / "benchmarks", "study", "toy other", 5, 1, KIT=kit, OUT=out)
+    with tarfile.open(out / "study.tar") as archive:
+        for name in ("toy", "other"):
+            result = archive.extractfile(f"{name}/untrained@0-0.json")
+            assert result
+            found = json.load(result)
+            assert found["measures"]["linear"]["images"] == 4
+            assert found["commit"] == "0" * 40

@@ -94,7 +94,7 @@ def machine_of(study: studies.Study, folder: Path) -> studies.Machine:
     """Make ready what runs a study on its images with the program that is tested, not a copy of it."""
     (folder / "work" / "site").mkdir(parents=True, exist_ok=True)
     (folder / "work" / "site" / "commit").write_text("0" * 40)
-    machine = studies.Machine(study, folder / "images", folder / "work", "cpu", until=time.monotonic() + 3600)
+    machine = studies.Machine(study, folder / "images", folder / "work", "cpu")
     machine.prepare()
     return machine
 
@@ -313,7 +313,7 @@ def test_toy_study__runs_from_images_to_tables_and_does_not_run_twice(
     study = studies.Study(toy)
     machine = machine_of(study, tmp_path)
     monkeypatch.setattr(studies.signal, "signal", lambda *_: None)
-    machine.work_off(1)
+    studies.work_off([machine], 1, 60)
     assert study.missing() == []
     result = study.result(studies.Job("two", 1, 0, 1e-3, False))
     assert result
@@ -328,7 +328,7 @@ def test_toy_study__runs_from_images_to_tables_and_does_not_run_twice(
     assert "| two | 1 | 1 | 0.001 | 2 | 8 |" in page
     assert "nothing" in capsys.readouterr().out
     machine.dmjd = None  # type: ignore[assignment]
-    machine.work_off(1)
+    studies.work_off([machine], 1, 60)
 
 
 @pytest.fixture
@@ -353,8 +353,7 @@ def test_study__stopped_by_minutes_or_by_a_signal_goes_on_and_adds_up_what_it_sp
     metrics, spent = run / "pretrain" / "metrics.jsonl", run / "spent.json"
 
     machine = machine_of(study, tmp_path)
-    machine.until = time.monotonic()
-    machine.work_off(1)
+    studies.work_off([machine], 1, 0)
     assert machine.stopped.is_set()
 
     def stop_when_it_trains() -> None:
@@ -363,17 +362,33 @@ def test_study__stopped_by_minutes_or_by_a_signal_goes_on_and_adds_up_what_it_sp
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop_when_it_trains, daemon=True).start()
-    machine_of(study, tmp_path).work_off(1)
+    studies.work_off([machine_of(study, tmp_path)], 1, 60)
     assert [job.name for job in study.missing()] == ["two@150-0"]
     begun, before = metrics.read_text(), studies.read(spent)["pretrain"]["cpu_seconds"]
     assert 0 < json.loads(begun.splitlines()[-1])["step"] < 300
 
     monkeypatch.setattr(studies.shutil, "rmtree", lambda _: None)  # to see how the run went
-    machine_of(study, tmp_path).work_off(1)
+    studies.work_off([machine_of(study, tmp_path)], 1, 60)
     (result,) = study_tables.runs_of(study)["two", 150.0].values()
     assert result["spent"]["pretrain"]["cpu_seconds"] > before
     assert metrics.read_text().startswith(begun)  # with the seconds of then: it was not begun anew
     assert json.loads(metrics.read_text().splitlines()[-1])["step"] == 300
+
+
+@pytest.mark.slow
+def test_studies__share_their_places_so_that_a_later_one_begins_beside_the_last_run_of_the_first(
+    toy: Path, tmp_path: Path, own_handlers: None
+) -> None:
+    write_images(tmp_path / "images", {"train": 12, "test": 4})
+    made = []
+    for name, budget in (("long", 150), ("short", 1)):
+        runs = [{"cells": [f"two@{budget}"], "seeds": 1}]
+        path = toy.with_name(f"{name}.yaml")
+        path.write_text(yaml.safe_dump(TOY | {"judges": ["linear"], "runs": runs}))
+        made.append(studies.Study(path))
+    studies.work_off([machine_of(study, tmp_path) for study in made], 2, 60)
+    long, short = (next(study.folder.glob("two*.json")).stat().st_mtime for study in made)
+    assert short < long
 
 
 @pytest.mark.slow
