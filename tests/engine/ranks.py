@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 import dmjd
 from dmjd.data.crops import RandomCrop
 from dmjd.data.masked import MaskedSamples
 from dmjd.data.source import open_source
-from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks, local, whole
+from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks, whole
 from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_optimizer
 from dmjd.engine.run import Run
@@ -99,7 +100,8 @@ def run(case: Case, ranks: Ranks) -> None:
     with suppress(Crash):
         trainer.fit(samples, None, objective, lambda step: {}, after_step=after_step)
     parameters = model.parameters
-    held = sum(local(each).numel() for each in parameters) / sum(each.numel() for each in parameters)
+    shares = [each.to_local() if isinstance(each, DTensor) else each for each in parameters]
+    held = sum(each.numel() for each in shares) / sum(each.numel() for each in parameters)
     (Path(case.out) / f"share-{ranks.rank}.json").write_text(json.dumps(held))
     (Path(case.out) / f"ids-{ranks.world_size}-{ranks.rank}.json").write_text(json.dumps([started, ids]))
     weights = {name: value.contiguous() for name, value in model.whole().state_dict().items()}

@@ -350,11 +350,6 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def local(value: Tensor) -> Tensor:
-    """Return this rank's share of a tensor, or all of one that is not shared out."""
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
 def shared_like(value: Tensor, parameter: Tensor) -> Tensor:
     """Share a whole tensor out as a parameter of its shape is; one of another shape, a counter, stays whole."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
