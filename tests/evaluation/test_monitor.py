@@ -59,3 +59,13 @@ def test_num_images__is_what_measure_reads(
     found = monitor.measure(model, nullcontext)
     assert ("knn_top1" in found) == bool(classes and held_out_classes)
     assert monitor.num_images == len(parts.train.read_ones) + len(parts.held_out.read_ones)
+
+
+@pytest.mark.parametrize("preset", ["dm", "dmjd"])
+def test_measure__has_the_visible_tokens_where_there_is_a_visible_branch(preset: str) -> None:
+    model = dmjd.build(preset, "tiny", model_backbone="vit", image_size=32, decoder_num_heads=2, **TINY)
+    parts = Parts(ReadImages(8), ReadImages(8), "val")
+    masks = partial(seeded_masks, grid=(4, 4), block=1, num_views=2, mask_ratio=0.5, predict_ratio=1.0)
+    monitor = Monitor(parts, (32, 32), masks, max_images=8, workers=0)
+    found = monitor.measure(ParallelModel(model, Ranks(torch.device("cpu"))), nullcontext)
+    assert ("explained_visible" in found) == (preset == "dmjd")

@@ -67,8 +67,9 @@ class Monitor:
         """Measure, on all ranks together.
 
         Always: how much of the hidden tokens is explained, of training and of held-out images (`Explained`), and RankMe
-        and standard deviation of the features of held-out ones, which show a collapse. With labels also k-NN accuracy
-        on held-out images and, with `probe`, that of a linear classifier.
+        and standard deviation of the features of held-out ones, which show a collapse. With a visible branch also how
+        much of the visible tokens of held-out images is explained; with labels also k-NN accuracy on held-out images
+        and, with `probe`, that of a linear classifier.
         """
         network, ranks = model.whole(), model.ranks
         assert isinstance(network, DMJD)
@@ -83,10 +84,8 @@ class Monitor:
         train, held_out = self.parts
         features = [compute(part, evenly(len(part), self.max_images)) for part in self.looked_at]
         (shown, shown_at), (bank, bank_at) = features[0], features[-1]
-        predicted = {
-            "explained_train": self.explained(network, train, autocast),
-            "explained": self.explained(network, held_out, autocast),
-        }
+        learned, explained = (self.explained(network, part, autocast) for part in self.parts)
+        predicted = {"explained_train": learned["explained"], **explained}
         spread = bank if self.few else shown
         pairs = (bank, labels_of(train, bank_at), shown, labels_of(held_out, shown_at)) if self.labelled else None
 
@@ -103,15 +102,17 @@ class Monitor:
         return measured
 
     @torch.inference_mode()
-    def explained(self, network: DMJD, images: Source, autocast: Autocast) -> float:
-        """Predict the hidden tokens of a few images, the same ones at every call; how much of them is explained."""
+    def explained(self, network: DMJD, images: Source, autocast: Autocast) -> dict[str, float]:
+        """Predict the tokens of a few images, the same ones at every call; how much of them is explained."""
         device = next(network.parameters()).device
-        found = Explained()
+        hidden, visible = Explained(), Explained()
         middle = partial(center_crop, size=self.image_hw)
         numbers = evenly(len(images), min(self.max_images, NUM_PREDICTED))
         for crops, seen in read_batches(images, numbers, middle, batch_size=AT_A_TIME, workers=0, pin_memory=False):
             if seen:
                 with autocast():
                     said = network.predict(crops.to(device), self.masks(torch.tensor(seen)))
-                found.add(said.masked.float(), said.masked_target.float())
-        return found.share
+                hidden.add(said.masked.float(), said.masked_target.float())
+                if said.visible is not None and said.visible_target is not None:
+                    visible.add(said.visible.float(), said.visible_target.float())
+        return {"explained": hidden.share} | ({"explained_visible": visible.share} if visible.count else {})

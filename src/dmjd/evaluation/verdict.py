@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 Kind = Literal["learned", "too little", "nothing", "collapsed", "overfitted"]
 COLLAPSED = 0.05  # spread of the features below which the network sees no difference between images
 FEWER = 0.5  # RankMe of the features over that of the untrained network, below which directions were lost
-PREDICTED = 0.05  # share of the hidden tokens that has to be explained for anything to have been learned
+PREDICTED = 0.05  # share of the tokens of a branch that has to be explained for it to have learned anything
 STUCK = (-0.02, 0.01)  # what predictions explain that are the mean target, or close to it
 GAP = 0.2  # between what is explained of training and of held-out images, where a run has learned them by heart
 FEW_LOOKS = 100  # times that an image was seen; published runs have 200 to 1600
@@ -48,9 +48,10 @@ def judge(untrained: Mapping[str, float], trained: Mapping[str, float], *, longe
     """Judge a run by what `Monitor` has measured before and after it; `longer` is the flag that makes it longer.
 
     Held-out images tell: how much of their hidden tokens is explained (`explained`), against the same of training
-    images; how far their features spread (`feature_std`) and in how many directions (`rankme`, which falls a little in
-    runs that go well, too); and, with labels, whether features are worth more than those of the untrained network. The
-    bounds were set on runs that were made to go wrong (docs/results.md, The verdict).
+    images; whether a visible branch has learned where the masked one has not (`explained_visible`); how far their
+    features spread (`feature_std`) and in how many directions (`rankme`, which falls a little in runs that go well,
+    too); and, with labels, whether features are worth more than those of the untrained network. The bounds were set on
+    runs that were made to go wrong (docs/results.md, The verdict).
     """
     explained, seen = trained["explained"], trained["explained_train"]
     said = f"{explained:.0%} of what is hidden of held-out images is explained"
@@ -62,7 +63,9 @@ def judge(untrained: Mapping[str, float], trained: Mapping[str, float], *, longe
         )
     # A run on its way passes the mean target, which explains nothing; one that has no way stays there.
     gained = explained - untrained.get("explained", -1.0)  # runs begun by earlier versions have not measured it
-    if explained < PREDICTED and (STUCK[0] < explained < STUCK[1] or gained < STUCK[1]):
+    stuck = explained < PREDICTED and (STUCK[0] < explained < STUCK[1] or gained < STUCK[1])
+    visible = trained.get("explained_visible", 0.0)
+    if stuck and visible < PREDICTED:
         rate = "another --optim.blr, lower where the loss jumps and higher where it hardly falls"
         return Verdict("nothing", said, f"{rate}; look at the targets in the report; more {longer}")
     before, after = untrained.get("rankme", 0.0), trained["rankme"]
@@ -73,6 +76,9 @@ def judge(untrained: Mapping[str, float], trained: Mapping[str, float], *, longe
             f"{after:.3g})",
             f"a lower --optim.blr; more {longer}; look at the images (dmjd doctor)",
         )
+    if stuck:
+        said += f", but {visible:.0%} of what is visible"
+        return Verdict("too little", said, f"more {longer}; another --masked.target, such as hog")
     if explained < PREDICTED:
         return Verdict("too little", said, f"more {longer}")
     both = [key for key in ("knn_top1", "linear_top1") if key in trained and key in untrained]

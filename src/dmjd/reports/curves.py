@@ -34,12 +34,17 @@ CURVES: dict[str, dict[str, str]] = {
     "mIoU, percent": {"mIoU": "miou"},
     "AP, percent": {"boxes": "map", "masks": "mask_map"},
     "k-NN top-1, percent": {"k-NN top-1": "knn_top1"},
-    "Hidden tokens explained, percent": {"held out": "explained", "training": "explained_train"},
+    "Tokens explained, percent": {
+        "hidden, held out": "explained",
+        "hidden, training": "explained_train",
+        "visible, held out": "explained_visible",
+    },
     "RankMe": {"RankMe": "rankme"},
     "Standard deviation of features": {"standard deviation": "feature_std"},
     "Images per second": {"images per second": "images_per_second"},
 }
-SHARES = frozenset(["top1", "knn_top1", "miou", "map", "mask_map", "explained", "explained_train"])  # shown in percent
+EXPLAINED = ("explained", "explained_train", "explained_visible")
+SHARES = frozenset(["top1", "knn_top1", "miou", "map", "mask_map", *EXPLAINED])  # shown in percent
 EVALUATED = frozenset(["rankme", "feature_std", *SHARES])  # drawn over epochs, the others over steps
 
 Line = dict[str, Any]  # of metrics.jsonl

@@ -23,6 +23,7 @@ CITATION = """@article{ma2023disjoint,
 }"""
 MEASURES = {
     "explained": "Hidden tokens explained",
+    "explained_visible": "Visible tokens explained",
     "knn_top1": "k-NN top-1",
     "linear_top1": "Linear probe top-1",
     "rankme": "RankMe",
