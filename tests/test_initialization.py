@@ -74,7 +74,7 @@ def test_init__of_an_encoder_alone_the_heads_are_new_and_that_is_said(tmp_path, 
     said = capsys.readouterr().err
     assert "left out 3: encoder.backbone.head.weight, encoder.backbone.head.bias, encoder.backbone.cls_token" in said
     assert "; new " in said
-    assert "decoder.mask_token, decoder.pos_embed, decoder.embed.weight ..." in said
+    assert "decoder.mask_token, decoder.embed.weight, decoder.embed.bias ..." in said
 
 
 def test_init__an_export_gives_its_backbone(tmp_path):
@@ -94,6 +94,18 @@ def test_init__other_shapes_are_adapted_and_that_is_said(capsys):
     said = capsys.readouterr().err
     assert "(channels 3 -> 1, patches 8 -> 16 px, positions 4x4 -> 2x4)" in said
     assert "left out 2: encoder.backbone.cls_token, encoder.backbone.reg_token;" in said
+
+
+def test_init__a_grid_of_other_sides_and_as_many_tokens_keeps_its_own_positions(tmp_path):
+    settings = [
+        replace(SMALL, model=replace(MODEL, image_size=size), masking=replace(SMALL.masking, block=1))
+        for size in ("16x64", "32x32")
+    ]
+    wide, square = map(from_settings, settings)
+    save_pretrained(tmp_path / "wide.safetensors", wide, settings[0], (0.0, 255.0))
+    begun = from_settings(replace(settings[1], init=str(tmp_path / "wide.safetensors")))
+    assert torch.equal(begun.decoder.pos_embed, square.decoder.pos_embed)
+    assert torch.equal(begun.decoder.pred.weight, wide.decoder.pred.weight)
 
 
 @pytest.mark.parametrize("settings", [SMALL, HYBRID], ids=["vit", "convvit"])

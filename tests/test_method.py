@@ -110,6 +110,17 @@ def test_build__every_preset_at_every_size(preset, size):
     assert preset in ("quick", "quick-teacher") or model.encoder.embed_dim == widths[size]
 
 
+def test_build__a_preset_has_its_own_size_unless_told():
+    assert [dmjd.build(name).encoder.grid for name in ("auto", "quick")] == [(8, 8), (8, 8)]
+    assert dmjd.build("quick", image_size=(32, 64)).encoder.grid == (4, 8)
+
+
+def test_dmjd__masks_of_other_tokens_than_the_images_have_are_refused():
+    model = dmjd.build("quick", "tiny", image_size=32)
+    with pytest.raises(ValueError, match="masks of 25 tokens for images of 4 x 4"):
+        model(torch.zeros(1, 3, 32, 32), dmjd.block_masks(1, (5, 5), num_views=2, mask_ratio=0.6, block=1))
+
+
 def test_build__unknown_names_are_refused_with_the_nearest():
     with pytest.raises(ValueError, match="choose one of"):
         dmjd.build("dmj")

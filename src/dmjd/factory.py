@@ -30,13 +30,15 @@ SECTIONS = ("model", "masking", "masked", "visible", "hog", "teacher", "decoder"
 OPTIONS = (*SHAPE, "class_token", "reg_tokens", "mask_token", "conv_mlp_ratio")  # what only some backbones have
 
 
-def build(preset: str, size: str | None = None, *, image_size: int | tuple[int, int] = 224, **overrides: Any) -> DMJD:
+def build(
+    preset: str, size: str | None = None, *, image_size: int | tuple[int, int] | None = None, **overrides: Any
+) -> DMJD:
     """Build the model of a preset, untrained.
 
     Args:
         preset: Name of a file in `dmjd/presets`.
         size: `tiny`, `small`, `base` or `large`. Default: the preset's.
-        image_size: Side, or height and width, in pixels.
+        image_size: Side, or height and width, in pixels. Default: the preset's, 224 in all full recipes.
         **overrides: Settings by name, such as `patch_size=8` or `num_views=4`; with the section in front where a name
             stands in several, such as `decoder_depth=2`. A bare name means the first section that has it.
 
@@ -51,9 +53,10 @@ def build(preset: str, size: str | None = None, *, image_size: int | tuple[int, 
     size = size or recipe["model"]["size"]
     if size != recipe["model"]["size"]:  # another size than the preset's: what the preset changes of its own goes
         values["model"] = {key: value for key, value in values["model"].items() if key not in SHAPE}
-    side = image_size if isinstance(image_size, int) else "x".join(map(str, image_size))
+    side = image_size or recipe["model"]["image_size"]
+    side = "x".join(map(str, side)) if isinstance(side, tuple) else str(side)
     places = setting_places()
-    for name, value in {"size": size, "image_size": str(side), **overrides}.items():
+    for name, value in {"size": size, "image_size": side, **overrides}.items():
         if name not in places:
             nearest = get_close_matches(name, places, n=1)
             raise ValueError(f"there is no setting {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))

@@ -17,6 +17,7 @@ from dmjd.errors import CheckpointError
 from dmjd.reference import our_name, read_weights
 
 BACKBONE = "encoder.backbone."
+POSITIONS = "decoder.pos_embed"
 # Files of a run or of a folder for the hub, the first that is there.
 NAMES = ("pretrained", "best", "linear", "backbone", "model")
 
@@ -84,8 +85,13 @@ class StartingWeights:
         self.taken = {f"{BACKBONE}{name}" for name in weights}
 
     def into_heads(self, model: nn.Module) -> None:
-        """Load what else fits, of encoder, decoder and projector; say on stderr what was taken."""
+        """Load what else fits, of encoder, decoder and projector; say on stderr what was taken.
+
+        The decoder's positions follow from its grid: of another one they may have the same shape.
+        """
         ours = model.state_dict()
+        self.weights.pop(POSITIONS, None)
+        ours.pop(POSITIONS, None)
         fits = {
             name: value
             for name, value in self.weights.items()

@@ -91,7 +91,7 @@ class DMJD(nn.Module):
                 one graph, as no shape depends on a mask.
 
         Raises:
-            ValueError: If the views hide different numbers of tokens.
+            ValueError: If the views hide different numbers of tokens, or the images have others.
         """
         predictions = self.predict(images, masked)
         masked_loss = regression_loss(
@@ -116,11 +116,13 @@ class DMJD(nn.Module):
         """Run both branches; arguments as in `forward`."""
         tokens = masked if isinstance(masked, TokenIds) else token_ids(masked)
         tokens = TokenIds(*(ids.to(images.device) for ids in tokens))
+        grid = images.shape[-2] // self.encoder.patch_size, images.shape[-1] // self.encoder.patch_size
+        if (count := sum(ids.shape[1] for ids in tokens)) != grid[0] * grid[1]:
+            raise ValueError(f"masks of {count} tokens for images of {grid[0]} x {grid[1]}")
         with torch.no_grad():  # once per image, for all its views
             target_BLT = self.target(images)
             visible_BLT = target_BLT if self.visible_target is None else self.visible_target(images)
         latents = self.encoder(self.normalize(images), tokens)
-        grid = images.shape[-2] // self.encoder.patch_size, images.shape[-1] // self.encoder.patch_size
         masked_NMT = self.decoder(latents, tokens, grid)
         masked_target_NMT = gather_tokens(target_BLT, tokens.hidden)
         if self.projector is None:

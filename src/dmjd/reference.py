@@ -159,7 +159,11 @@ def vit_encoder(state_dict: Mapping[str, Tensor], num_heads: int) -> Encoder:
 
 
 def hybrid_encoder(state_dict: Mapping[str, Tensor], num_heads: int) -> ConvViTEncoder:
-    """Make an untrained hybrid of the checkpoint's shapes; raises `KeyError` where one is missing."""
+    """Make an untrained hybrid of the checkpoint's shapes; raises `KeyError` where one is missing.
+
+    Raises:
+        ValueError: If the heads do not divide its width.
+    """
     stages = ("blocks1", "blocks2", "blocks3")
     embed_dims = [len(state_dict[f"patch_embed{stage}.proj.weight"]) for stage in (1, 2, 3)]
     _, in_chans, first_stride, _ = state_dict["patch_embed1.proj.weight"].shape
@@ -174,6 +178,8 @@ def hybrid_encoder(state_dict: Mapping[str, Tensor], num_heads: int) -> ConvViTE
         "num_heads": num_heads,
         "mlp_ratios": [hidden / dim for hidden, dim in zip(mlps, embed_dims, strict=True)],
     }
+    if embed_dims[-1] % num_heads:
+        raise ValueError(f"a width of {embed_dims[-1]} has no {num_heads} heads: choose a number that divides it")
     return ConvViTEncoder(ConvViT(**arguments), ("convvit_base", arguments))
 
 

@@ -233,3 +233,23 @@ def test_convvit__its_features_are_the_mean_over_tokens_after_an_untrained_norm(
         features = extractor.pooled(images, normalized=True)
     torch.testing.assert_close(features, F.layer_norm(mean, mean.shape[1:], eps=1e-6))
     assert not list(extractor.model.fc_norm.parameters())
+
+
+def test_convvit__checkpointing_changes_no_gradient():
+    model = timm.create_model("convvit_tiny", img_size=64, num_classes=3, drop_rate=0.0).train()
+    images, found = torch.randn(2, 3, 64, 64), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(images).square().sum().backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+def test_convvit__what_it_cannot_do_is_said():
+    model = timm.create_model("convvit_tiny", img_size=64, num_classes=0)
+    with pytest.raises(ValueError, match="no other pooling than 'avg'"):
+        model.reset_classifier(3, "")
+    with pytest.raises(ValueError, match="NCHW"):
+        model.forward_intermediates(torch.zeros(1, 3, 64, 64), output_fmt="NHWC")

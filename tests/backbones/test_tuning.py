@@ -1,9 +1,11 @@
 """What fine-tuning changes of a backbone from pre-training: head, last norm and positions."""
 
+import json
+
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.optim import param_groups_layer_decay
 from torch.nn import functional as F
 
@@ -117,3 +119,31 @@ def test_positions__dense_tasks_train_them(backbones, name):
 @pytest.mark.parametrize("name", ["vit", "convvit"])
 def test_positions__a_backbone_file_has_the_fixed_ones_of_pre_training(backbones, name):
     assert torch.equal(load_file(backbones[name])["pos_embed"], sincos_positions((4, 4), 16))
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "efficientformer_l1"])
+def test_put_head__distilled_models_get_both_of_theirs(name):
+    model, architecture = put_head(*open_backbone(f"timm:{name}", pretrained=False), 3)
+    heads = model.get_classifier()
+    assert [head.weight.std().item() < 1e-4 for head in heads] == [True, True]
+    assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 3)
+    assert architecture[1]["num_classes"] == 3
+
+
+@pytest.mark.parametrize("pool", ["", "token"])
+def test_open_backbone__a_folder_of_timm_that_says_tokens_and_one_side_gives_features_and_a_file(tmp_path, pool):
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "global_pool": pool}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **arguments)
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "num_features": 16, "model_args": arguments}
+    config["pretrained_cfg"] = {"input_size": [3, 32, 32], "num_classes": 0, "mean": [0.5] * 3, "std": [0.5] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    opened, architecture = open_backbone(f"timm:local-dir:{tmp_path}")
+    images = torch.randn(2, 3, 32, 32)
+    expected = model.forward_head(model.forward_features(images)) if pool else model.forward_features(images)[:, 0]
+    torch.testing.assert_close(opened(images), expected)
+    tuned, architecture = put_head(opened, architecture, 5)
+    save_backbone(tmp_path / "tuned.safetensors", tuned, architecture, [0.5] * 3, [0.5] * 3)
+    again = dmjd.load_backbone(tmp_path / "tuned.safetensors")
+    torch.testing.assert_close(again(images), tuned(images))
+    assert again.pretrained_cfg["input_size"] == [3, 32, 32]

@@ -139,6 +139,31 @@ def test_archive__a_tar_that_was_appended_to_has_the_last_of_a_name(tmp_path):
     assert (only(data).read(0) == 2).all()
 
 
+def test_archive__links_in_a_tar_are_the_images_that_they_lead_to(tmp_path):
+    root = tmp_path / "x"
+    (root / "a").mkdir(parents=True)
+    (root / "b").mkdir()
+    (root / "a" / "1.png").write_bytes(png(1))
+    os.link(root / "a" / "1.png", root / "b" / "hard.png")
+    (root / "b" / "soft.png").symlink_to("../a/1.png")
+    (root / "b" / "gone.png").symlink_to("../a/2.png")
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(root, "x")
+    source = only(str(tmp_path / "x.tar"))
+    assert [source.name(index) for index in range(len(source))] == ["a/1.png", "b/hard.png", "b/soft.png"]
+    assert all((source.read(index) == 1).all() for index in range(3))
+
+
+@pytest.mark.parametrize("broken", [("name", 46, 0xFF), ("version", 6, 0xFF)], ids=lambda broken: broken[0])
+def test_archive__a_damaged_directory_of_a_zip_is_one_line(tmp_path, broken):
+    path = Path(packed(tmp_path / "x.zip", {"a\u00e9.png": png()}))
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\x01\x02") + broken[1]] = broken[2]
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="no whole zip file"):
+        open_all(str(path))
+
+
 @pytest.mark.parametrize("cut", [0.1, 0.5, 0.7])
 @both
 def test_archive__one_that_is_cut_short_is_refused_at_opening(tmp_path, ending, cut):
@@ -217,7 +242,7 @@ def test_shards__keys_end_at_the_first_dot_of_the_file_in_its_folder(tmp_path):
     members = {"x/1.png": png(), "x/1.mask.png": png(), "x.y/1.PNG": png(), "x.y/2.mask.png": png(), "._1.png": b""}
     tar(tmp_path / "a.tar", members)
     assert names(str(tmp_path / "?.tar")) == ["a.tar/x/1.png", "a.tar/x.y/1.PNG", "a.tar/x.y/2.mask.png"]
-    tar(tmp_path / "b.tar", {"1.mask.png": png(), "1.jpg": png()})
+    tar(tmp_path / "b.tar", {"1.mask.png": png(), "1.other.png": png(), "1.jpg": png()})
     assert names(str(tmp_path / "{b}.tar")) == ["b.tar/1.jpg"]
 
 
@@ -243,11 +268,13 @@ def test_shards__what_is_wrong_is_said_in_one_line(tmp_path):
     data = shards(tmp_path, 2)
     (tmp_path / "s-00.tar").rename(tmp_path / "away.tar")
     tar(tmp_path / "two.tar", {"1.png": png(), "1.jpg": png()})
+    tar(tmp_path / "masks.tar", {"1.mask.png": png(), "1.other.png": png()})
     tar(tmp_path / "none.tar", {"1.txt": b""})
     (tmp_path / "cut.tar").write_bytes((tmp_path / "away.tar").read_bytes()[:3000])
     for pattern, reason in (
         (data, "no such shard; .*s-00.tar; check the pattern"),
         (str(tmp_path / "t?o.tar"), "two images in a sample, 1.png and 1.jpg; .*two.tar"),
+        (str(tmp_path / "mask?.tar"), r"two images in a sample, 1\.mask\.png and 1\.other\.png; .*masks.tar"),
         (str(tmp_path / "non*.tar"), "no images in 1 shards"),
         (str(tmp_path / "gone*.tar"), "no such shard"),
         (str(tmp_path / "s-{01..00}.tar"), "no shards; .*; write the lower number"),

@@ -86,7 +86,9 @@ def test_array__only_its_path_travels(tmp_path):
 
 BROKEN = {
     "no such array": None,
-    "7 channels, not 3; .*pretrain .* with --model.in_chans 7, or": noise(2, 5, 5, 7),
+    r"7 channels, not 3; .*pretrain .* with --model.in_chans 7 \(prepare and doctor: --in_chans 7\), or": noise(
+        2, 5, 5, 7
+    ),
     r"no array of images but int64 of shape \(5,\)": np.arange(5),
     r"no array of images but uint8 of shape \(0, 4, 4\)": noise(0, 4, 4),
     "no array of images but complex64": np.zeros((2, 3, 3), dtype=np.complex64),

@@ -198,6 +198,19 @@ def test_decode__pages_are_bands_or_frames_as_asked_and_never_cut_silently() -> 
         assert np.array_equal(decode(content, Wanted(1, pages="frames"), frame=number).numpy(), page[None])
 
 
+def test_decode__smaller_copies_among_the_pages_are_passed_over() -> None:
+    pages = np.random.default_rng(0).integers(0, 255, (2, 32, 40), dtype=np.uint8)
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as writer:
+        for page in pages:
+            writer.write(page[::4, ::4], subfiletype=1, photometric="minisblack")
+            writer.write(page, photometric="minisblack")
+    for number, page in enumerate(pages):
+        found = decode(buffer.getvalue(), Wanted(1, pages="frames"), frame=number)
+        assert np.array_equal(found.numpy(), page[None])
+    assert np.array_equal(decode(buffer.getvalue(), Wanted(2, pages="bands")).numpy(), pages)
+
+
 def test_decode__frames_of_a_folder_are_images_of_their_own(tmp_path: Path) -> None:
     pages = np.random.default_rng(0).integers(0, 255, (3, 9, 13), dtype=np.uint8)
     (tmp_path / "a.tif").write_bytes(tiff(pages, photometric="minisblack"))
@@ -212,7 +225,8 @@ def test_decode__channels_that_are_not_wanted_are_refused_by_name(tmp_path: Path
     path = tmp_path / "image.tif"
     path.write_bytes(tiff(np.zeros((9, 13, 5), np.uint16), photometric="minisblack", planarconfig="contig"))
     with pytest.raises(
-        DataError, match=r"5 channels, not 4; .*image.tif; pretrain .* with --model.in_chans 5, or"
+        DataError,
+        match=r"5 channels, not 4; .*image.tif; pretrain .* with --model.in_chans 5 \(prepare and doctor: .*\), or",
     ) as refused:
         decode(path, Wanted(4))
     assert "\n" not in str(refused.value)
@@ -271,6 +285,25 @@ def test_decode__dicom_has_its_units() -> None:
         buffer = io.BytesIO()
         written.save_as(buffer, enforce_file_format=True)
         assert np.array_equal(decode(buffer.getvalue(), Wanted(1))[0].numpy(), expected)
+
+
+def test_decode__frames_of_a_colour_dicom_are_images_or_bands() -> None:
+    pydicom = pytest.importorskip("pydicom")
+    frames = np.random.default_rng(0).integers(0, 255, (4, 9, 14, 3), dtype=np.uint8)
+    data = pydicom.Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = pydicom.uid.UltrasoundMultiFrameImageStorage
+    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data.Rows, data.Columns, data.SamplesPerPixel, data.PixelRepresentation = 9, 14, 3, 0
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PlanarConfiguration = 8, 8, 7, 0
+    data.NumberOfFrames, data.PhotometricInterpretation, data.PixelData = 4, "RGB", frames.tobytes()
+    buffer = io.BytesIO()
+    data.save_as(buffer, enforce_file_format=True)
+    content = buffer.getvalue()
+    assert np.array_equal(decode(content, Wanted(3, pages="frames"), frame=2).permute(1, 2, 0).numpy(), frames[2])
+    bands = decode(content, Wanted(12, pages="bands")).unflatten(0, (4, 3)).permute(0, 2, 3, 1)
+    assert np.array_equal(bands.numpy(), frames)
 
 
 def bomb(side: int) -> bytes:

@@ -62,6 +62,16 @@ def test_folder_images__names_five_kinds_of_ignored_files(tmp_path: Path, capsys
 def test_ignored_files__are_those_of_folders_of_images(tmp_path: Path) -> None:
     assert ignored_files(str(touch(tmp_path, "a.png", "b.heic", "deep/c.heic"))) == {".heic": 2}
     assert ignored_files("shapes") == {}
+    assert ignored_files(str(touch(tmp_path / "parts", "train/a.png", "train/b.txt", "val/c.png", "d.txt"))) == {
+        ".txt": 1
+    }
+
+
+def test_list_files__an_ending_that_is_no_unicode_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "MANY", 1)
+    root = touch(tmp_path / "images", "a.png", "b.png", os.fsdecode(b"notes.\xff"))
+    settle(root)
+    assert list_files(root, ENDINGS, tmp_path / "cache").passed_over == {os.fsdecode(b".\xff"): 1}
 
 
 def test_folder_images__says_that_linked_folders_are_not_followed(

@@ -13,6 +13,7 @@ from dmjd.data.folder import folder_images
 from dmjd.data.levels import Levels
 from dmjd.data.masked import MaskedBatch, MaskedSamples
 from dmjd.data.memory import in_memory, stack_of
+from dmjd.errors import DataError
 
 CROP = RandomCrop((16, 16), (0.3, 1.0), (0.75, 1.33), flip=True)
 CPU = torch.device("cpu")
@@ -143,6 +144,9 @@ def test_samples__of_8_and_of_16_bits_in_one_batch_share_a_range(tmp_path: Path)
     pixels = np.full((2, 8, 8, 3), 100, dtype=np.uint8)
     root = write_arrays(tmp_path / "mixed", pixels)
     np.save(root / "1.npy", pixels[1].astype(np.uint16) * 16)
+    narrow = MaskedSamples(folder_images(root, Wanted(3)), CROP, 0)  # as if no deep one had been looked at
+    with pytest.raises(DataError, match=r"more than 8 bits among many of 8; .*--data_range"):
+        narrow.__getitems__([(0, 0), (0, 1)])
     samples = MaskedSamples(folder_images(root, Wanted(3)), CROP, 0, levels=Levels(0.0, 255.0 * 16))
     shown = samples.pixels(samples.__getitems__([(0, 0), (0, 1)]), CPU)
     assert torch.allclose(shown, torch.full_like(shown, 100.0), atol=1e-3)

@@ -63,6 +63,14 @@ def test_in_memory__large_sets_stay_on_the_disk(tmp_path, write, monkeypatch):
     assert in_memory(images) is images
 
 
+def test_in_memory__sets_whose_largest_images_were_not_among_the_few_stay_on_the_disk(tmp_path, write, monkeypatch):
+    names = [f"{number:02}.png" for number in range(40)]
+    images = folder_images(write(tmp_path, *names, size=(6, 4)), Wanted(3))
+    write(tmp_path, "01.png", size=(60, 40))
+    monkeypatch.setattr(memory, "MEMORY_LIMIT", 40 * 6 * 4 * 3)
+    assert in_memory(images) is images
+
+
 def test_in_memory__sets_without_a_readable_image_stay_on_the_disk(tmp_path):
     (tmp_path / "a.png").write_text("no image")
     images = folder_images(tmp_path, Wanted(3))

@@ -137,7 +137,10 @@ def test_prepared__other_channels_are_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "cubes").mkdir()
     np.save(tmp_path / "cubes" / "a.npy", np.zeros((8, 8, 5), dtype=np.uint8))
     out = prepared(tmp_path / "cubes", tmp_path / "set", "--in_chans", "5")
-    with pytest.raises(DataError, match=r"^5 channels, not 3; .*set; pretrain .* with --model.in_chans 5, or"):
+    with pytest.raises(
+        DataError,
+        match=r"^5 channels, not 3; .*set; pretrain .* with --model.in_chans 5 \(prepare and doctor: .*\), or",
+    ):
         open_source(str(out))
 
 

@@ -122,7 +122,9 @@ def test_list__a_file_that_is_missing_or_no_table_is_named(tmp_path):
     content = (tmp_path / "null.parquet").read_bytes()
     (tmp_path / "holed.parquet").write_bytes(content[:4] + bytes(60) + content[64:])
     pq.write_table(pa.table([["a.png"], ["b.png"]], names=["path", "path"]), tmp_path / "twice.parquet")
+    (tmp_path / "wide.txt").write_bytes("a.png\nb.png\n".encode("utf-16-le"))
     for name, reason in (
+        ("wide.txt", "NUL bytes"),
         ("latin.csv", "not UTF-8"),
         ("broken.parquet", "no whole Parquet file"),
         ("holed.parquet", "no whole Parquet file"),

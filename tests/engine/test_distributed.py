@@ -225,6 +225,10 @@ def test_join_ranks__several_tasks_of_srun_without_torchrun_are_refused(monkeypa
     assert "dmjd plan --script slurm" in said
     assert len(said.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert main(words) == 2
+    assert "WORLD_SIZE is 2, but MASTER_ADDR or MASTER_PORT is not set; start by torchrun" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "1")
     with join_ranks("cpu") as ranks:
         assert ranks.world_size == 1

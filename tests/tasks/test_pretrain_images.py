@@ -57,13 +57,19 @@ def test_pretrain__range_and_statistics_are_measured_said_and_kept(
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_pretrain__range_and_statistics_can_be_said(bands: Path, tmp_path: Path) -> None:
+def test_pretrain__range_and_statistics_can_be_said(
+    bands: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "statistics.json"
     file.write_text(json.dumps({"mean": [0.4] * 5, "std": [0.2] * 5, "value_range": [0, 8191]}))
     words = ["--model.in_chans", "5", "--data_statistics", str(file)]
     assert pretrain(bands, tmp_path / "one", *words) == 0
     assert about(tmp_path / "one")[1] == [0, 8191]
     assert about(tmp_path / "one")[0]["mean"] == [0.4] * 5
+    file.write_text(json.dumps({"mean": [0.3] * 5, "std": [0.2] * 5, "value_range": [0, 8191]}))
+    assert pretrain(bands, tmp_path / "one", *words, "--resume") == 4
+    assert "other statistics than before" in capsys.readouterr().err
+    assert pretrain(bands, tmp_path / "one", *words, "--resume", "--allow_change", "data_statistics") == 0
     assert pretrain(bands, tmp_path / "two", *words, "--data_range", "0", "5000") == 0
     assert about(tmp_path / "two")[1] == [0, 5000]
     assert lines(tmp_path / "one")[0]["loss"] != lines(tmp_path / "two")[0]["loss"]

@@ -19,6 +19,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from dmjd.backbones import Architecture, Latents, encodes, register_encoder
 from dmjd.backbones.blocks import NORM_EPS, init_weights, transformer_blocks
@@ -144,9 +145,10 @@ class ConvViT(nn.Module):
         mlp_ratios: MLP width over width, by stage: DMJD's 8, 8, 4 or ConvMAE's 4, 4, 4.
         global_pool: `avg` only.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first one.
+        drop_rate: Dropout before `head`.
     """
 
-    def __init__(  # 10 parameters: timm's own, as its `create_model` passes them
+    def __init__(  # 11 parameters: timm's own, as its `create_model` passes them
         self,
         img_size: int | Sequence[int] = 224,
         patch_size: int = 16,
@@ -158,6 +160,7 @@ class ConvViT(nn.Module):
         mlp_ratios: Sequence[float] = (8.0, 8.0, 4.0),
         global_pool: str = "avg",
         drop_path_rate: float = 0.0,
+        drop_rate: float = 0.0,
     ):
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -186,6 +189,8 @@ class ConvViT(nn.Module):
                 [(first, "blocks1"), (second, "blocks2"), (third, "blocks3"), (third, "pool")]
             )
         ]
+        self.head_drop = nn.Dropout(drop_rate)
+        self.grad_checkpointing = False
         self.reset_classifier(num_classes)
         # As the official program: all other convolutions keep torch's default, uniform within 1 / sqrt(fan_in).
         nn.init.xavier_uniform_(self.patch_embed3.proj.weight.data.view(third, -1))
@@ -193,8 +198,9 @@ class ConvViT(nn.Module):
             part.apply(init_weights)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put on a new head; 0 classes take it off."""
-        assert global_pool in (None, "avg")
+        """Put on a new head and a new norm before it; 0 classes take the head off, and the norm's weights with it."""
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool {global_pool!r}: a ConvViT has no other pooling than 'avg'")
         self.num_classes = num_classes
         self.fc_norm = nn.LayerNorm(self.embed_dim, eps=NORM_EPS, elementwise_affine=num_classes > 0)
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
@@ -202,6 +208,11 @@ class ConvViT(nn.Module):
     def get_classifier(self) -> nn.Module:
         """Return the head."""
         return self.head
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep of every block only what goes in, and compute the rest again in the backward pass."""
+        self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -235,16 +246,20 @@ class ConvViT(nn.Module):
         places = (layout1.places.view(num_rows, -1) + shift_N[:, None]).flatten()
         rows1 = embedded.index_select(0, places)
         for block in self.blocks1:
-            rows1 = block(rows1, layout1)
+            rows1 = self._run(block, rows1, layout1)
         rows2 = self.patch_embed2(rows1)
         for block in self.blocks2:
-            rows2 = block(rows2, layout2)
+            rows2 = self._run(block, rows2, layout2)
         position = resample_positions(self.pos_embed, self.grid, grid)
         x = self.patch_embed4(self.patch_embed3(rows2)).view(num_rows, -1, self.embed_dim)
         x = x + gather_tokens(position.expand(num_rows, num_tokens, -1), tokens)
         for block in self.blocks3:
-            x = block(x)
+            x = self._run(block, x)
         return rows1, rows2, x
+
+    def _run(self, block: nn.Module, *given: Any) -> Any:
+        again = self.grad_checkpointing and self.training
+        return checkpoint(block, *given, use_reentrant=False) if again else block(*given)
 
     def _all_tokens(self, images: Float[Tensor, "B C H W"]) -> Int[Tensor, "B L"]:
         height, width = images.shape[-2:]
@@ -271,7 +286,8 @@ class ConvViT(nn.Module):
 
         `norm` and `stop_early` change nothing: the norm comes after pooling, and the stages are one pass.
         """
-        assert output_fmt == "NCHW"
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt {output_fmt!r}: the maps of a ConvViT are NCHW")
         wanted, _ = feature_take_indices(4, indices)
         tokens = self._all_tokens(x)
         grid = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
@@ -289,7 +305,7 @@ class ConvViT(nn.Module):
     def forward_head(self, x: Float[Tensor, "B D h w"], pre_logits: bool = False) -> Tensor:
         """Pool a map over its tokens, norm and, unless `pre_logits`, classify."""
         pooled = self.fc_norm(x.mean(dim=(2, 3)))
-        return pooled if pre_logits else self.head(pooled)
+        return pooled if pre_logits else self.head(self.head_drop(pooled))
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Tensor:
         """Classify, or compute pooled features where there is no head."""

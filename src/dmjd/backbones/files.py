@@ -52,12 +52,13 @@ def save_backbone(
     name, arguments = architecture
     default: Any = model.pretrained_cfg
     in_chans, size = arguments.get("in_chans", default["input_size"][0]), arguments.get("img_size")
+    size = [size, size] if isinstance(size, int) else size or default["input_size"][1:]
     metadata = {
         "architecture": name,
         "model_args": json.dumps(arguments),
         "pretrained_cfg": json.dumps(
             {
-                "input_size": [in_chans, *(size or default["input_size"][1:])],
+                "input_size": [in_chans, *size],
                 "num_classes": arguments["num_classes"],
                 "mean": list(mean),
                 "std": list(std),
@@ -187,6 +188,9 @@ def open_backbone(name: str, *, pretrained: bool = True, drop_path_rate: float =
             model, (architecture, arguments) = _read(name, pretrained, extra)
     except TypeError:
         raise ConfigError(f"the model takes no drop_path_rate; {name}; leave --drop_path at 0") from None
+    if getattr(model, "global_pool", None) == "":  # it gives tokens, where features of images are asked for
+        arguments = {**arguments, "global_pool": "avg" if getattr(model, "cls_token", None) is None else "token"}
+        model.reset_classifier(0, arguments["global_pool"])  # type: ignore[operator]
     return put_head(model, (architecture, arguments), 0)
 
 
@@ -230,10 +234,14 @@ def put_head(model: nn.Module, architecture: Architecture, num_classes: int) -> 
     name, arguments = architecture
     network.reset_classifier(num_classes)
     if num_classes:
-        head = network.get_classifier()
-        nn.init.trunc_normal_(head.weight, std=2e-5)
-        nn.init.zeros_(head.bias)
-        if arguments.get("fc_norm") is False:  # only `create_vit` says so
+        found = network.get_classifier()
+        for head in found if isinstance(found, tuple) else [found]:  # distilled models have two
+            for layer in head.modules():
+                if isinstance(layer, nn.Linear | nn.Conv2d):
+                    nn.init.trunc_normal_(layer.weight, std=2e-5)
+                    if layer.bias is not None:
+                        nn.init.zeros_(layer.bias)
+        if arguments.get("fc_norm") is False:  # as pre-training here makes ViTs
             network.norm.reset_parameters()
             network.fc_norm, network.norm = network.norm, nn.Identity()
             arguments = {**arguments, "fc_norm": True}
@@ -270,7 +278,8 @@ def _read(
     except FileNotFoundError:
         raise CheckpointError(f"no such backbone; {path}; give a run's backbone.safetensors") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        what, todo = f"not a backbone file ({error})", "give a run's backbone.safetensors"
+        reason = f"no {error} in its metadata" if isinstance(error, KeyError) else error
+        what, todo = f"not a backbone file ({reason})", "give a run's backbone.safetensors"
         if Path(path).suffix in FOREIGN:
             what, todo = "weights of another program", f"{todo}; dmjd pretrain --init takes such weights to start from"
         raise CheckpointError(f"{what}; {path}; {todo}") from None

@@ -28,7 +28,7 @@ class PrepareSettings:
     data_pages: Annotated[Literal["bands", "frames"] | None, group("Images")] = None
     """What the pages of a TIFF are: bands of one image, or frames, each an image. Default: files have one page."""
     shard_mb: Annotated[int, group("Images")] = 1024
-    """Size of a file of pixels, at most, in MiB."""
+    """About how large a file of pixels becomes, in MiB."""
 
     def __post_init__(self) -> None:
         within(0, 512, self, "workers")

@@ -224,8 +224,9 @@ class CropSettings:
     """Different crops of an image: epoch e shows crop e mod variants. Default: another crop every epoch."""
     progressive: tuple[float, ...] = ()
     """Shares of the side that crops have earlier in the run, in whole tokens, such as 0.5; give the flag once for each,
-    in their order. All parts of the run, the last with whole crops, have as many epochs, give or take one. Not with
-    networks among the targets. Memory is that of whole crops, which `plan` takes all for."""
+    in their order. All parts of the run, the last with whole crops, have as many epochs, give or take one; in the step
+    in which one begins, ranks and micro-batches may differ in size. Not with networks among the targets. Memory is that
+    of whole crops, which `plan` takes all for."""
 
     def __post_init__(self) -> None:
         within(1, 1_000_000, self, "variants")

@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -188,7 +188,7 @@ def _zip_members(path: Path) -> list[tuple[str, Place]]:
             found = [each for each in archive.infolist() if not each.is_dir()]
     except FileNotFoundError:
         raise DataError(f"no such archive; {path}; check --data") from None
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError) as error:
         raise DataError(f"no whole zip file ({error}); {path}; copy it again, or pack it anew") from None
     for each in found:
         if each.flag_bits & 1 or each.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -266,6 +266,7 @@ def _samples(path: Path) -> Iterator[tuple[str, str | None, tuple[int, int]]]:
     images: dict[str, tuple[str, tuple[int, int]]] = {}
     plain: dict[str, bool] = {}
     labels: dict[str, str] = {}
+    others: dict[str, str] = {}  # of an image that is no better than the one that was there
     for name, text, (start, size) in zip(index.names, index.texts, index.spans.tolist(), strict=True):
         folder, _, file = name.rpartition("/")
         stem, _, ending = file.lower().partition(".")
@@ -273,11 +274,15 @@ def _samples(path: Path) -> Iterator[tuple[str, str | None, tuple[int, int]]]:
         if ending == "cls":
             labels[key] = text
         elif stem and os.path.splitext(file)[1].lower() in EXTENSIONS:
-            if plain.get(key) == ("." not in ending):
-                raise DataError(f"two images in a sample, {images[key][0]} and {name}; {path}; leave one of them out")
-            if key not in images or "." not in ending:  # 0001.jpg rather than 0001.mask.png
-                images[key], plain[key] = (name, (start, size)), "." not in ending
+            is_plain = "." not in ending
+            if plain.get(key) == is_plain:
+                others[key] = name
+            elif key not in images or is_plain:  # 0001.jpg rather than 0001.mask.png
+                images[key], plain[key] = (name, (start, size)), is_plain
+                others.pop(key, None)
     for key, (name, place) in images.items():
+        if key in others:
+            raise DataError(f"two images in a sample, {name} and {others[key]}; {path}; leave one of them out")
         yield name, labels.get(key), place
 
 
@@ -307,7 +312,7 @@ def index_tar(path: Path) -> TarIndex:
     """
     try:
         status = os.stat(path)
-        stamp = {"size": str(status.st_size), "time": str(status.st_mtime_ns)}
+        stamp = {"size": str(status.st_size), "time": str(status.st_mtime_ns), "links": "followed"}
         key = hashlib.sha256(str(path.resolve()).encode(errors="surrogateescape")).hexdigest()[:32]
         kept = download_folder() / "indices" / f"{key}.safetensors"
         if index := _kept_index(kept, stamp):
@@ -325,11 +330,15 @@ def index_tar(path: Path) -> TarIndex:
 
 
 def _scan(path: Path) -> TarIndex:
-    """Read all headers; a cut file raises `tarfile.ReadError`."""
-    names, spans, texts = Packer(), array("q"), Packer()
+    """Read all headers; a cut file raises `tarfile.ReadError`. Links to files of the archive come last."""
+    names, spans, texts, links = Packer(), array("q"), Packer(), dict[str, str]()
     with tarfile.open(path, "r:") as archive:
         while member := archive.next():
             archive.members.clear()  # type: ignore[attr-defined]  # the headers of a million files would take a gigabyte
+            if member.islnk():
+                links[member.name] = member.linkname
+            elif member.issym():
+                links[member.name] = os.path.normpath(f"{os.path.dirname(member.name)}/{member.linkname}")
             if not member.isreg() or member.issparse():
                 continue
             content = archive.extractfile(member) if member.name.lower().endswith(".cls") else None
@@ -340,7 +349,20 @@ def _scan(path: Path) -> TarIndex:
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"it breaks off at byte {archive.offset}")
-    return TarIndex(names.packed(), torch.from_numpy(np.asarray(spans)).view(-1, 2), texts.packed())
+    index = TarIndex(names.packed(), torch.from_numpy(np.asarray(spans)).view(-1, 2), texts.packed())
+    return _with_links(index, links) if links else index
+
+
+def _with_links(index: TarIndex, links: Mapping[str, str]) -> TarIndex:
+    """Add links, by the file that each leads to; those that lead out of the archive would be broken beside it, too."""
+    ends = {os.path.normpath(target) for target in links.values()}
+    places = {os.path.normpath(name): place for place, name in enumerate(index.names) if os.path.normpath(name) in ends}
+    found = {name: places[end] for name, target in links.items() if (end := os.path.normpath(target)) in places}
+    return TarIndex(
+        PackedStrings.pack([*index.names, *found]),
+        torch.cat([index.spans, index.spans[list(found.values())]]),
+        PackedStrings.pack([*index.texts, *(index.texts[place] for place in found.values())]),
+    )
 
 
 def _keep(kept: Path, index: TarIndex, stamp: dict[str, str]) -> None:

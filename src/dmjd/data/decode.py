@@ -86,8 +86,9 @@ def decode(
 ) -> Num[Tensor, "C H W"]:
     """Read an image at its depth, uint8, uint16, int16 or float32, the way up that its EXIF data say.
 
-    An animated image gives its first frame. What a file is, its content says, not its name. Only regular files are
-    opened, and none of more than `MAX_BYTES` bytes, or whose header says more than `MAX_PIXELS` pixels, is decoded.
+    An animated image gives its first frame, and a PPM of more than 8 bits its colours at 8. What a file is, its content
+    says, not its name. Only regular files are opened, and none of more than `MAX_BYTES` bytes, or whose header says
+    more than `MAX_PIXELS` pixels, is decoded.
 
     Args:
         file: Its path, or what it holds.
@@ -310,7 +311,7 @@ def _tiff(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
         if page.samplesperpixel not in plain or page.dtype not in (np.uint8, np.uint16, np.float32, np.bool_):
             return _page(page)
     with open_picture(BytesIO(content), ("TIFF",)) as image:
-        image.seek(frame)
+        image.seek(page.index)  # its place among all pages, smaller copies included
         return _pillow(image, wanted)
 
 
@@ -354,15 +355,21 @@ def _dicom(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
     if count > 1:
         if wanted.pages is None:
             raise _Refused(f"{count} frames", "say --data_pages bands or frames")
-        array = array[frame] if wanted.pages == "frames" else np.moveaxis(array, 0, -1)
+        array = array[frame] if wanted.pages == "frames" else _frames_as_bands(array)
     if data.get("PhotometricInterpretation") == "MONOCHROME1":
-        array = (1 << int(data.BitsStored)) - 1 - array
+        array = ~array if array.dtype.kind == "i" else (1 << int(data.BitsStored)) - 1 - array
     slope, intercept = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
     if (slope, intercept) == (1.0, 0.0):
         return array
     scaled = array * slope + intercept
     whole = slope.is_integer() and intercept.is_integer() and abs(scaled).max() < 2**15
     return scaled.astype(np.int16 if whole else np.float32)
+
+
+def _frames_as_bands(frames: np.ndarray) -> np.ndarray:
+    """Make channels of the frames of an image, F H W or F H W C; those of colour ones frame by frame."""
+    last = np.moveaxis(frames, 0, 2)
+    return last.reshape(*last.shape[:2], -1)
 
 
 # -- channels and depth ------------------------------------------------------------------------------------------------
@@ -420,4 +427,5 @@ def fit_channels(array: np.ndarray, in_chans: int) -> np.ndarray:
 
 def channels_advice(channels: int) -> str:
     """Say what to do about images of other channels than wanted, whether those of a backbone or of one to come."""
-    return f"pretrain a backbone for such images with --model.in_chans {channels}, or leave them out"
+    flags = f"--model.in_chans {channels} (prepare and doctor: --in_chans {channels})"
+    return f"pretrain a backbone for such images with {flags}, or leave them out"

@@ -5,7 +5,9 @@ A part has labels if every image lies in a folder of its class: PART/CLASS/IMAGE
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,9 +108,12 @@ def image_names(root: Path) -> PackedStrings:
 
 def ignored_files(data: str) -> dict[str, int]:
     """Count the files of a folder that are no images by their endings; nothing where `data` is no folder of images."""
-    if opener_of(data) is not FOLDER:
-        return {}
-    return list_files(Path(data), EXTENSIONS, download_folder() / "listings").passed_over
+    counts: Counter[str] = Counter()
+    root = Path(data)
+    for folder in (root / part for part in part_names(root) or [""]) if opener_of(data) is FOLDER else ():
+        with suppress(OSError):  # no part that was read
+            counts.update(list_files(folder, EXTENSIONS, download_folder() / "listings").passed_over)
+    return counts
 
 
 def folder_images(root: Path, wanted: Wanted) -> FolderImages:
@@ -149,8 +154,8 @@ def open_folder(data: str, wanted: Wanted) -> dict[str, Source]:
         DataError: If there is no image, or none in a part that training looks at.
     """
     root = Path(data)
-    parts = [name for name in ("train", *HELD_OUT_PARTS) if (root / name).is_dir()]
-    if "train" not in parts:
+    parts = part_names(root)
+    if not parts:
         return {"": folder_images(root, wanted)}
     folders = {name.rstrip("/") for name in glob.glob("*/", root_dir=root)}
     say_unread(folders.difference(parts), HELD_OUT_PARTS, root)
@@ -164,4 +169,10 @@ def open_folder(data: str, wanted: Wanted) -> dict[str, Source]:
     return found
 
 
-FOLDER = register_source("folder")(Opener(lambda data: Path(data).is_dir(), open_folder))
+def part_names(root: Path) -> list[str]:
+    """Name the parts of a folder, train first; nothing where there is no such part."""
+    parts = [name for name in ("train", *HELD_OUT_PARTS) if (root / name).is_dir()]
+    return parts if "train" in parts else []
+
+
+FOLDER = register_source("folder")(Opener(lambda data: bool(data) and Path(data).is_dir(), open_folder))

@@ -129,7 +129,7 @@ def _keep(kept: Path, listing: Listing, folders: dict[str, int]) -> None:
     tensors = {"names": names.content, "ends": names.ends, "folders": below.content, "folder_ends": below.ends}
     times = torch.tensor(list(folders.values()))
     partial = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
-    with suppress(OSError, SafetensorError):
+    with suppress(OSError, SafetensorError, UnicodeError):  # an ending need not be Unicode
         kept.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors | {"times": times}, partial, {key: str(value) for key, value in listing.passed_over.items()})
         partial.replace(kept)

@@ -17,6 +17,7 @@ from dmjd.data.levels import BYTES, Levels
 from dmjd.data.memory import Stack
 from dmjd.data.source import Source, join_skipped, read_or_substitute
 from dmjd.data.transfer import transfer
+from dmjd.errors import DataError
 from dmjd.random import mix_all
 
 CROP, MASKS = 0, 1  # what a seed is for
@@ -103,8 +104,16 @@ class MaskedSamples(Dataset[MaskedBatch]):
 
 
 def _stacked(crops: Sequence[Tensor], levels: Levels) -> Num[Tensor, "B C h w"]:
-    """Stack crops at their depth; where some have 8 bits and some more, all in the range of the deep ones."""
+    """Stack crops at their depth; where some have 8 bits and some more, all in the range of the deep ones.
+
+    Raises:
+        DataError: If none of those by which the range was measured was deep, so that deep ones would be white.
+    """
     if len({crop.dtype for crop in crops}) > 1:
+        if levels == BYTES and max(crop.numpy().max() for crop in crops) > BYTES.high:
+            raise DataError(
+                "images of more than 8 bits among many of 8; --data; say what they range over: --data_range"
+            )
         crops = [levels.widen(crop) for crop in crops]
     as_they_lie = [crop.permute(1, 2, 0) for crop in crops]  # channels last
     batch = room((len(crops), *as_they_lie[0].shape), crops[0].dtype)

@@ -89,6 +89,8 @@ class PackedImages(View):
             content += bytes(-len(content) % image.element_size())
             shapes[index] = (*image.shape[1:], image.shape[0], DTYPES.index(image.dtype))
             offsets[index] = len(content)
+            if len(content) > MEMORY_LIMIT:
+                raise _TooLarge
             content += image.permute(1, 2, 0).contiguous().numpy().tobytes()
         self.pixels = torch.frombuffer(content or bytearray(1), dtype=torch.uint8)
         self.shapes, self.offsets = torch.from_numpy(shapes), torch.from_numpy(offsets)
@@ -131,6 +133,10 @@ class PackedImages(View):
     def __getstate__(self) -> dict[str, object]:
         """Let go of the stack on the way to a worker: it is looked up again where it is needed."""
         return {name: value for name, value in self.__dict__.items() if name != "stack"}
+
+
+class _TooLarge(Exception):
+    """There is more than fits into `MEMORY_LIMIT`."""
 
 
 def _decoded(source: Source, threads: int) -> Iterator[Tensor | BadImage]:
@@ -177,7 +183,10 @@ def in_memory(source: Source) -> Source:
             sizes.append(source.read(index).nbytes)
     if not sizes or max(sizes) * len(source) > MEMORY_LIMIT:
         return source
-    return PackedImages(source, threads=min(usable_cores(), 16) if max(sizes) > THREADED else 1)
+    try:
+        return PackedImages(source, threads=min(usable_cores(), 16) if max(sizes) > THREADED else 1)
+    except _TooLarge:  # others are larger than those few
+        return source
 
 
 def stack_of(source: Source) -> Stack | None:

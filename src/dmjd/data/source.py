@@ -204,6 +204,8 @@ def opener_of(data: str) -> Opener:
             return opener
     if "://" in data:
         raise DataError(f"a set is not read over the network; {data}; download it, or list URLs of images in a .csv")
+    if not data:
+        raise DataError("no data; --data is empty; give a folder of images, or --data shapes for the built-in demo")
     what = "a file that is no set of images" if Path(data).is_file() else "no such data"
     raise DataError(
         f"{what}; {data}; give a folder, a list (.csv, .tsv, .parquet, .txt), an archive (.zip, .tar), "
@@ -367,9 +369,9 @@ def measure_levels(source: Readable) -> Levels | None:
     """Find the range of a set's values on a sample of its images, or of images with their annotations.
 
     Returns:
-        None if the first of them have 8 bits: then there is nothing to scale.
+        None if those that are looked at first, from all over the set, have 8 bits: then there is nothing to scale.
     """
-    if all(image.dtype == torch.uint8 for image in _images(sample(source, 8))):
+    if all(image.dtype == torch.uint8 for image in _images(sample(source, 32))):
         return None
     return levels_of(_images(sample(source)))
 

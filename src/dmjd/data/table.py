@@ -115,6 +115,8 @@ def read_columns(path: Path, *, needed: Sequence[str], optional: Sequence[str] =
     for name, cells in columns.items():
         if not len(cells):
             raise DataError(f"an empty list; {path}; write one image a row")
+        if not cells.content.all():
+            raise DataError(f"it holds NUL bytes, as UTF-16 does; {path}; save it as UTF-8")
         if len(empty := np.flatnonzero(np.diff(cells.ends.numpy(), prepend=0) == 0)):
             raise DataError(f"row {empty[0] + 1} has no {name}; {path}; give every row one, or leave the row out")
     return columns

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from dmjd.engine.distributed import Ranks, losing_others
 from dmjd.engine.signals import stop_signals
@@ -65,22 +65,18 @@ def _take(out: Path, *, resume: bool) -> list[IO[str]]:
     if resume and not out.exists():
         raise ConfigError(f"there is no run to resume; {out}; leave --resume out, or check --out")
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return _unlocked(out)
     while True:
         file = (out / LOCK).open("a+")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = lock(file, out)
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another process"
             file.close()
             raise ConfigError(f"{owner} works in it; {out}; wait for it, or choose another --out") from None
-        except OSError:  # Lustre and NFS have locks only where they are set up for it
+        if not locked:
             file.close()
-            return _unlocked(out)
+            return []
         # Whoever held it before may have removed the file between our opening and our locking it.
         with suppress(FileNotFoundError):
             if os.fstat(file.fileno()).st_ino == (out / LOCK).stat().st_ino:
@@ -92,6 +88,19 @@ def _take(out: Path, *, resume: bool) -> list[IO[str]]:
     return [file]
 
 
-def _unlocked(out: Path) -> list[IO[str]]:
-    print(f"warning: nothing can be locked here; {out}; start no second process in it", file=sys.stderr)
-    return []
+def lock(file: IO[Any], out: Path) -> bool:
+    """Lock an open file of a directory until it is closed; where that cannot be, say so on stderr, and return False.
+
+    Raises:
+        BlockingIOError: If another process has locked it.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError):  # Windows; Lustre and NFS have locks only where they are set up for it
+        print(f"warning: nothing can be locked here; {out}; start no second process in it", file=sys.stderr)
+        return False
+    return True

@@ -162,6 +162,9 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         chosen = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', rank)}")
     current = torch.cuda.device(chosen) if chosen.type == "cuda" else nullcontext()  # for events and pinned memory
     ours = world_size > 1 and not dist.is_initialized()  # a script that runs several verbs may have begun, and keeps it
+    if ours and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        such = f"WORLD_SIZE is {world_size}, but MASTER_ADDR or MASTER_PORT is not set"
+        raise ConfigError(f"{such}; start by torchrun, which sets all three, or set WORLD_SIZE=1")
     with watching(rank) as processes, memory_errors(SMALLER), current, ExitStack() as silence:
         if world_size == 1:
             yield Ranks(chosen)

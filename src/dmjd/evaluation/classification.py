@@ -48,8 +48,8 @@ class ClassificationResult:
         by_class = self.confusion.diagonal()[present] / self.confusion.sum(axis=1)[present]
         return {
             "top1": round(right / count, 4),
-            "top1_low": round(low, 4),
-            "top1_high": round(high, 4),
+            "top1_low": round(float(low), 4),
+            "top1_high": round(float(high), 4),
             "top5": round(float(best.any(dim=1).float().mean()), 4),
             "mean_class_accuracy": round(float(by_class.mean()), 4),
             "images": count,

@@ -4,7 +4,6 @@ Threads decode and one writes, in order, so that the files are the same whatever
 the disk is written down in a journal, from which a run that was killed goes on.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -41,6 +40,7 @@ from dmjd.data.prepared import (
 from dmjd.data.source import Source, fingerprint, open_parts, sample
 from dmjd.data.workers import usable_cores
 from dmjd.engine.checkpoint import flush, sha256, write_atomically
+from dmjd.engine.claim import lock
 from dmjd.engine.run import one_cell
 from dmjd.errors import ConfigError, DataError, StorageError
 
@@ -339,7 +339,7 @@ class SetWriter:
     def _go_on(self, plan: Mapping[str, Any]) -> None:
         """Read the journal as far as it is whole, or begin it."""
         try:
-            fcntl.flock(self.journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self.journal, self.out)
         except BlockingIOError:
             raise StorageError(f"another process is writing this set; {self.out}; wait for it") from None
         self.journal.seek(0)

@@ -38,7 +38,7 @@ from dmjd.engine.run import Run
 from dmjd.engine.stopwatch import Stopwatch
 from dmjd.engine.target_cache import cache_targets
 from dmjd.engine.trainer import Trainer
-from dmjd.errors import ConfigError
+from dmjd.errors import CheckpointError, ConfigError
 from dmjd.evaluation.monitor import Monitor
 from dmjd.evaluation.shown import glance, most_alike, patch_features, principal_colours, token_errors
 from dmjd.evaluation.verdict import judge
@@ -91,6 +91,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any] | None:
         samples = training_samples(settings, parts.train, statistics.levels, ranks.device)
         trainer = make_trainer(settings, model, parts.train, monitor)
         trainer.begin(resume=run.resume)
+        keep_statistics(trainer.run, statistics)
         if trainer.done == trainer.plan.steps and (out / "summary.json").exists():
             if not ranks.is_main:
                 return None
@@ -145,6 +146,22 @@ def find_statistics(run: PretrainRun, images: Source, in_chans: int) -> Statisti
     if len(known.mean) != in_chans:
         raise ConfigError(f"statistics of {len(known.mean)} channels, not {in_chans}; --data_statistics {asked}")
     return known
+
+
+def keep_statistics(run: Run, statistics: Statistics) -> None:
+    """Write down what images are normalised by, or see that it is still the same: a file of it may have changed.
+
+    Raises:
+        CheckpointError: If it has, and `allow_change` names nothing of the data.
+    """
+    now = json.loads(json.dumps(asdict(statistics)))  # as a checkpoint keeps it
+    known = run.summary.setdefault("statistics", now)
+    if known != now and not any(name.startswith("data") for name in run.settings["allow_change"]):
+        raise CheckpointError(
+            f"images are normalised by other statistics than before; {run.out}; restore the file of --data_statistics, "
+            "or go on with --allow_change data_statistics"
+        )
+    run.summary["statistics"] = now
 
 
 def name_broken(run: Run, parts: Parts) -> None:
