@@ -190,6 +190,7 @@ def test_predict__names_stay_in_their_cells(nasty, trained, colours, tmp_path):
     ("file", "data", "code", "said"),
     [
         ("vit", "val", 4, "a backbone without a classifier"),
+        ("timm:resnet10t", "val", 4, "a backbone without a classifier; timm:resnet10t; run dmjd finetune"),
         ("nowhere", "val", 4, "no such backbone"),
         ("finetune", "nowhere", 3, "no such data"),
         ("finetune", "broken", 3, "none of 1 images decodes"),
@@ -198,7 +199,7 @@ def test_predict__names_stay_in_their_cells(nasty, trained, colours, tmp_path):
 def test_predict__a_users_mistake_is_one_line(file, data, code, said, backbones, trained, colours, tmp_path, capsys):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_text("no image")
-    network = {**backbones, **trained}.get(file, Path("nowhere.safetensors"))
+    network = {**backbones, **trained, "timm:resnet10t": "timm:resnet10t"}.get(file, Path("nowhere.safetensors"))
     images = colours / data if data == "val" else tmp_path / data
     words = ["predict", "--backbone", network, "--data", images, "--out", tmp_path / "out", *QUICK]
     assert main([*map(str, words)]) == code

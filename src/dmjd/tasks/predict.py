@@ -69,11 +69,10 @@ def classify(settings: PredictSettings, named: Sequence[str] | None) -> dict[str
     """Write classes and probabilities, image by image, as they are computed."""
     began, run = time.perf_counter(), settings.run
     with join_ranks(run.device) as ranks, ExitStack() as stack:
-        network: Any = load_backbone(settings.start.backbone).to(ranks.device)
-        if not network.num_classes:
-            raise CheckpointError(
-                f"a backbone without a classifier; {settings.start.backbone}; run dmjd finetune, or dmjd linear, on it"
-            )
+        given = settings.start.backbone
+        network: Any = None if given.startswith("timm:") else load_backbone(given).to(ranks.device)
+        if network is None or not network.num_classes:
+            raise CheckpointError(f"a backbone without a classifier; {given}; run dmjd finetune, or dmjd linear, on it")
         # The classifier is another part of the same file.
         backbone = FeatureExtractor(ranks=ranks, **settings.start.keywords, **run.keywords, pretrained=False)
         classes = named or [str(number) for number in range(network.num_classes)]
