@@ -15,6 +15,7 @@ from dmjd.backbones.positions import sincos_positions
 from dmjd.backbones.pyramid import Pyramid
 from dmjd.backbones.vit import create_vit
 from dmjd.config.pretrain import ModelSettings
+from dmjd.errors import ConfigError
 from dmjd.factory import create_encoder
 from dmjd.initialization import StartingWeights
 
@@ -128,6 +129,18 @@ def test_put_head__distilled_models_get_both_of_theirs(name):
     assert [head.weight.std().item() < 1e-4 for head in heads] == [True, True]
     assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 3)
     assert architecture[1]["num_classes"] == 3
+
+
+def test_open_backbone__tokens_without_a_class_token_are_refused(tmp_path):
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "global_pool": ""}
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "model_args": arguments | {"class_token": False, "num_classes": 0},
+        "pretrained_cfg": {"input_size": [3, 32, 32], "num_classes": 0},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="it gives tokens, and no features of images"):
+        open_backbone(f"timm:local-dir:{tmp_path}", pretrained=False)
 
 
 @pytest.mark.parametrize("pool", ["", "token"])

@@ -146,12 +146,41 @@ def test_archive__links_in_a_tar_are_the_images_that_they_lead_to(tmp_path):
     (root / "a" / "1.png").write_bytes(png(1))
     os.link(root / "a" / "1.png", root / "b" / "hard.png")
     (root / "b" / "soft.png").symlink_to("../a/1.png")
+    (root / "b" / "again.png").symlink_to("soft.png")
     (root / "b" / "gone.png").symlink_to("../a/2.png")
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         archive.add(root, "x")
     source = only(str(tmp_path / "x.tar"))
-    assert [source.name(index) for index in range(len(source))] == ["a/1.png", "b/hard.png", "b/soft.png"]
-    assert all((source.read(index) == 1).all() for index in range(3))
+    found = [source.name(index) for index in range(len(source))]
+    assert found == ["a/1.png", "b/again.png", "b/hard.png", "b/soft.png"]
+    assert all((source.read(index) == 1).all() for index in range(4))
+
+
+def test_archive__a_tar_without_folders_has_links_too_and_the_last_of_a_name_counts(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, target, value in (
+            ("old.png", None, 1),
+            ("soft.png", "old.png", 0),
+            ("file.png", "old.png", 0),
+            ("file.png", None, 9),
+        ):
+            member = tarfile.TarInfo(name)
+            if target:
+                member.type, member.linkname = tarfile.SYMTYPE, target
+                archive.addfile(member)
+            else:
+                member.size = len(png(value))
+                archive.addfile(member, io.BytesIO(png(value)))
+        twice = tarfile.TarInfo("old.png")  # as GNU tar packs a file that is named twice
+        twice.type, twice.linkname = tarfile.LNKTYPE, "old.png"
+        archive.addfile(twice)
+    source = only(str(tmp_path / "x.tar"))
+    assert {source.name(index): int(source.read(index)[0, 0, 0]) for index in range(len(source))} == {
+        "old.png": 1,
+        "soft.png": 1,
+        "file.png": 9,
+    }
+    assert len(names(str(tmp_path / "?.tar"))) == 3
 
 
 @pytest.mark.parametrize("broken", [("name", 46, 0xFF), ("version", 6, 0xFF)], ids=lambda broken: broken[0])

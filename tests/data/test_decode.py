@@ -285,6 +285,11 @@ def test_decode__dicom_has_its_units() -> None:
         buffer = io.BytesIO()
         written.save_as(buffer, enforce_file_format=True)
         assert np.array_equal(decode(buffer.getvalue(), Wanted(1))[0].numpy(), expected)
+    data.PixelRepresentation, data.PhotometricInterpretation = 1, "MONOCHROME1"
+    data.BitsStored, data.HighBit, data.PixelData = 16, 15, (values.astype(np.int16) - 2000).tobytes()
+    buffer = io.BytesIO()
+    data.save_as(buffer, enforce_file_format=True)
+    assert np.array_equal(decode(buffer.getvalue(), Wanted(1))[0].numpy(), 1999 - values.astype(int))
 
 
 def test_decode__frames_of_a_colour_dicom_are_images_or_bands() -> None:

@@ -68,7 +68,7 @@ def test_pretrain__range_and_statistics_can_be_said(
     assert about(tmp_path / "one")[0]["mean"] == [0.4] * 5
     file.write_text(json.dumps({"mean": [0.3] * 5, "std": [0.2] * 5, "value_range": [0, 8191]}))
     assert pretrain(bands, tmp_path / "one", *words, "--resume") == 4
-    assert "other statistics than before" in capsys.readouterr().err
+    assert "--data_statistics has others than before" in capsys.readouterr().err
     assert pretrain(bands, tmp_path / "one", *words, "--resume", "--allow_change", "data_statistics") == 0
     assert pretrain(bands, tmp_path / "two", *words, "--data_range", "0", "5000") == 0
     assert about(tmp_path / "two")[1] == [0, 5000]

@@ -189,8 +189,10 @@ def open_backbone(name: str, *, pretrained: bool = True, drop_path_rate: float =
     except TypeError:
         raise ConfigError(f"the model takes no drop_path_rate; {name}; leave --drop_path at 0") from None
     if getattr(model, "global_pool", None) == "":  # it gives tokens, where features of images are asked for
-        arguments = {**arguments, "global_pool": "avg" if getattr(model, "cls_token", None) is None else "token"}
-        model.reset_classifier(0, arguments["global_pool"])  # type: ignore[operator]
+        if getattr(model, "cls_token", None) is None:
+            raise ConfigError(f"it gives tokens, and no features of images (global_pool); {name}; take another")
+        arguments = {**arguments, "global_pool": "token"}
+        model.reset_classifier(0, "token")  # type: ignore[operator]
     return put_head(model, (architecture, arguments), 0)
 
 

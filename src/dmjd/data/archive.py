@@ -40,6 +40,7 @@ from dmjd.data.stored import PARTS, StoredImages, classes_of, classes_of_folders
 from dmjd.errors import DataError
 
 OPEN_FILES = 64  # that a process keeps open
+CHAIN = 8  # links that may lead to one another
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 IN_TAR, STORED, DEFLATED = 0, zipfile.ZIP_STORED + 1, zipfile.ZIP_DEFLATED + 1  # how a member lies in its file
 
@@ -276,7 +277,8 @@ def _samples(path: Path) -> Iterator[tuple[str, str | None, tuple[int, int]]]:
         elif stem and os.path.splitext(file)[1].lower() in EXTENSIONS:
             is_plain = "." not in ending
             if plain.get(key) == is_plain:
-                others[key] = name
+                if images[key][1] != (start, size):  # no link to it
+                    others[key] = name
             elif key not in images or is_plain:  # 0001.jpg rather than 0001.mask.png
                 images[key], plain[key] = (name, (start, size)), is_plain
                 others.pop(key, None)
@@ -338,9 +340,10 @@ def _scan(path: Path) -> TarIndex:
             if member.islnk():
                 links[member.name] = member.linkname
             elif member.issym():
-                links[member.name] = os.path.normpath(f"{os.path.dirname(member.name)}/{member.linkname}")
+                links[member.name] = os.path.join(os.path.dirname(member.name), member.linkname)
             if not member.isreg() or member.issparse():
                 continue
+            links.pop(member.name, None)  # of one name, the last counts
             content = archive.extractfile(member) if member.name.lower().endswith(".cls") else None
             names.append(member.name)
             spans.extend((member.offset_data, member.size))
@@ -355,9 +358,13 @@ def _scan(path: Path) -> TarIndex:
 
 def _with_links(index: TarIndex, links: Mapping[str, str]) -> TarIndex:
     """Add links, by the file that each leads to; those that lead out of the archive would be broken beside it, too."""
-    ends = {os.path.normpath(target) for target in links.values()}
-    places = {os.path.normpath(name): place for place, name in enumerate(index.names) if os.path.normpath(name) in ends}
-    found = {name: places[end] for name, target in links.items() if (end := os.path.normpath(target)) in places}
+    targets = {os.path.normpath(name): os.path.normpath(target) for name, target in links.items()}
+    for _ in range(CHAIN):
+        targets = {name: targets.get(target, target) for name, target in targets.items()}
+    ends = {*targets.values()}
+    places = {name: place for place, name in enumerate(map(os.path.normpath, index.names)) if name in ends}
+    # A file that is packed twice is a link to itself the second time.
+    found = {name: places[target] for name, target in targets.items() if target in places and name != target}
     return TarIndex(
         PackedStrings.pack([*index.names, *found]),
         torch.cat([index.spans, index.spans[list(found.values())]]),

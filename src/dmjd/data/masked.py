@@ -21,6 +21,7 @@ from dmjd.errors import DataError
 from dmjd.random import mix_all
 
 CROP, MASKS = 0, 1  # what a seed is for
+DEEP = (torch.uint16, torch.int16)
 
 
 class MaskedBatch(NamedTuple):
@@ -96,24 +97,23 @@ class MaskedSamples(Dataset[MaskedBatch]):
         return mix_all(self.seed, epochs, indices, MASKS)
 
     def _crop(self, crop: RandomCrop, index: int, draws: np.ndarray) -> tuple[Tensor, int, dict[str, str]]:
-        """Read an image, or the next one that decodes, no larger than its crop needs."""
+        """Read an image, or the next one that decodes, no larger than its crop needs.
+
+        Raises:
+            DataError: If it is deep, and none of those by which the range was measured was: it would be white.
+        """
         image, read, skipped = read_or_substitute(
             self.images, index, lambda height, width: crop.factor(draws, height, width)
         )
+        if self.levels == BYTES and image.dtype in DEEP and image.numpy().max() > BYTES.high:
+            name = self.images.name(read)
+            raise DataError(f"more than 8 bits, where most have 8; {name}; say what values range over: --data_range")
         return crop.of_one(image, draws), read, skipped
 
 
 def _stacked(crops: Sequence[Tensor], levels: Levels) -> Num[Tensor, "B C h w"]:
-    """Stack crops at their depth; where some have 8 bits and some more, all in the range of the deep ones.
-
-    Raises:
-        DataError: If none of those by which the range was measured was deep, so that deep ones would be white.
-    """
+    """Stack crops at their depth; where some have 8 bits and some more, all in the range of the deep ones."""
     if len({crop.dtype for crop in crops}) > 1:
-        if levels == BYTES and max(crop.numpy().max() for crop in crops) > BYTES.high:
-            raise DataError(
-                "images of more than 8 bits among many of 8; --data; say what they range over: --data_range"
-            )
         crops = [levels.widen(crop) for crop in crops]
     as_they_lie = [crop.permute(1, 2, 0) for crop in crops]  # channels last
     batch = room((len(crops), *as_they_lie[0].shape), crops[0].dtype)

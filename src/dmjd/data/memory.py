@@ -89,7 +89,7 @@ class PackedImages(View):
             content += bytes(-len(content) % image.element_size())
             shapes[index] = (*image.shape[1:], image.shape[0], DTYPES.index(image.dtype))
             offsets[index] = len(content)
-            if len(content) > MEMORY_LIMIT:
+            if len(content) + image.nbytes > MEMORY_LIMIT:
                 raise _TooLarge
             content += image.permute(1, 2, 0).contiguous().numpy().tobytes()
         self.pixels = torch.frombuffer(content or bytearray(1), dtype=torch.uint8)
@@ -162,12 +162,16 @@ def _in_threads(read: Callable[[int], T], starts: Iterable[int], threads: int) -
     """Do what `map` does in threads, which are only a little ahead."""
     waiting: deque[Future[T]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        for start in starts:
-            waiting.append(pool.submit(read, start))
-            if len(waiting) > 2 * threads:
+        try:
+            for start in starts:
+                waiting.append(pool.submit(read, start))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:  # also where nobody asks for the rest
+            for each in waiting:
+                each.cancel()
 
 
 def in_memory(source: Source) -> Source:

@@ -50,8 +50,8 @@ def judge(untrained: Mapping[str, float], trained: Mapping[str, float], *, longe
     Held-out images tell: how much of their hidden tokens is explained (`explained`), against the same of training
     images; whether a visible branch has learned where the masked one has not (`explained_visible`); how far their
     features spread (`feature_std`) and in how many directions (`rankme`, which falls a little in runs that go well,
-    too); and, with labels, whether features are worth more than those of the untrained network. The bounds were set on
-    runs that were made to go wrong (docs/results.md, The verdict).
+    too); and, with labels, whether features are worth more than those of the untrained network. The bounds, but that of
+    the visible branch, were set on runs that were made to go wrong (docs/results.md, The verdict).
     """
     explained, seen = trained["explained"], trained["explained_train"]
     said = f"{explained:.0%} of what is hidden of held-out images is explained"
@@ -78,7 +78,7 @@ def judge(untrained: Mapping[str, float], trained: Mapping[str, float], *, longe
         )
     if stuck:
         said += f", but {visible:.0%} of what is visible"
-        return Verdict("too little", said, f"more {longer}; another --masked.target, such as hog")
+        return Verdict("too little", said, f"more {longer}; another --masked.target")
     if explained < PREDICTED:
         return Verdict("too little", said, f"more {longer}")
     both = [key for key in ("knn_top1", "linear_top1") if key in trained and key in untrained]

@@ -157,10 +157,9 @@ def keep_statistics(run: Run, statistics: Statistics) -> None:
     now = json.loads(json.dumps(asdict(statistics)))  # as a checkpoint keeps it
     known = run.summary.setdefault("statistics", now)
     if known != now and not any(name.startswith("data") for name in run.settings["allow_change"]):
-        raise CheckpointError(
-            f"images are normalised by other statistics than before; {run.out}; restore the file of --data_statistics, "
-            "or go on with --allow_change data_statistics"
-        )
+        measured = run.settings["data_statistics"] in ("auto", "imagenet")
+        what = "the images have other values than before" if measured else "--data_statistics has others than before"
+        raise CheckpointError(f"{what}; {run.out}; restore them, or go on with --allow_change data_statistics")
     run.summary["statistics"] = now
 
 
