@@ -1,6 +1,5 @@
 """Any file becomes an image of the wanted channels at its depth, or one reason why not."""
 
-import copy
 import io
 import resource
 import struct
@@ -263,49 +262,45 @@ def test_decode__a_jpeg_has_the_same_values_as_from_pillow() -> None:
         assert np.array_equal(decode(content, Wanted(3)).permute(1, 2, 0).numpy(), expected)
 
 
-def test_decode__dicom_has_its_units() -> None:
+def dicom(values: np.ndarray, **fields: object) -> bytes:
+    """A DICOM file of grey values H W, or of frames in colour F H W C."""
     pydicom = pytest.importorskip("pydicom")
-    values = np.random.default_rng(0).integers(0, 4000, (9, 13), dtype=np.uint16)
+    bits, colours = 8 * values.itemsize, values.shape[3] if values.ndim == 4 else 1
     data = pydicom.Dataset()
     data.file_meta = pydicom.dataset.FileMetaDataset()
     data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
     data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
     data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    data.Rows, data.Columns, data.SamplesPerPixel, data.PixelRepresentation = 9, 13, 1, 0
-    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 12, 11
-    data.PhotometricInterpretation, data.PixelData = "MONOCHROME2", values.tobytes()
-    for changes, expected in (
-        ({}, values),
-        ({"RescaleSlope": 1, "RescaleIntercept": -1024}, values.astype(int) - 1024),
-        ({"PhotometricInterpretation": "MONOCHROME1"}, 4095 - values),
-    ):
-        written = copy.deepcopy(data)
-        for name, value in changes.items():
-            setattr(written, name, value)
-        buffer = io.BytesIO()
-        written.save_as(buffer, enforce_file_format=True)
-        assert np.array_equal(decode(buffer.getvalue(), Wanted(1))[0].numpy(), expected)
-    data.PixelRepresentation, data.PhotometricInterpretation = 1, "MONOCHROME1"
-    data.BitsStored, data.HighBit, data.PixelData = 16, 15, (values.astype(np.int16) - 2000).tobytes()
+    data.Rows, data.Columns = values.shape[1:3] if colours > 1 else values.shape
+    data.SamplesPerPixel, data.PixelRepresentation = colours, int(values.dtype.kind == "i")
+    data.BitsAllocated, data.BitsStored, data.HighBit = bits, bits, bits - 1
+    data.PhotometricInterpretation, data.PixelData = "RGB" if colours > 1 else "MONOCHROME2", values.tobytes()
+    if colours > 1:
+        data.NumberOfFrames, data.PlanarConfiguration = len(values), 0
+    for name, value in fields.items():
+        setattr(data, name, value)
     buffer = io.BytesIO()
     data.save_as(buffer, enforce_file_format=True)
-    assert np.array_equal(decode(buffer.getvalue(), Wanted(1))[0].numpy(), 1999 - values.astype(int))
+    return buffer.getvalue()
+
+
+def test_decode__dicom_has_its_units() -> None:
+    values = np.random.default_rng(0).integers(0, 4000, (9, 13), dtype=np.uint16)
+    signed, inverse = values.astype(np.int16) - 2000, {"PhotometricInterpretation": "MONOCHROME1"}
+    of_12_bits = {"BitsStored": 12, "HighBit": 11}
+    for content, expected in (
+        (dicom(values, **of_12_bits), values),
+        (dicom(values, **of_12_bits, RescaleSlope=1, RescaleIntercept=-1024), values.astype(int) - 1024),
+        (dicom(values, **of_12_bits, **inverse), 4095 - values),
+        (dicom(signed), signed),
+        (dicom(signed, **inverse), -1 - signed),
+    ):
+        assert np.array_equal(decode(content, Wanted(1))[0].numpy(), expected)
 
 
 def test_decode__frames_of_a_colour_dicom_are_images_or_bands() -> None:
-    pydicom = pytest.importorskip("pydicom")
     frames = np.random.default_rng(0).integers(0, 255, (4, 9, 14, 3), dtype=np.uint8)
-    data = pydicom.Dataset()
-    data.file_meta = pydicom.dataset.FileMetaDataset()
-    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = pydicom.uid.UltrasoundMultiFrameImageStorage
-    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
-    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    data.Rows, data.Columns, data.SamplesPerPixel, data.PixelRepresentation = 9, 14, 3, 0
-    data.BitsAllocated, data.BitsStored, data.HighBit, data.PlanarConfiguration = 8, 8, 7, 0
-    data.NumberOfFrames, data.PhotometricInterpretation, data.PixelData = 4, "RGB", frames.tobytes()
-    buffer = io.BytesIO()
-    data.save_as(buffer, enforce_file_format=True)
-    content = buffer.getvalue()
+    content = dicom(frames)
     assert np.array_equal(decode(content, Wanted(3, pages="frames"), frame=2).permute(1, 2, 0).numpy(), frames[2])
     bands = decode(content, Wanted(12, pages="bands")).unflatten(0, (4, 3)).permute(0, 2, 3, 1)
     assert np.array_equal(bands.numpy(), frames)

@@ -215,6 +215,7 @@ def test_claim__where_nothing_can_be_locked_that_is_said_in_a_line(
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with claim(tmp_path / "run", resume=False, ranks=Ranks(torch.device("cpu"))):
         said = capsys.readouterr().err
+    assert not (tmp_path / "run").exists(), "nothing was written, and nothing is left"
     assert said == f"warning: nothing can be locked here; {tmp_path / 'run'}; start no second process in it\n"
 
 

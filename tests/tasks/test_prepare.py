@@ -1,5 +1,6 @@
 """`dmjd prepare` writes the same bytes however often it is stopped, and refuses what it cannot finish."""
 
+import errno
 import fcntl
 import os
 import re
@@ -254,6 +255,18 @@ def test_prepare__two_processes_do_not_write_one_set(
         fcntl.flock(journal, fcntl.LOCK_EX)
         assert prepare(photos, unfinished) == 6
     assert one_error(capsys).startswith("error: another process is writing this set")
+
+
+def test_prepare__goes_on_where_nothing_can_be_locked(
+    photos: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert prepare(photos, unfinished) == 0
+    assert f"warning: nothing can be locked here; {unfinished}; " in capsys.readouterr().err
+    verify(unfinished)
 
 
 def test_prepare__a_lost_file_of_an_unfinished_set_is_a_data_error(

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -55,6 +56,17 @@ def test_pretrain__range_and_statistics_are_measured_said_and_kept(
     assert said["input_size"] == [5, 32, 32]
     assert np.allclose(said["mean"], 0.5 / np.array([1, 2, 4, 8, 16]), rtol=0.05)
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_pretrain__is_not_resumed_on_images_that_measure_otherwise(
+    bands: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = shutil.copytree(bands, tmp_path / "images")
+    assert pretrain(images, tmp_path / "run", "--model.in_chans", "5") == 0
+    for path in images.iterdir():
+        np.save(path, np.load(path) // 2)
+    assert pretrain(images, tmp_path / "run", "--model.in_chans", "5", "--resume") == 4
+    assert "error: the images have other values than before; " in capsys.readouterr().err
 
 
 def test_pretrain__range_and_statistics_can_be_said(

@@ -76,6 +76,7 @@ def _take(out: Path, *, resume: bool) -> list[IO[str]]:
             raise ConfigError(f"{owner} works in it; {out}; wait for it, or choose another --out") from None
         if not locked:
             file.close()
+            (out / LOCK).unlink(missing_ok=True)
             return []
         # Whoever held it before may have removed the file between our opening and our locking it.
         with suppress(FileNotFoundError):
