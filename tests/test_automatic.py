@@ -179,11 +179,10 @@ def test_auto__a_run_keeps_what_was_chosen_and_resumes_by_it(photos, tmp_path):
     assert kept["preset"] == "auto"
     summary = json.loads((out / "summary.json").read_text())
     assert summary["verdict"]["kind"] in ("learned", "too little", "nothing", "collapsed", "overfitted")
-    assert (
-        main(["pretrain", "--data", str(photos), "--out", str(out), "--resume", "--steps", str(summary["steps"] + 1)])
-        == 0
-    )
-    assert json.loads((out / "summary.json").read_text())["steps"] == summary["steps"] + 1
+    more = ["pretrain", "--data", str(photos), "--out", str(out), "--resume", "--steps"]
+    assert main([*more, str(summary["steps"] + 1)]) == 0
+    assert main([*more, str(summary["steps"] + 2), "--preset", "auto"]) == 0  # as it began, with --resume behind
+    assert json.loads((out / "summary.json").read_text())["steps"] == summary["steps"] + 2
 
 
 def test_auto__what_is_refused_anyway_costs_no_look_at_the_images(photos, tmp_path, capsys):

@@ -414,6 +414,15 @@ def test_config_yaml__is_what_a_run_is_resumed_with_however_the_flag_is_written(
     assert (settings.run.epochs, settings.masking.num_views, settings.run.resume) == (7, 2, True)
 
 
+@pytest.mark.parametrize(("preset", "epochs"), [("mae", 7), ("dmjd", 400)])
+def test_config_yaml__is_under_another_preset_that_is_named_not_under_its_own(
+    preset: str, epochs: int, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text("preset: mae\nepochs: 7\n")
+    settings = settings_of("pretrain", "--data", "d", "--out", str(tmp_path), "--resume", "--preset", preset)
+    assert settings.run.epochs == epochs
+
+
 def test_config_yaml__spoilt_it_is_named_when_the_run_is_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,9 +38,10 @@ def layers(kind: Any, presets: Path, given: Mapping[str, Any]) -> list[Path]:
     path = presets / f"{preset}.yaml"
     saved = Path(given.get("out") or defaults.out) / "config.yaml"
     if given.get("resume") and saved.is_file():
-        read_yaml(saved, sections)
-        # What is given again is compared with what was saved, not ignored.
-        return [*file, *([path] if given.get("preset") else []), saved]
+        own = read_yaml(saved, sections).get("preset")
+        # What is given again is compared with what was saved, not ignored. But the name of the run's own preset says
+        # nothing that was not saved: above it stood flags, or what `auto` chose.
+        return [*file, *([path] if given.get("preset") not in (None, own) else []), saved]
     if given.get("model.size") and "embed_dim" in read_yaml(path).get("model", {}):
         raise ConfigError(f"preset {preset} has a size of its own; --model.size; name another --preset")
     return [*file, path]
