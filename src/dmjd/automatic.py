@@ -26,7 +26,7 @@ from dmjd.data.source import HELD_OUT_PARTS, Source, Subset, evenly, hold_out, m
 from dmjd.engine.device import choose_precision, is_memory_error, memory_errors
 from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
 from dmjd.engine.optim import create_optimizer
-from dmjd.errors import ConfigError, DataError
+from dmjd.errors import DataError, refusing_settings
 from dmjd.factory import from_settings, masks_of
 from dmjd.method import DMJD
 
@@ -136,10 +136,8 @@ def make(settings: PretrainSettings, device: torch.device | None = None) -> tupl
     Raises:
         ConfigError: If settings do not go together.
     """
-    try:
+    with refusing_settings():
         network = from_settings(settings).to(device).train()
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     return network, create_optimizer(network, lr=0.0, **settings.optim.keywords)
 
 

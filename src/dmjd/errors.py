@@ -3,6 +3,9 @@
 Every message is one line: what happened; where; what to do. The command line prints it and exits with `exit_code`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Something outside the program has to change before it can go on."""
@@ -51,3 +54,16 @@ class Stopped(SystemExit):
     def __init__(self, said: str, received: str | None = None):
         super().__init__(143)
         self.said, self.received = said, received
+
+
+@contextmanager
+def refusing_settings() -> Iterator[None]:
+    """Make networks of a user's settings in here: what cannot be made of them is the user's mistake.
+
+    Raises:
+        ConfigError: If there is a ValueError.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

@@ -235,8 +235,19 @@ def test_convvit__its_features_are_the_mean_over_tokens_after_an_untrained_norm(
     assert not list(extractor.model.fc_norm.parameters())
 
 
+def test_convvit__drop_rate_drops_that_share_of_features_before_the_head_while_training():
+    torch.manual_seed(0)
+    model = timm.create_model("convvit_tiny", img_size=32, num_classes=192, drop_rate=0.25)
+    model.head = torch.nn.Identity()
+    features = torch.ones(64, 192, 2, 2)  # a norm of equal numbers gives its bias
+    torch.nn.init.ones_(model.fc_norm.bias)
+    torch.testing.assert_close(model.train().forward_head(features).unique(), torch.tensor([0, 4 / 3]))
+    assert (model.forward_head(features) == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    torch.testing.assert_close(model.eval().forward_head(features), torch.ones(64, 192))
+
+
 def test_convvit__checkpointing_changes_no_gradient():
-    model = timm.create_model("convvit_tiny", img_size=64, num_classes=3, drop_rate=0.0).train()
+    model = timm.create_model("convvit_tiny", img_size=64, num_classes=3).train()
     images, found = torch.randn(2, 3, 64, 64), []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)

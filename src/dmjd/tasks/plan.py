@@ -3,8 +3,8 @@
 import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -23,7 +23,7 @@ from dmjd.data.source import Source, open_source
 from dmjd.engine.device import choose_device, choose_precision, computes_in_bf16, memory_errors
 from dmjd.engine.distributed import recompute
 from dmjd.engine.optim import create_optimizer
-from dmjd.errors import ConfigError
+from dmjd.errors import ConfigError, refusing_settings
 from dmjd.factory import from_settings, masks_of
 from dmjd.method import DMJD
 from dmjd.planning.estimate import Job, Outlook, Pace, assume, look_ahead
@@ -139,7 +139,7 @@ def parts_of(settings: PlanSettings) -> StepParts:
     names = (settings.model.backbone, settings.masked.target, settings.visible.target or "")
 
     def create() -> DMJD:
-        with refusing():
+        with refusing_settings():
             network = from_settings(untrained)
         if settings.run.activation_checkpointing:
             recompute(network)
@@ -148,7 +148,7 @@ def parts_of(settings: PlanSettings) -> StepParts:
     def optimizer(network: nn.Module) -> Optimizer:
         return create_optimizer(network, lr=0.0, **settings.optim.keywords)
 
-    with refusing():
+    with refusing_settings():
         hidden = int(masks_of(settings, torch.zeros(1, dtype=torch.long))[0, 0].sum())
     return StepParts(
         create,
@@ -158,21 +158,6 @@ def parts_of(settings: PlanSettings) -> StepParts:
         hidden,
         reads_files=any(":" in name or name.endswith(".safetensors") for name in names),
     )
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Say that settings do not go together where a model cannot be made of them.
-
-    Raises:
-        ConfigError: If so.
-    """
-    try:
-        yield
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def precision_of(settings: PlanSettings, device: Device) -> str:

@@ -38,7 +38,7 @@ from dmjd.engine.run import Run
 from dmjd.engine.stopwatch import Stopwatch
 from dmjd.engine.target_cache import cache_targets
 from dmjd.engine.trainer import Trainer
-from dmjd.errors import CheckpointError, ConfigError
+from dmjd.errors import CheckpointError, ConfigError, refusing_settings
 from dmjd.evaluation.monitor import Monitor
 from dmjd.evaluation.shown import glance, most_alike, patch_features, principal_colours, token_errors
 from dmjd.evaluation.verdict import judge
@@ -111,10 +111,8 @@ def create(settings: PretrainSettings, statistics: Statistics | None = None) -> 
     Raises:
         ConfigError: If settings do not go together.
     """
-    try:
+    with refusing_settings():
         return from_settings(settings, (statistics.mean, statistics.std) if statistics else None)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def find_images(settings: PretrainSettings, ranks: Ranks) -> tuple[Parts, Statistics]:
