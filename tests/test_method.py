@@ -4,8 +4,10 @@ import ast
 from pathlib import Path
 from typing import get_args
 
+import jaxtyping
 import pytest
 import torch
+from timm.data import resolve_model_data_config
 
 import dmjd
 from dmjd.backbones import Latents
@@ -112,13 +114,88 @@ def test_build__every_preset_at_every_size(preset, size):
 
 def test_build__a_preset_has_its_own_size_unless_told():
     assert [dmjd.build(name).encoder.grid for name in ("auto", "quick")] == [(8, 8), (8, 8)]
-    assert dmjd.build("quick", image_size=(32, 64)).encoder.grid == (4, 8)
+    for image_size in ((32, 64), [32, 64]):
+        assert dmjd.build("quick", image_size=image_size).encoder.grid == (4, 8)
 
 
 def test_dmjd__masks_of_other_tokens_than_the_images_have_are_refused():
     model = dmjd.build("quick", "tiny", image_size=32)
     with pytest.raises(ValueError, match="masks of 25 tokens for images of 4 x 4"):
         model(torch.zeros(1, 3, 32, 32), dmjd.block_masks(1, (5, 5), num_views=2, mask_ratio=0.6, block=1))
+
+
+def test_dmjd__masks_of_other_images_are_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # tests alone check shapes by the annotations
+    model = small()
+    images, masked = batch(model)
+    for others in (masked[:1], masked[0], masked.expand(2, -1, -1, -1)):
+        with pytest.raises(ValueError, match=r"masks are \(images, views, tokens\), not .* for 3 images"):
+            model(images, others)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_dmjd__masks_that_hide_nothing_or_everything_are_refused(hidden):
+    model = small()
+    images, masked = batch(model)
+    with pytest.raises(ValueError, match="neither all nor none"):
+        model(images, torch.full_like(masked, hidden))
+
+
+@pytest.mark.parametrize("target", ["hog", "pixels"])
+def test_dmjd__images_of_other_channels_are_refused(target):
+    model = small(masked_target=target)
+    images, masked = batch(model)
+    with pytest.raises(ValueError, match=r"images of 1 channel\(s\), not 3"):
+        model(images[:, :1], masked)
+
+
+def test_dmjd__images_that_are_no_whole_tokens_are_refused_by_the_hybrid():
+    model = small("convmae", backbone="convvit")
+    _, masked = batch(model)
+    with pytest.raises(ValueError, match="39 x 39 px does not consist of tokens of 8 px"):
+        model(torch.zeros(3, 3, 39, 39), masked)
+
+
+@pytest.mark.parametrize("backbone", ["vit", "convvit"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_dmjd__takes_bytes_at_the_precision_it_was_brought_to(backbone, dtype):
+    model = small(backbone=backbone, masked_target="ema").eval()
+    images, masked = batch(model)
+    expected = model.predict(images, masked).masked
+    found = model.to(dtype).predict(images, masked).masked
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("backbone", ["vit", "convvit"])
+def test_dmjd__checkpointing_as_timm_asks_for_it_keeps_less_and_changes_no_gradient(backbone):
+    model = small(backbone=backbone)
+    images, masked = batch(model)
+    kept, gradients = [], []
+    for enable in (False, True):
+        sizes = []
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        model.encoder.backbone.set_grad_checkpointing(enable)
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            total = model(images, masked).total
+        total.backward()
+        kept.append(sum(sizes))
+        gradients.append([each.grad.clone() for each in model.parameters() if each.requires_grad])
+    assert kept[1] < 0.8 * kept[0]
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+def test_build__the_backbone_tells_timm_what_images_it_takes():
+    backbone = small(in_chans=4, image_size=(32, 64)).encoder.backbone
+    data = resolve_model_data_config(backbone)
+    assert data["input_size"] == (4, 32, 64)
+    assert (data["mean"], data["std"]) == ((0.5,) * 4, (0.25,) * 4)
 
 
 def test_build__unknown_names_are_refused_with_the_nearest():

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import dmjd
+from dmjd.backbones.files import save_backbone
 from dmjd.errors import CheckpointError
 from dmjd.reference import NAMES, read_weights
 
@@ -72,6 +73,17 @@ def test_load_reference__reads_every_size_from_the_shapes(backbone, options):
     torch.testing.assert_close(loaded(images, masked).total, model(images, masked).total)
 
 
+@pytest.mark.parametrize("backbone", ["vit", "convvit"])
+def test_load_reference__has_a_backbone_that_can_be_written(backbone, tmp_path):
+    _, weights = official_weights(backbone)
+    loaded = dmjd.load_reference(weights, **HEADS).eval()
+    encoder, path = loaded.encoder, tmp_path / "backbone.safetensors"
+    save_backbone(path, encoder.backbone, encoder.architecture, *loaded.normalize.statistics)
+    images = torch.randn(2, 3, *[4 * encoder.patch_size] * 2)
+    torch.testing.assert_close(dmjd.load_backbone(path).eval()(images), encoder.backbone(images))
+    assert tuple(encoder.backbone.pretrained_cfg["input_size"]) == tuple(images.shape[1:])
+
+
 def test_load_reference__names_the_first_keys_that_do_not_fit():
     _, weights = official_weights("convvit")
     surplus = weights | {"a_stranger": torch.zeros(1)}
@@ -93,12 +105,12 @@ def test_names__every_pattern_is_needed():
     assert len({pattern for pattern, _ in NAMES}) == len(NAMES)
 
 
-@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_read_weights__reads_tensors_with_and_without_a_wrapper(tmp_path, suffix):
+@pytest.mark.parametrize(("suffix", "prefix"), [("pth", ""), ("pth", "module."), ("safetensors", "")])
+def test_read_weights__reads_tensors_with_and_without_a_wrapper(tmp_path, suffix, prefix):
     _, weights = official_weights("vit")
     path = tmp_path / f"checkpoint.{suffix}"
     if suffix == "pth":
-        torch.save({"model": weights, "epoch": 3}, path)
+        torch.save({"model": {f"{prefix}{name}": value for name, value in weights.items()}, "epoch": 3}, path)
     else:
         save_file({name: value.contiguous() for name, value in weights.items()}, path)
     read = read_weights(path)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dmjd.backbones import Encoder, encoder_of, register_encoder
-from dmjd.backbones.files import create_network, load_around, read_file, read_task, save_backbone
+from dmjd.backbones.files import create_network, images_cfg, load_around, read_file, read_task, save_backbone
 from dmjd.backbones.normalize import Normalize, default_statistics
 from dmjd.backbones.pyramid import take_any_size
 from dmjd.config.pretrain import SHAPE, ModelSettings, PretrainSettings
@@ -31,7 +31,7 @@ OPTIONS = (*SHAPE, "class_token", "reg_tokens", "mask_token", "conv_mlp_ratio") 
 
 
 def build(
-    preset: str, size: str | None = None, *, image_size: int | tuple[int, int] | None = None, **overrides: Any
+    preset: str, size: str | None = None, *, image_size: int | Sequence[int] | None = None, **overrides: Any
 ) -> DMJD:
     """Build the model of a preset, untrained.
 
@@ -54,7 +54,7 @@ def build(
     if size != recipe["model"]["size"]:  # another size than the preset's: what the preset changes of its own goes
         values["model"] = {key: value for key, value in values["model"].items() if key not in SHAPE}
     side = image_size or recipe["model"]["image_size"]
-    side = "x".join(map(str, side)) if isinstance(side, tuple) else str(side)
+    side = str(side) if isinstance(side, int | str) else "x".join(map(str, side))
     places = setting_places()
     for name, value in {"size": size, "image_size": side, **overrides}.items():
         if name not in places:
@@ -96,9 +96,12 @@ def load_pretrained(path: str | Path) -> DMJD:
         CheckpointError: If the file is missing, broken or another one, or a teacher does not load.
     """
     task = read_task(path, "pretrain")
-    config = json.loads(read_file(path)[0]["pretrained_cfg"])
+    metadata = read_file(path)[0]
+    config = json.loads(metadata["pretrained_cfg"])
     network = from_settings(model_settings(sections_of(task["settings"])), (config["mean"], config["std"]))
     load_around(path, network)
+    backbone: Any = network.encoder.backbone
+    backbone.pretrained_cfg["value_range"] = json.loads(metadata.get("value_range", "null"))
     return network
 
 
@@ -150,6 +153,8 @@ def from_settings(
         mask_counts((height // model.patch_size, width // model.patch_size), **asdict(masking))
     encoder = create_encoder(model)
     mean, std = statistics or default_statistics(model.in_chans)
+    backbone: Any = encoder.backbone
+    backbone.pretrained_cfg |= images_cfg(model.in_chans, model.image_hw, mean, std)
     request = TargetRequest(
         encoder=encoder,
         in_chans=model.in_chans,
@@ -227,7 +232,7 @@ def create_encoder(model: ModelSettings) -> Encoder:
             inspect.signature(create).bind(model.size, **size, **options)
         except TypeError as error:
             such = f"model.backbone {model.backbone} has no such setting: {error}"
-            raise ValueError(f"{such}; turn it off (false), or take another preset") from None
+            raise ValueError(f"{such}; set it to false or 0, or take another preset") from None
         encoder = create(model.size, **size, **options)
     if encoder.patch_size != model.patch_size:
         raise ValueError(

@@ -167,14 +167,14 @@ def token_ids(masked: Bool[Tensor, "B V L"], num_hidden: int | None = None) -> T
         num_hidden: M, where it is known; it is counted otherwise, which waits for a GPU to get there.
 
     Raises:
-        ValueError: If the rows hide different numbers of tokens, as far as they are counted.
+        ValueError: If the rows hide different numbers of tokens, all or none, as far as they are counted.
     """
     masked_NL = masked.flatten(0, 1)
     if num_hidden is None:
         counts_N = masked_NL.sum(dim=1)
-        if (counts_N != counts_N[0]).any():
-            raise ValueError("masked: every view must hide the same number of tokens")
         num_hidden = int(counts_N[0])
+        if (counts_N != num_hidden).any() or num_hidden in (0, masked_NL.shape[1]):
+            raise ValueError("masked: every view must hide the same number of tokens, and neither all nor none")
     order_NL = masked_NL.byte().argsort(dim=1, stable=True)
     return TokenIds(*order_NL.tensor_split([masked_NL.shape[1] - num_hidden], dim=1))
 

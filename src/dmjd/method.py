@@ -91,15 +91,11 @@ class DMJD(nn.Module):
                 one graph, as no shape depends on a mask.
 
         Raises:
-            ValueError: If the views hide different numbers of tokens, or the images have others.
+            ValueError: If the views hide different numbers of tokens, or the images are others or have others.
         """
         predictions = self.predict(images, masked)
         masked_loss = regression_loss(
-            predictions.masked,
-            predictions.masked_target,
-            self.masked_loss,
-            beta=self.beta,
-            widths=self.target.widths,
+            predictions.masked, predictions.masked_target, self.masked_loss, beta=self.beta, widths=self.target.widths
         )
         if predictions.visible is None or predictions.visible_target is None:
             return Losses(masked_loss, masked_loss, torch.zeros_like(masked_loss))
@@ -114,8 +110,11 @@ class DMJD(nn.Module):
 
     def predict(self, images: Num[Tensor, "B C H W"], masked: Bool[Tensor, "B V L"] | TokenIds) -> Predictions:
         """Run both branches; arguments as in `forward`."""
-        tokens = masked if isinstance(masked, TokenIds) else token_ids(masked)
-        tokens = TokenIds(*(ids.to(images.device) for ids in tokens))
+        if isinstance(masked, Tensor):
+            if masked.ndim != 3 or len(masked) != len(images):
+                raise ValueError(f"masks are (images, views, tokens), not {(*masked.shape,)}, for {len(images)} images")
+            masked = token_ids(masked)
+        tokens = TokenIds(*(ids.to(images.device) for ids in masked))
         grid = images.shape[-2] // self.encoder.patch_size, images.shape[-1] // self.encoder.patch_size
         if (count := sum(ids.shape[1] for ids in tokens)) != grid[0] * grid[1]:
             raise ValueError(f"masks of {count} tokens for images of {grid[0]} x {grid[1]}")

@@ -10,9 +10,11 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from dmjd.backbones import Encoder
-from dmjd.backbones.convvit import ConvViT, ConvViTEncoder
+from dmjd.backbones.convvit import ConvViTEncoder, convvit_base
+from dmjd.backbones.files import images_cfg
 from dmjd.backbones.normalize import default_statistics
 from dmjd.backbones.vit import create_vit
 from dmjd.errors import CheckpointError
@@ -66,6 +68,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     weights = content.get("model", content) if isinstance(content, dict) else {}
     if not (isinstance(weights, dict) and weights and all(isinstance(value, Tensor) for value in weights.values())):
         raise CheckpointError(f"no dictionary of tensors, nor one under 'model'; {path}; check the file")
+    consume_prefix_in_state_dict_if_present(weights, "module.")  # of a model saved in its DistributedDataParallel
     return weights
 
 
@@ -106,6 +109,9 @@ def load_reference(
         ) from None
     out_dim = decoder.pred.out_features
     mean, std = default_statistics(in_chans)
+    image_hw = [side * encoder.patch_size for side in encoder.grid]
+    backbone: Any = encoder.backbone
+    backbone.pretrained_cfg |= images_cfg(in_chans, image_hw, mean, std)
     model = DMJD(
         encoder,
         make_target(target, out_dim, encoder.patch_size, in_chans),
@@ -180,7 +186,7 @@ def hybrid_encoder(state_dict: Mapping[str, Tensor], num_heads: int) -> ConvViTE
     }
     if embed_dims[-1] % num_heads:
         raise ValueError(f"a width of {embed_dims[-1]} has no {num_heads} heads: choose a number that divides it")
-    return ConvViTEncoder(ConvViT(**arguments), ("convvit_base", arguments))
+    return ConvViTEncoder(convvit_base(**arguments), ("convvit_base", arguments))
 
 
 def make_decoder(state_dict: Mapping[str, Tensor], encoder: Encoder, num_heads: int) -> Decoder:

@@ -101,6 +101,13 @@ def test_vit__convolutions_before_the_tokens_are_refused_as_hidden_pixels_would_
         ViT(timm.create_model("vit_tiny_r_s16_p8_224", img_size=64, depth=1))
 
 
+@pytest.mark.parametrize("pooling", [{"global_pool": "avg"}, {"global_pool": "map"}], ids=str)
+def test_vit__weights_of_pooling_are_refused_as_nothing_would_train_them(pooling):
+    shape = {"img_size": 32, "patch_size": 8, "num_classes": 0, "class_token": False}
+    with pytest.raises(ValueError, match="pools by weights"):
+        ViT(timm.create_model("vit_tiny_patch16_224", **shape, **TINY, **pooling))
+
+
 def test_vit__mask_token_stands_for_every_hidden_patch():
     encoder = create_vit("tiny", image_size=32, patch_size=8, mask_token=True, **TINY).eval()
     masked = masks(encoder)

@@ -1,6 +1,7 @@
 """Pictures of targets and of what is predicted of them."""
 
 import math
+from typing import get_args
 
 import pytest
 import timm
@@ -8,6 +9,7 @@ import torch
 
 from dmjd.backbones.feature_maps import FeatureMaps
 from dmjd.targets import HOG, Pixels
+from dmjd.targets.hog import HogVariant
 from dmjd.targets.pixels import patchify, unpatchify
 from dmjd.targets.teacher import FeatureTarget
 
@@ -40,24 +42,35 @@ def test_pixels__picture_of_what_is_not_finite_is_a_picture():
     assert picture.unique().tolist() == [0, 255]
 
 
-@pytest.mark.parametrize("variant", ["dmjd", "maskfeat"])
-@pytest.mark.parametrize("bin_index", range(9))
-def test_hog__stroke_of_its_picture_is_perpendicular_to_the_gradient(bin_index, variant):
+@pytest.mark.parametrize("variant", get_args(HogVariant))
+def test_hog__star_of_its_picture_is_where_its_cell_is(variant):
     values = torch.zeros(2, 2, 2, 9, 3)  # token, cell row and column, bin, channel
-    values[1, 0, 1, bin_index] = 3.0
+    values[1, 0, 1] = 3.0
     if variant != "dmjd":
         values = values.permute(0, 4, 3, 1, 2)
-    picture = HOG(variant=variant).picture(values.flatten(1), noise(3, 16, 32), values.flatten(1)[None])[0].double()
+    picture = HOG(variant=variant).picture(values.flatten(1), noise(3, 16, 32), values.flatten(1)[None])[0]
     size = len(picture) // 2
-    star = picture[:size, 3 * size :]
     assert picture.shape == (2 * size, 4 * size)
-    assert picture.sum() == star.sum() > 0
+    picture = picture.int()
+    assert picture.sum() == picture[:size, 3 * size :].sum() > 0
+
+
+@pytest.mark.parametrize("variant", get_args(HogVariant))
+@pytest.mark.parametrize("degrees", range(10, 180, 20))  # of the gradient, from the columns to the rows
+def test_hog__strokes_of_its_picture_lie_along_the_edges_of_the_image(degrees, variant):
+    angle = torch.tensor(math.radians(degrees))
+    place = torch.arange(48.0) - 24
+    ramp = (127 + 2 * (place * angle.cos() + place[:, None] * angle.sin())).expand(3, 48, 48)
+    target = HOG(16, cell_size=16, variant=variant)
+    values = target(ramp[None])[0]
+    star = target.picture(values, ramp.byte(), values[None])[0].unflatten(0, (3, -1)).unflatten(2, (3, -1))[1, :, 1]
+    size = len(star)
     row, column = torch.meshgrid(*[torch.arange(size) - size // 2] * 2, indexing="ij")
-    across = (star * column * row).sum()
+    star, across = star.double(), (star * column * row).double().sum()
     moments = torch.stack([(star * column**2).sum(), across, across, (star * row**2).sum()]).view(2, 2)
     along = torch.linalg.eigh(moments)[1][:, 1]
-    gradient = math.radians(20 * bin_index + 10)
-    assert abs(along @ torch.tensor([math.cos(gradient), math.sin(gradient)], dtype=torch.float64)) < 0.1
+    gradient = torch.stack([angle.cos(), angle.sin()]).double()
+    assert abs(along @ gradient) < math.sin(math.radians(11))  # half a bin, and a degree of the drawing
 
 
 def features():

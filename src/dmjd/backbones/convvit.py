@@ -233,8 +233,14 @@ class ConvViT(nn.Module):
 
         Returns:
             The nested rows of stage 1 and of stage 2, and the tokens of stage 3 in the order of `tokens`.
+
+        Raises:
+            ValueError: If an image does not consist of whole tokens.
         """
-        grid = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"an image of {height} x {width} px does not consist of tokens of {self.patch_size} px")
+        grid = height // self.patch_size, width // self.patch_size
         num_tokens = grid[0] * grid[1]
         num_rows, batch_size = tokens.shape[0], images.shape[0]
         layout1 = layout_of(tokens, grid, 4).for_its_device()
@@ -262,10 +268,7 @@ class ConvViT(nn.Module):
         return checkpoint(block, *given, use_reentrant=False) if again else block(*given)
 
     def _all_tokens(self, images: Float[Tensor, "B C H W"]) -> Int[Tensor, "B L"]:
-        height, width = images.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"an image of {height} x {width} px does not consist of tokens of {self.patch_size} px")
-        num_tokens = (height // self.patch_size) * (width // self.patch_size)
+        num_tokens = (images.shape[-2] // self.patch_size) * (images.shape[-1] // self.patch_size)
         return torch.arange(num_tokens, device=images.device).expand(images.shape[0], -1)
 
     def forward_features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:

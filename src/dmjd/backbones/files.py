@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dmjd.backbones import Architecture, register_encoder
 from dmjd.backbones.convvit import ConvViT  # its file registers models with timm as well
+from dmjd.backbones.vit import pools_by_weights
 from dmjd.errors import CheckpointError, ConfigError
 
 DIGEST = "sha256"
@@ -29,6 +30,12 @@ FOREIGN = {".pth", ".pt", ".bin", ".tar", ".ckpt"}  # endings of files that are 
 OVERLAY = {"input_size", "num_classes", "mean", "std", "crop_pct"}
 # Arguments of networks. Those of `timm.create_model` and its helpers are not among them: some would open files.
 ARGUMENTS = {*inspect.signature(VisionTransformer).parameters, *inspect.signature(ConvViT).parameters}
+
+
+def images_cfg(in_chans: int, image_hw: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """Describe the images that a network takes as timm's `pretrained_cfg` does."""
+    whole = 1.0  # all evaluations here take the largest square
+    return {"input_size": (in_chans, *image_hw), "mean": tuple(mean), "std": tuple(std), "crop_pct": whole}
 
 
 def save_backbone(
@@ -57,16 +64,10 @@ def save_backbone(
         "architecture": name,
         "model_args": json.dumps(arguments),
         "pretrained_cfg": json.dumps(
-            {
-                "input_size": [in_chans, *size],
-                "num_classes": arguments["num_classes"],
-                "mean": list(mean),
-                "std": list(std),
-                "crop_pct": 1.0,  # as all evaluations here crop
-            }
+            {**images_cfg(in_chans, size, mean, std), "num_classes": arguments["num_classes"]}
         ),
+        "value_range": json.dumps(value_range),
     }
-    metadata["value_range"] = json.dumps(value_range)
     if task is not None:
         metadata["task"] = json.dumps(dict(task))
     if around is not None:
@@ -211,9 +212,7 @@ def create_network(name: str, *, image_hw: tuple[int, int], in_chans: int) -> tu
         raise CheckpointError(f"timm has no such model; {name}; see timm.list_models()")
     try:
         network = timm.create_model(architecture[0], **arguments)
-        if isinstance(network, VisionTransformer) and any(
-            name.startswith(("attn_pool.", "fc_norm.")) for name in network.state_dict()
-        ):
+        if isinstance(network, VisionTransformer) and pools_by_weights(network):
             # Masked views need the norm of all tokens, and features must not pass what pre-training never trains.
             arguments |= {"global_pool": "avg", "fc_norm": False}
             network = timm.create_model(architecture[0], **arguments)

@@ -39,5 +39,11 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
     def forward(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Normalise pixels of 0..255, uint8 or float."""
-        return (images / 255 - self.mean) / self.std
+        """Normalise pixels of 0..255, uint8 or float; the result has the precision that the module was brought to.
+
+        Raises:
+            ValueError: If the images have other channels.
+        """
+        if images.shape[-3] != len(self.mean):  # one channel would become all of them without a word
+            raise ValueError(f"images of {images.shape[-3]} channel(s), not {len(self.mean)}")
+        return ((images / 255 - self.mean) / self.std).to(self.mean.dtype)

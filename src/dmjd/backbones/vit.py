@@ -7,6 +7,7 @@ import timm
 import torch
 from jaxtyping import Float
 from timm.layers import PatchEmbed
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -27,14 +28,19 @@ class ViT(nn.Module):
         architecture: Name and arguments that make the same model by `timm.create_model`.
 
     Raises:
-        ValueError: If its tokens are no patches of pixels: hidden pixels would leak through a stem of convolutions.
+        ValueError: If its tokens are no patches of pixels: hidden pixels would leak through a stem of convolutions. Or
+            if it pools by weights.
     """
 
     def __init__(self, vit: VisionTransformer, architecture: Architecture | None = None):
         super().__init__()
+        name = architecture[0] if architecture else type(vit).__name__
         if not isinstance(vit.patch_embed, PatchEmbed):
-            name = architecture[0] if architecture else type(vit.patch_embed).__name__
             raise ValueError(f"{name} has convolutions before its tokens, through which it would see hidden pixels")
+        if pools_by_weights(vit):
+            raise ValueError(
+                f"{name} pools by weights that are not trained here; make it with fc_norm=False, no attn_pool"
+            )
         self.backbone, self.architecture = vit, architecture
         self.embed_dim: int = vit.embed_dim
         self.num_prefix_tokens: int = vit.num_prefix_tokens
@@ -53,9 +59,16 @@ class ViT(nn.Module):
 
     def _transform(self, latent: Float[Tensor, "N S D"]) -> Float[Tensor, "N S D"]:
         latent = self.backbone.norm_pre(latent)
-        for block in self.backbone.blocks:
-            latent = block(latent)
+        if self.backbone.grad_checkpointing and self.training:
+            latent = checkpoint_seq(self.backbone.blocks, latent)
+        else:
+            latent = self.backbone.blocks(latent)
         return self.backbone.norm(latent)
+
+
+def pools_by_weights(vit: VisionTransformer) -> bool:
+    """Tell whether pooling has weights, attention's or those of the last norm, which no masked view would train."""
+    return any(name.startswith(("attn_pool.", "fc_norm.")) for name in vit.state_dict())
 
 
 class MaskTokenViT(ViT):

@@ -66,10 +66,11 @@ def hog_cells(
 
 
 def hog(
-    images: Num[Tensor, "B C H W"], patch_size: int = 16, *, cell_size: int = 8, variant: HogVariant = "dmjd"
+    images: Num[Tensor, "B C H W"], patch_size: int = 16, *, cell_size: int | None = None, variant: HogVariant = "dmjd"
 ) -> Float[Tensor, "B L T"]:
     """Compute HOG targets of images of 0..255, T = (patch_size / cell_size)^2 * 9 * C.
 
+    Cells are those of `default_cell_size` unless `cell_size` gives their side in pixels.
     `dmjd` whitens the bins of every cell (LayerNorm without affine); inside a token the order is (cell row, cell
     column, bin, channel). `maskfeat` and `mmpretrain` divide them by their L2 norm; the order is (channel, bin, cell
     row, cell column).
@@ -78,6 +79,7 @@ def hog(
         ValueError: If the patch does not consist of whole cells or the image of whole patches.
     """
     height, width = images.shape[-2:]
+    cell_size = cell_size or default_cell_size(patch_size)
     if patch_size % cell_size or height % patch_size or width % patch_size:
         sizes = f"{height} x {width} px, patch_size {patch_size}, cell_size {cell_size}"
         raise ValueError(f"HOG needs images of whole patches and patches of whole cells: {sizes}")
@@ -130,14 +132,19 @@ class HOG(nn.Module):
         bins = values.float().cpu().nan_to_num().unflatten(1, shape)
         bins = bins.mean(dim=-1) if whitened else bins.mean(dim=1).permute(0, 2, 3, 1)  # L i j bin
         strength = (bins / (2 if whitened else 1)).clamp(0, 1)[..., None, None]
-        stars = (strength * strokes(STAR)).amax(dim=3)  # L i j STAR STAR
+        # The others measure orientations from the rows, not from the columns.
+        edges = strokes(STAR) if whitened else strokes(STAR).mT
+        stars = (strength * edges).amax(dim=3)  # L i j STAR STAR
         stars = stars.unflatten(0, (image.shape[-2] // self.patch_size, -1))
         picture = stars.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
         return ((picture * 15).round() * 17).to(torch.uint8)[None]  # 16 levels: a small file
 
 
 def strokes(size: int) -> Float[Tensor, "bins {size} {size}"]:
-    """Draw a line through the middle for each bin along the edge, which is at right angles to the bin's gradient."""
+    """Draw a line through the middle for each bin along the edge, which is at right angles to the bin's gradient.
+
+    A bin's gradient points to (column, row) = (cos, sin) of its angle, as in `dmjd`.
+    """
     angle = ((torch.arange(NUM_BINS, dtype=torch.float64) + 0.5) * (math.pi / NUM_BINS))[:, None, None]
     place = torch.arange(size, dtype=torch.float64) - size // 2
     across = (place * angle.cos() + place[:, None] * angle.sin()).abs()
