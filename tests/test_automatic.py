@@ -7,16 +7,21 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from timm.models.vision_transformer import Block
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+import dmjd
 from dmjd import automatic
-from dmjd.automatic import time_image
+from dmjd.automatic import ForCrops, time_image
 from dmjd.cli import main, settings_of
+from dmjd.data import memory
+from dmjd.data.crops import RandomCrop
 from dmjd.data.memory import PackedImages
 from dmjd.data.source import open_source
-from dmjd.errors import ConfigError, DataError
+from dmjd.errors import CheckpointError, ConfigError, DataError
+from dmjd.factory import from_settings
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +87,53 @@ def test_auto__flags_stand_above_what_is_chosen(photos):
     assert (settings.model.size, settings.model.embed_dim, settings.model.patch_size) == ("small", None, 8)
     assert settings.masking.num_views == 1
     assert settings.optim.warmup_epochs == pytest.approx(0.15)
+
+
+def test_auto__a_network_that_is_named_is_taken_with_its_patches(photos):
+    settings = auto(photos, minutes=0.02, model={"backbone": "timm:test_vit"})
+    assert (settings.model.image_size, settings.model.patch_size, settings.model.embed_dim) == ("32", 16, None)
+
+
+@pytest.mark.parametrize("backbone", ["vit", "convvit"])
+def test_auto__the_network_is_that_of_the_weights_to_start_from(backbone, photos, backbones, tmp_path):
+    init = str(backbones[backbone])
+    settings = auto(photos, minutes=0.02, init=init)
+    assert settings.model.backbone == backbone
+    encoder = from_settings(settings).encoder  # raises where the weights are another architecture's
+    weights = load_file(init)
+    name = next(name for name in weights if name.endswith("qkv.weight"))
+    assert torch.equal(encoder.backbone.state_dict()[name], weights[name])
+
+
+def test_auto__official_weights_without_heads_are_those_of_their_size(photos, tmp_path):
+    shape = {"embed_dim": 192, "depth": 1, "image_size": 64, "patch_size": 16, "backbone": "vit"}
+    encoder = dmjd.build("mae", "tiny", **shape).encoder
+    torch.save({"model": encoder.backbone.state_dict()}, tmp_path / "official.pth")
+    settings = auto(photos, minutes=0.02, init=str(tmp_path / "official.pth"))
+    assert (settings.model.size, settings.model.depth, settings.model.num_heads) == ("tiny", 1, None)
+
+
+def test_auto__weights_of_no_transformer_are_refused(photos, tmp_path):
+    torch.save({"model": {"conv1.weight": torch.zeros(3)}}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="no blocks of a transformer in it"):
+        auto(photos, minutes=0.02, init=str(tmp_path / "other.pth"))
+
+
+def test_auto__photographs_larger_than_memory_are_looked_at_one_by_one(photos, monkeypatch):
+    monkeypatch.setattr(automatic, "MEMORY_LIMIT", 3 * 40 * 50 * 3)
+    monkeypatch.setattr(memory, "MEMORY_LIMIT", 3 * 40 * 50 * 3)
+    model = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+    assert auto(photos, minutes=0.02, model=model).model.image_size == "32"
+
+
+def test_look__images_are_read_as_small_as_crops_need_them(tmp_path):
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (800, 800, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.jpg")
+    images = open_source(str(tmp_path)).train
+    whole, small = (ForCrops(images, crop).read(0) for crop in (None, RandomCrop((32, 32), (0.5, 1.0), (1.0, 1.0), True)))
+    assert whole.shape[1:] == (800, 800)
+    assert max(small.shape[1:]) <= 100
 
 
 @pytest.mark.long

@@ -102,7 +102,7 @@ BAD = {  # command line: what its error line has to say
     "pretrain --parallel dp": "--parallel",
     "pretrain --model.image_size abc": "model.image_size 'abc'",
     "pretrain --model.image_size 32x": "model.image_size '32x'",
-    "pretrain --model.image_size 65": "model.image_size 65",
+    "pretrain --model.image_size 65 --model.patch_size 16": "model.image_size 65",
     "pretrain --model.image_size 0": "model.image_size '0'",
     "pretrain --model.patch_size 0": "model.patch_size 0",
     "pretrain --model.patch_size -8": "model.patch_size -8",
@@ -412,6 +412,15 @@ def test_config_yaml__is_what_a_run_is_resumed_with_however_the_flag_is_written(
     (tmp_path / "config.yaml").write_text("preset: mae\nepochs: 7\nmasking: {num_views: 2, predict_ratio: 1.0}\n")
     settings = settings_of("pretrain", "--data", "d", "--out", str(tmp_path), flag)
     assert (settings.run.epochs, settings.masking.num_views, settings.run.resume) == (7, 2, True)
+
+
+def test_config_yaml__is_found_where_a_file_of_settings_says_the_run_is(tmp_path: Path) -> None:
+    file, out = tmp_path / "mine.yaml", tmp_path / "run"
+    file.write_text(f"preset: mae\nout: {out}\n")
+    out.mkdir()
+    (out / "config.yaml").write_text("preset: mae\nepochs: 7\n")
+    settings = settings_of("pretrain", "--data", "d", "--config", str(file), "--resume")
+    assert (settings.run.out, settings.run.epochs) == (out, 7)
 
 
 @pytest.mark.parametrize(("preset", "epochs"), [("mae", 7), ("dmjd", 400)])

@@ -6,28 +6,36 @@ The rules are `dmjd.config.auto`.
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from statistics import mean, median
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Num
+from torch import Tensor
 from torch.optim import Optimizer
 
+from dmjd.backbones import encoder_of
+from dmjd.backbones.files import create_network
 from dmjd.config import auto
-from dmjd.config.auto import Chosen, Facts
+from dmjd.config.auto import Chosen, Facts, Given
 from dmjd.config.pretrain import SHAPE, PretrainSettings
 from dmjd.data.checkup import open_as_most
 from dmjd.data.crops import RandomCrop
+from dmjd.data.decode import BadImage, Reduce
 from dmjd.data.levels import BYTES
 from dmjd.data.loader import spare_cores
 from dmjd.data.masked import MaskedSamples
 from dmjd.data.memory import MEMORY_LIMIT, PackedImages, stack_of
-from dmjd.data.source import HELD_OUT_PARTS, Source, Subset, evenly, hold_out, measure_levels
+from dmjd.data.source import HELD_OUT_PARTS, Source, Subset, View, evenly, hold_out, measure_levels
 from dmjd.engine.device import choose_precision, is_memory_error, memory_errors
 from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
 from dmjd.engine.optim import create_optimizer
 from dmjd.errors import DataError, refusing_settings
 from dmjd.factory import from_settings, masks_of
+from dmjd.initialization import StartingWeights
 from dmjd.method import DMJD
 
 MINUTES = 30.0  # where nobody says
@@ -39,11 +47,12 @@ SMALLER = "give a smaller --model.image_size, or choose cpu for --device"  # whe
 Parse = Callable[[Chosen], PretrainSettings]  # settings with these below what a user gives
 
 
-def choose(settings: PretrainSettings, parse: Parse) -> Chosen:
+def choose(settings: PretrainSettings, own: Mapping[str, Any], parse: Parse) -> Chosen:
     """Choose what the user leaves open, and say on stderr what and why.
 
     Args:
         settings: What the user gives, over defaults.
+        own: What the user gives of `auto.OWN`, as it is written.
         parse: Makes settings of a choice, over which stands what the user gives.
 
     Returns:
@@ -51,70 +60,176 @@ def choose(settings: PretrainSettings, parse: Parse) -> Chosen:
 
     Raises:
         DataError: If there are no images, or none decodes.
+        CheckpointError: If a network that the user names does not load.
         ConfigError: If settings do not go together, or the smallest network has not the memory.
     """
     with join_ranks(settings.run.device) as ranks, memory_errors(SMALLER):
-        chosen, said = ranks.on_main(lambda: _choose(settings, parse, ranks.device, ranks.world_size))
+        chosen, said = ranks.on_main(lambda: _choose(settings, own, parse, ranks))
         if ranks.is_main:
             for line in said:
                 print(f"auto: {line}", file=sys.stderr)
     return chosen
 
 
-def _choose(
-    settings: PretrainSettings, parse: Parse, device: torch.device, world_size: int
-) -> tuple[Chosen, list[str]]:
-    run = settings.run
-    make(settings)  # settings that do not go together are refused before images are looked for
+def _choose(settings: PretrainSettings, own: Mapping[str, Any], parse: Parse, ranks: Ranks) -> tuple[Chosen, list[str]]:
+    run, kind = settings.run, "cpu" if ranks.device.type == "cpu" else "gpu"
+    given, minutes = given_network(settings), run.minutes or MINUTES
+    usual = Facts(1, auto.SIDES["cpu"][-1], settings.model.in_chans, "cpu", minutes)
+    make(parse(auto.networks(usual, own, given)[0]))  # what does not go together is refused before images are found
     images, in_chans = find(settings)
-    asked = parse({"model": {"in_chans": in_chans}}).model.in_chans
+    asked = parse({"model": {**auto.image(own, usual.side, kind), "in_chans": in_chans}}).model.in_chans
     if asked != in_chans:  # the user's own
         images, in_chans = find(settings, asked)
-    began = time.perf_counter()
-    few = PackedImages(Subset(images, evenly(len(images), NUM_LOOKED_AT)))
-    reading = (time.perf_counter() - began) / len(few)  # of an image, on one core
-    sides = [min(few.shapes[number, :2].tolist()) for number in range(len(few)) if number not in few.bad]
-    if not sides:
-        raise DataError(f"none of {len(few)} images decodes ({few.bad[0]}); {run.data}; see dmjd doctor")
-    kind = "cpu" if device.type == "cpu" else "gpu"
-    minutes = run.minutes or MINUTES
-    facts = Facts(len(images), int(median(sides)), in_chans, kind, minutes)
-    held = len(images) * few.pixels.nbytes / len(few) <= MEMORY_LIMIT
-    at_first = reading * len(images) / 60 if held else 0.0
-    readers = world_size * (spare_cores() if run.workers is None else max(run.workers, 1))
+    sample = look(images, run.data)
+    facts = Facts(len(images), sample.side, in_chans, kind, minutes)
+    held = len(images) * sample.largest <= MEMORY_LIMIT
+    at_first = sample.seconds * len(images) / 60 if held else 0.0
     training = replace(facts, minutes=max(SPARE * minutes - at_first, 0.1 * minutes))
+    networks = auto.networks(facts, own, given)
+    few = ForCrops(Subset(images, sample.numbers), None if held else crop_of(parse(networks[0])))
+    packed = PackedImages(few)
+    readers = ranks.world_size * (spare_cores() if run.workers is None else max(run.workers, 1))
+    waiting = 0.0 if held else few.seconds / len(few) / readers  # for the next image, by all workers together
 
+    def time(trial: PretrainSettings) -> float:
+        return max(time_image(trial, packed, ranks.device, IMAGES[kind]) / ranks.world_size, waiting)
+
+    chosen, seconds, passes, larger = largest(networks, training, parse, time)
+    fitting = parse(chosen | {"epochs": passes})
+    chosen = chosen | auto.schedule(facts, fitting.run.epochs, asdict(fitting.masking))
+    if steps := fitting.run.steps:  # the user's own
+        passes = steps * parse(chosen).run.batch_size / len(images)
+        chosen["optim"] |= {"warmup_epochs": float(f"{auto.WARM_UP * passes:.3g}")}
+    said = describe(facts, parse(chosen), seconds, at_first, ranks.device)
+    if larger:
+        said[1] += f"; a larger one would not see each image {auto.OFTEN} times"
+    return chosen, said
+
+
+def given_network(settings: PretrainSettings) -> Given | None:
+    """Look up the network that `--model.backbone` or the weights of `--init` name, if one does.
+
+    Raises:
+        CheckpointError: If it does not load.
+        ConfigError: If it cannot read masked views.
+    """
+    if settings.model.has_own_shape:
+        with torch.device("meta"), refusing_settings():
+            encoder = encoder_of(*create_network(settings.model.backbone, image_hw=(224, 224), in_chans=3))
+        return Given({"patch_size": encoder.patch_size}, encoder.embed_dim)
+    if settings.init:
+        weights = StartingWeights(settings.init)
+        return Given(weights.shape, weights.width)
+    return None
+
+
+def largest(
+    networks: Sequence[Chosen], facts: Facts, parse: Parse, time: Callable[[PretrainSettings], float]
+) -> tuple[Chosen, float, float, bool]:
+    """Find the largest network that still sees every image often, by trying them in their order.
+
+    Args:
+        networks: From the smallest, which is always taken, to the largest.
+        facts: Of the set; the minutes are those for steps.
+        parse: As in `choose`.
+        time: Measures the seconds that training takes an image.
+
+    Returns:
+        The network, its seconds an image, its epochs, and whether a larger one would see images too seldom.
+    """
     chosen: Chosen = {}
-    model, seconds, passes, larger = None, 0.0, 0.0, False
-    for network in auto.networks(facts):
+    model, seconds, passes = None, 0.0, 0.0
+    for network in networks:
         trial = parse(network)
-        if trial.model.size != network["model"]["size"]:  # the user's own, and so are width and depth
+        if trial.model.size != network["model"].get("size", trial.model.size):  # the user's, as are width and depth
             own = {key: value for key, value in network["model"].items() if key not in SHAPE}
             network = network | {"model": own}
             trial = parse(network)
         if trial.model == model:  # there is no other one
             continue
         try:
-            took = time_image(trial, few, device, IMAGES[kind]) / world_size
+            took = time(trial)
         except (RuntimeError, MemoryError) as error:
             if not (chosen and is_memory_error(error)):
                 raise
             break
-        took = took if held else max(took, reading / readers)
-        count = auto.epochs(training, took, trial.masking.num_views)
+        count = auto.epochs(facts, took, trial.masking.num_views)
         if chosen and count * trial.masking.num_views < auto.OFTEN:
-            larger = True
-            break
+            return chosen, seconds, passes, True
         chosen, model, seconds, passes = network, trial.model, took, count
-    fitting = parse(chosen | {"epochs": passes})
-    chosen = chosen | auto.schedule(facts, fitting.run.epochs, asdict(fitting.masking))
-    if steps := fitting.run.steps:  # the user's own
-        passes = steps * parse(chosen).run.batch_size / len(images)
-        chosen["optim"] |= {"warmup_epochs": float(f"{auto.WARM_UP * passes:.3g}")}
-    said = describe(facts, parse(chosen), seconds, at_first, device)
-    if larger:
-        said[1] += f"; a larger one would not see each image {auto.OFTEN} times"
-    return chosen, said
+    return chosen, seconds, passes, False
+
+
+class Sample(NamedTuple):
+    """Some images from all over a set.
+
+    Attributes:
+        numbers: Of those that decode, and together fit into memory.
+        side: Median of the shorter sides, in pixels.
+        largest: Bytes of the largest one.
+        seconds: That decoding one takes, on one core.
+    """
+
+    numbers: list[int]
+    side: int
+    largest: int
+    seconds: float
+
+
+def look(images: Source, data: str) -> Sample:
+    """Decode some images one after the other: a few photographs of a camera are as large as all the memory.
+
+    Raises:
+        DataError: If none decodes.
+    """
+    numbers, sides, sizes, bad = list[int](), list[int](), list[int](), list[BadImage]()
+    began = time.perf_counter()
+    for number in evenly(len(images), NUM_LOOKED_AT):
+        try:
+            image = images.read(number)
+        except BadImage as reason:
+            bad.append(reason)
+            continue
+        numbers.append(number)
+        sides.append(min(image.shape[1:]))
+        sizes.append(image.nbytes)
+    if not sides:
+        raise DataError(f"none of {len(bad)} images decodes ({bad[0]}); {data}; see dmjd doctor")
+    seconds = (time.perf_counter() - began) / len(numbers)
+    fitting = max(MEMORY_LIMIT // max(sizes), 1)
+    return Sample(numbers[:fitting], int(median(sides)), max(sizes), seconds)
+
+
+class ForCrops(View):
+    """Images as training reads them: no larger than crops need, if they are read for each crop.
+
+    Args:
+        source: All of them decode.
+        crop: Makes the crops; None where whole images are held in memory.
+
+    Attributes:
+        seconds: That all reading took.
+    """
+
+    def __init__(self, source: Source, crop: RandomCrop | None):
+        super().__init__(source)
+        self.crop, self.seconds = crop, 0.0
+
+    def read(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
+        """Read an image for a crop drawn by its number."""
+        began = time.perf_counter()
+        if self.crop:
+            (draws,) = self.crop.draws(torch.tensor([index]))
+            reduce = partial(self.crop.factor, draws)
+        image = self.source.read(index, reduce)
+        self.seconds += time.perf_counter() - began
+        return image
+
+
+def crop_of(settings: PretrainSettings) -> RandomCrop:
+    """Make what makes the crops."""
+    crop = settings.crop
+    return RandomCrop(settings.model.image_hw, crop.scale, crop.ratio, crop.flip)
 
 
 def find(settings: PretrainSettings, in_chans: int | None = None) -> tuple[Source, int]:
@@ -131,13 +246,13 @@ def find(settings: PretrainSettings, in_chans: int | None = None) -> tuple[Sourc
 
 
 def make(settings: PretrainSettings, device: torch.device | None = None) -> tuple[DMJD, Optimizer]:
-    """Make the untrained network, and its optimizer.
+    """Make the network, untrained whatever it is to start from, and its optimizer.
 
     Raises:
         ConfigError: If settings do not go together.
     """
     with refusing_settings():
-        network = from_settings(settings).to(device).train()
+        network = from_settings(replace(settings, init=None)).to(device).train()
     return network, create_optimizer(network, lr=0.0, **settings.optim.keywords)
 
 
@@ -150,10 +265,10 @@ def time_image(settings: PretrainSettings, images: PackedImages, device: torch.d
         ConfigError: If settings do not go together.
         RuntimeError: If the device has not the memory, see `is_memory_error`.
     """
-    crop, stack = settings.crop, stack_of(images)
+    stack = stack_of(images)
     samples = MaskedSamples(
         images,
-        RandomCrop(settings.model.image_hw, crop.scale, crop.ratio, crop.flip),
+        crop_of(settings),
         settings.run.seed,
         levels=measure_levels(images) or BYTES,
         stack=stack.to(device) if stack and stack.fits(device) else None,
@@ -186,7 +301,8 @@ def describe(
     model, masking, run = settings.model, settings.masking, settings.run
     where = f"{os.cpu_count()} cores" if device.type == "cpu" else str(device)
     channels = f"{facts.in_chans} channel{'s' if facts.in_chans > 1 else ''}"
-    network = f"{model.embed_dim} wide" if model.embed_dim else f"of size {model.size}"
+    shape = f" {model.embed_dim} wide" if model.embed_dim else f" of size {model.size}"
+    network = model.backbone + ("" if model.has_own_shape else shape)
     steps = run.num_steps(facts.num_images)
     minutes = (steps * run.batch_size * seconds) / 60 + at_first
     passes = steps * run.batch_size / facts.num_images
@@ -197,8 +313,7 @@ def describe(
         predicted += " is predicted"
     return [
         f"{facts.num_images} images, shorter side {facts.side} px, {channels}; {where}; {facts.minutes:g} minutes",
-        f"{model.backbone} {network}, {model.image_size} px in patches of {model.patch_size}: "
-        f"{1000 * seconds:.3g} ms an image",
+        f"{network}, {model.image_size} px in patches of {model.patch_size}: {1000 * seconds:.3g} ms an image",
         f"{masking.num_views} views of an image hide {masking.mask_ratio:.0%} each; {predicted}",
         f"{passes:.3g} epochs, {steps} steps of {run.batch_size} images, peak learning rate {settings.lr:.2g}: "
         f"about {minutes:.0f} minutes; an image is seen {passes * masking.num_views:.0f} times",

@@ -34,7 +34,7 @@ from cyclopts.help import DefaultFormatter, HelpPanel
 from safetensors import SafetensorError
 
 from dmjd import errors
-from dmjd.config import downstream
+from dmjd.config import auto, downstream
 from dmjd.config.common import group
 from dmjd.config.doctor import DoctorSettings
 from dmjd.config.export import ExportSettings
@@ -274,7 +274,7 @@ def settings_of(verb: str, **given: Any) -> Any:
         return parsed(application(below, (row,), values, chosen), [verb])
 
     try:
-        return resolve(choice(below, resolve))
+        return resolve(choice(below, values, resolve))
     except CycloptsError as error:
         raise errors.ConfigError(usage(error)) from None
 
@@ -285,23 +285,29 @@ def parsed(app: App, arguments: Sequence[str]) -> Any:
     return bound.arguments["settings"]
 
 
-def choice(below: Sequence[Path], resolve: Callable[[Mapping[str, Any]], Any]) -> Mapping[str, Any]:
+def choice(
+    below: Sequence[Path], given: Mapping[str, Any], resolve: Callable[[Mapping[str, Any]], Any]
+) -> Mapping[str, Any]:
     """Let `--preset auto` choose what is left open, where it is the lowest layer; a resumed run has chosen before.
 
     Args:
         below: The files below the flags.
+        given: What flags say of `auto.OWN`.
         resolve: Makes settings with a choice above the lowest layer.
     """
     if not below or below[-1] != PRESETS / "auto.yaml":
         return {}
-    settings = resolve({})
+    own = {name: value for path in reversed(below[:-1]) for name, value in by_flag(read_yaml(path)).items()}
+    own |= {name: value for name, value in given.items() if value is not None}
+    usual = plain_flags({"model": auto.image(own, auto.SIDES["cpu"][-1], "cpu")})  # a size that goes with the user's
+    settings = resolve(usual)
     out = settings.run.out
     refused = (out / "config.yaml").exists() or out.is_file() or (settings.run.resume and not out.exists())
     if refused or isinstance(settings, PlanSettings):
-        return {}  # by the verb, or resumed with what was chosen: no need to look at images
+        return usual  # by the verb, or resumed with what was chosen: no need to look at images
     from dmjd.automatic import choose  # imports torch
 
-    return plain_flags(choose(settings, lambda chosen: resolve(plain_flags(chosen))))
+    return plain_flags(choose(settings, own, lambda chosen: resolve(plain_flags(chosen))))
 
 
 def plain_flags(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,7 +321,8 @@ def run(arguments: Sequence[str]) -> None:
     meant = [verb for verb in verbs() if arguments and verb.name == arguments[0]]
     below, chosen = layers_of(arguments), dict[str, Any]()
     if not {"--help", "-h", "--version"} & {*arguments}:
-        chosen |= choice(below, lambda chosen: parsed(application(below, meant, None, chosen), arguments))
+        given = {name: flag_value(arguments, f"--{name}") for name in auto.OWN}
+        chosen |= choice(below, given, lambda chosen: parsed(application(below, meant, None, chosen), arguments))
     app = application(below, meant or None, None, chosen)
     app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
 

@@ -218,7 +218,7 @@ def create_encoder(model: ModelSettings) -> Encoder:
         ValueError: If the settings do not go together.
         CheckpointError: If a file is no backbone's.
     """
-    if ":" in model.backbone or model.backbone.endswith(".safetensors"):
+    if model.has_own_shape:
         if model.mask_token:
             raise ValueError(f"model.backbone {model.backbone} has no mask token; choose vit")
         if model.reg_tokens:

@@ -3,7 +3,7 @@
 import pytest
 
 from dmjd.config import auto
-from dmjd.config.auto import Facts
+from dmjd.config.auto import Facts, Given
 
 MASKING = {"num_views": 2, "mask_ratio": 0.6, "predict_ratio": 1.0}
 
@@ -15,7 +15,7 @@ def facts(num_images=3000, side=256, in_chans=3, kind="cpu", minutes=30.0):
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
 @pytest.mark.parametrize("side", [1, 20, 32, 33, 50, 64, 97, 128, 200, 224, 4000])
 def test_networks__patches_divide_an_image_no_larger_than_those_of_the_set(kind, side):
-    for network in auto.networks(facts(side=side, kind=kind)):
+    for network in auto.networks(facts(side=side, kind=kind), {}):
         model = network["model"]
         image = int(model["image_size"])
         assert image <= max(side, 32)
@@ -24,8 +24,35 @@ def test_networks__patches_divide_an_image_no_larger_than_those_of_the_set(kind,
         assert model["patch_size"] >= auto.SMALLEST_PATCH
 
 
+@pytest.mark.parametrize(
+    ("own", "size"),
+    [
+        ({"model.image_size": "64"}, ("64", 8)),
+        ({"model.image_size": 100}, ("100", 20)),
+        ({"model.image_size": "96x64"}, ("96x64", 16)),
+        ({"model.patch_size": "16"}, ("96", 16)),
+        ({"model.patch_size": 14}, ("84", 14)),
+        ({"model.patch_size": 200}, ("200", 200)),
+        ({"model.image_size": "64", "model.patch_size": "4"}, ("64", 4)),
+        ({"model.backbone": "convvit"}, ("96", 16)),
+        ({"model.backbone": "convvit", "model.image_size": "64"}, ("64", 8)),
+        ({"model.backbone": "vit", "model.patch_size": "no number"}, ("96", 12)),
+    ],
+    ids=str,
+)
+def test_networks__heed_the_sizes_that_a_user_gives(own, size):
+    for network in auto.networks(facts(), own):
+        assert (network["model"]["image_size"], network["model"]["patch_size"]) == size
+
+
+def test_networks__one_that_a_user_names_is_the_only_one():
+    (network,) = auto.networks(facts(), {}, Given({"patch_size": 14}, 300))
+    assert network["model"] == {"image_size": "84", "patch_size": 14, "in_chans": 3}
+    assert network["decoder"] == auto.NETWORKS[2][1]  # of the first that is as wide
+
+
 def test_networks__have_the_channels_of_the_set():
-    assert {network["model"]["in_chans"] for network in auto.networks(facts(in_chans=12))} == {12}
+    assert {network["model"]["in_chans"] for network in auto.networks(facts(in_chans=12), {})} == {12}
 
 
 def test_epochs__fill_the_minutes_and_no_image_is_seen_more_often_than_published_recipes_show_it():

@@ -4,15 +4,20 @@ The method itself is that of presets/auto.yaml, chosen by trials (docs/results.m
 judgement, but for the shape of the smallest network and its learning rate, which are those of the trials.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from dmjd.config.rules import height_width
 
 Chosen = dict[str, Any]  # settings, as a preset has them
+OWN = ("model.backbone", "model.image_size", "model.patch_size")  # what a choice of sizes has to heed
 
 SIDES = {"cpu": (32, 48, 64, 96), "gpu": (32, 64, 96, 128, 160, 224)}  # of a crop, in pixels
 TOKENS = {"cpu": 8, "gpu": 14}  # along a side, at most; on two cores, more tokens would be fewer epochs
 SMALLEST_PATCH = 4  # pixels; smaller ones have no gradients to speak of
+CONVVIT_PATCHES = (4, 8, 16)
 # Networks from small to large: what `model` and `decoder` say of them.
 SMALL = {"size": "tiny", "embed_dim": 128, "depth": 6, "num_heads": 4}
 NETWORKS: tuple[tuple[Chosen, Chosen], ...] = (
@@ -21,6 +26,7 @@ NETWORKS: tuple[tuple[Chosen, Chosen], ...] = (
     ({"size": "small"}, {"embed_dim": 256, "depth": 4, "num_heads": 8, "mlp_ratio": 4.0}),
     ({"size": "base"}, {"embed_dim": 512, "depth": 8, "num_heads": 16, "mlp_ratio": 4.0}),
 )
+WIDTHS = (128, 192, 384, 768)  # of these networks
 OFTEN = 100  # times that a larger network than the smallest has to see every image; judgement
 MOST = 1600  # times that any network sees an image: what the longest published recipes have
 STEPS = 2000  # that a run should have, before its steps get larger
@@ -35,7 +41,7 @@ class Facts:
 
     Attributes:
         num_images: To train on.
-        side: Shorter side of the middle image of a sample, in pixels.
+        side: Median of the shorter sides of a sample, in pixels.
         in_chans: Channels.
         kind: Of the device: cpu or gpu.
         minutes: That the run shall take.
@@ -48,13 +54,58 @@ class Facts:
     minutes: float
 
 
-def networks(facts: Facts) -> list[Chosen]:
-    """List the networks that come into question, from the smallest to the largest, each with its size of images."""
-    side = max((each for each in SIDES[facts.kind] if each <= facts.side), default=SIDES[facts.kind][0])
-    fewest = -(-side // TOKENS[facts.kind])  # pixels of a patch
-    patch = next(each for each in range(max(fewest, SMALLEST_PATCH), side + 1) if side % each == 0)
-    image = {"image_size": str(side), "patch_size": patch, "in_chans": facts.in_chans}
-    return [{"model": {"backbone": "vit", **network, **image}, "decoder": decoder} for network, decoder in NETWORKS]
+class Given(NamedTuple):
+    """A network that a user names, by `--model.backbone` or by the weights of `--init`.
+
+    Attributes:
+        model: What `model` has to be for it.
+        width: Of its tokens.
+    """
+
+    model: Chosen
+    width: int
+
+
+def image(own: Mapping[str, Any], side: int, kind: str) -> Chosen:
+    """Choose the sizes of images and of patches, as `model` has them; of the two, what a user gives stays.
+
+    Args:
+        own: What the user gives of `OWN`, as it is written; what cannot be read is left to whoever parses it.
+        side: Shorter side of the images there are, in pixels.
+        kind: Of the device: cpu or gpu.
+
+    Raises:
+        ConfigError: If the user's size of images is none.
+    """
+    written, size = str(own.get("model.patch_size")), own.get("model.image_size")
+    patch = int(written) if re.fullmatch("[1-9][0-9]{0,3}", written) else None
+    if size is None:
+        size = max((each for each in SIDES[kind] if each <= side), default=SIDES[kind][0])
+        size = max(size // patch, 1) * patch if patch else size
+    if patch is None:
+        height, width = height_width("model.image_size", str(size))
+        fewest = -(-max(height, width) // TOKENS[kind])  # pixels of a patch
+        hybrid = own.get("model.backbone") == "convvit"
+        sizes = CONVVIT_PATCHES if hybrid else range(min(SMALLEST_PATCH, height, width), max(height, width) + 1)
+        fit = [each for each in sizes if height % each == width % each == 0]
+        patch = next((each for each in fit if each >= fewest), fit[-1] if fit else sizes[-1])
+    return {"image_size": str(size), "patch_size": patch}
+
+
+def networks(facts: Facts, own: Mapping[str, Any], given: Given | None = None) -> list[Chosen]:
+    """List the networks that come into question, from the smallest to the largest, each with its size of images.
+
+    Args:
+        facts: Of the set.
+        own: As in `image`.
+        given: The only one that does; its decoder is that of the first of ours that is as wide.
+    """
+    fixed = {f"model.{name}": value for name, value in given.model.items()} if given else {}
+    model = {**image({**own, **fixed}, facts.side, facts.kind), "in_chans": facts.in_chans}
+    if given:
+        place = next((place for place, width in enumerate(WIDTHS) if given.width <= width), -1)
+        return [{"model": model | given.model, "decoder": NETWORKS[place][1]}]
+    return [{"model": {"backbone": "vit", **network, **model}, "decoder": decoder} for network, decoder in NETWORKS]
 
 
 def epochs(facts: Facts, seconds: float, views: int) -> float:

@@ -28,15 +28,15 @@ def layers(kind: Any, presets: Path, given: Mapping[str, Any]) -> list[Path]:
     sections = [name for name, each in kinds.items() if hasattr(each, "SECTION")]
     defaults: Any = kinds["run"]
     file = [Path(given["config"])] if given.get("config") else []
-    named = next((read_yaml(path, sections).get("preset") for path in file), None)
-    preset = str(given.get("preset") or named or defaults.preset)
+    content = read_yaml(file[0], sections) if file else {}
+    preset = str(given.get("preset") or content.get("preset") or defaults.preset)
     names = sorted(path.stem for path in presets.glob("*.yaml"))
     if preset not in names:
         nearest = get_close_matches(preset, names, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(names)}"
         raise ConfigError(f"no preset of this name; --preset {preset}; {hint}")
     path = presets / f"{preset}.yaml"
-    saved = Path(given.get("out") or defaults.out) / "config.yaml"
+    saved = Path(given.get("out") or content.get("out") or defaults.out) / "config.yaml"
     if given.get("resume") and saved.is_file():
         own = read_yaml(saved, sections).get("preset")
         # What is given again is compared with what was saved, not ignored. But the name of the run's own preset says

@@ -68,6 +68,11 @@ class ModelSettings:
             raise ConfigError(f"{such}; choose at most {MOST_TOKENS}")
 
     @property
+    def has_own_shape(self) -> bool:
+        """Whether the backbone is one of timm or of a file."""
+        return ":" in self.backbone or self.backbone.endswith(".safetensors")
+
+    @property
     def image_hw(self) -> tuple[int, int]:
         """Height and width of the crop in pixels."""
         return height_width("model.image_size", self.image_size)
