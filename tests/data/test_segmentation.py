@@ -204,6 +204,11 @@ def test_seen_hw__the_shorter_side_is_given_and_the_longer_one_bounded(image, se
     assert tuple(seen_hw(image, 64)) == seen
 
 
+def test_seen_hw__the_shorter_side_of_every_image_is_the_side_to_the_pixel():
+    for side in (64, 224, 512):
+        assert {min(seen_hw((height, 2 * height), side)) for height in range(16, 1000)} == {side}
+
+
 @pytest.mark.parametrize("scale", [(0.1, 0.1), (0.5, 2.0)])
 def test_augmentation__of_an_extremely_long_image_is_a_crop_as_any(scale):
     augment = augmentation((24, 32), scale=scale)

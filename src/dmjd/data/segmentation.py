@@ -179,7 +179,7 @@ def seen_hw(image_hw: Sequence[int], side: int) -> list[int]:
     would otherwise become one of 512 x 204,800.
     """
     factor = min(side / min(image_hw), LONGEST * side / max(image_hw))
-    return [max(int(full * factor), 1) for full in image_hw]
+    return [max(round(full * factor), 1) for full in image_hw]
 
 
 class RandomSeenSize(v2.Transform):
