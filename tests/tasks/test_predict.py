@@ -20,6 +20,7 @@ from sklearn.preprocessing import StandardScaler
 import dmjd
 from dmjd.backbones.files import task_of
 from dmjd.cli import main
+from dmjd.config.predict import PredictRun, PredictSettings, TrainedSettings
 
 QUICK = ["--device", "cpu", "--workers", "0"]
 NAMES = ["blue", "green", "red"]
@@ -213,6 +214,32 @@ def test_predict__a_file_of_a_format_that_it_does_not_write_is_refused_before_an
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"error: --out {out}: there are no .json files of predictions; take .csv or .jsonl"
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("name", "format"), [("p.csv", "json"), ("p.jsonl", "csv"), ("P.CSV", "json")])
+def test_predict__a_format_other_than_the_file_ends_in_is_refused_before_anything_is_read(
+    name, format, tmp_path, capsys
+):
+    out = tmp_path / name
+    words = ["predict", "--backbone", "nowhere", "--data", "nowhere", "--out", str(out), "--format", format]
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --format {format} is not what the file ends in; --out {out}; leave it out, or give")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "format", "table"),
+    [
+        ("seen", None, "seen/predictions.csv"),
+        ("seen", "json", "seen/predictions.jsonl"),
+        ("seen.jsonl", None, "seen.jsonl"),
+        ("SEEN.CSV", "csv", "SEEN.CSV"),
+    ],
+)
+def test_predict__writes_to_the_file_that_out_names_or_to_one_in_this_folder(out, format, table):
+    start, data = TrainedSettings(backbone="nowhere"), PredictRun(data="nowhere")
+    assert PredictSettings(run=data, start=start, out=Path(out), format=format).table == Path(table)
 
 
 # -- segmenters and detectors ------------------------------------------------------------------------------------------

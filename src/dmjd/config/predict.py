@@ -10,6 +10,7 @@ from dmjd.config.common import BackboneSettings, ReadSettings, flat, group
 from dmjd.config.rules import within
 from dmjd.errors import ConfigError
 
+ENDINGS = {"csv": ".csv", "json": ".jsonl"}  # of a classifier's predictions
 UNWRITTEN = (".json", ".tsv", ".txt", ".parquet")  # endings that ask for a file, of a format that is not there
 
 
@@ -52,3 +53,12 @@ class PredictSettings:
         ending = self.out.suffix
         if ending.lower() in UNWRITTEN:
             raise ConfigError(f"--out {self.out}: there are no {ending} files of predictions; take .csv or .jsonl")
+        if self.format and ending.lower() in {*ENDINGS.values()} - {ENDINGS[self.format]}:
+            todo = f"leave it out, or give a name that ends in {ENDINGS[self.format]}"
+            raise ConfigError(f"--format {self.format} is not what the file ends in; --out {self.out}; {todo}")
+
+    @property
+    def table(self) -> Path:
+        """File of a classifier's predictions."""
+        named = self.out.suffix.lower() in ENDINGS.values()
+        return self.out if named else self.out / f"predictions{ENDINGS[self.format or 'csv']}"

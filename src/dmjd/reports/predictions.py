@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,27 +13,21 @@ from dmjd.data.cells import plain_cell
 from dmjd.data.decode import BadImage
 from dmjd.data.source import Source
 from dmjd.engine.checkpoint import flush, write_atomically
-from dmjd.engine.run import one_cell
+from dmjd.engine.run import rows_of
 from dmjd.errors import DataError
-
-ENDINGS = {"csv": ".csv", "json": ".jsonl"}
 
 
 class PredictionTable:
     """Writes a row for every image, which `path` holds when the table is finished.
 
     Args:
-        out: Folder of `predictions.csv` or `predictions.jsonl`, or this file itself.
+        path: File of the table; one that ends in .jsonl has an object in every line.
         classes: Names of the classes.
-        format: csv, or json for an object in every line; None goes by the ending of `out`.
         top: Likeliest classes to write; None for the likeliest one and the probabilities of all.
     """
 
-    def __init__(
-        self, out: Path, classes: Sequence[str], *, format: Literal["csv", "json"] | None = None, top: int | None = None
-    ):
-        self.format = format or ("json" if out.suffix == ENDINGS["json"] else "csv")
-        self.path = out if out.suffix in ENDINGS.values() else out / f"predictions{ENDINGS[self.format]}"
+    def __init__(self, path: Path, classes: Sequence[str], *, top: int | None = None):
+        self.path, self.is_json = path, path.suffix.lower() == ".jsonl"
         self.classes, self.all = list(classes), top is None
         self.top = min(top or 1, len(classes))
         self.images = self.labelled = self.right = 0
@@ -42,7 +36,7 @@ class PredictionTable:
         self.partial = self.path.with_name(f".{self.path.name}.partial")
         self.file = self.partial.open("w", newline="", encoding="utf-8", errors="backslashreplace")
         self.cells = csv.writer(self.file)
-        if self.format == "csv":
+        if not self.is_json:
             more = [name for place in range(2, self.top + 1) for name in (f"class_{place}", f"probability_{place}")]
             self.cells.writerow(["path", "class", "probability", *more, *map(plain_cell, classes if self.all else ())])
 
@@ -70,7 +64,7 @@ class PredictionTable:
 
     def write(self, name: str, probabilities: Sequence[float], best: Sequence[int]) -> None:
         """Write a row."""
-        if self.format == "csv":
+        if not self.is_json:
             pairs = ((plain_cell(self.classes[place]), f"{probabilities[place]:.6f}") for place in best)
             every = (f"{value:.6f}" for value in probabilities) if self.all else ()
             self.cells.writerow([plain_cell(name), *(cell for pair in pairs for cell in pair), *every])
@@ -102,8 +96,7 @@ class PredictionTable:
         """
         self.close()
         if self.skipped:
-            rows = "".join(f"{one_cell(name)}\t{reason}\n" for name, reason in self.skipped.items())
-            write_atomically(self.path.with_name("skipped.tsv"), rows)
+            write_atomically(self.path.with_name("skipped.tsv"), rows_of(self.skipped))
         if not self.images:
             self.partial.unlink()
             name, reason = next(iter(self.skipped.items()))

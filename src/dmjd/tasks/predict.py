@@ -85,7 +85,7 @@ def classify(settings: PredictSettings, named: Sequence[str] | None) -> dict[str
         parts = backbone.open(lambda wanted: open_all_or_one(run.data, wanted))
         table = None
         if ranks.is_main:
-            rows = PredictionTable(settings.out, classes, format=settings.format, top=settings.top)
+            rows = PredictionTable(settings.table, classes, top=settings.top)
             table = stack.enter_context(closing(rows))
         for images in parts:
             done = 0
