@@ -101,6 +101,14 @@ def test_load_reference__names_the_first_keys_that_do_not_fit():
         dmjd.load_reference(weights, target="pixels", **HEADS)
 
 
+@pytest.mark.parametrize("width", [20, 768, 9000])
+def test_load_reference__weights_of_another_width_than_hog_has_are_refused_by_both_widths(width):
+    _, weights = official_weights("vit", visible=False, patch_size=16)
+    weights |= {"decoder_pred.weight": torch.zeros(width, 16), "decoder_pred.bias": torch.zeros(width)}
+    with pytest.raises(ValueError, match=f"predicts {width} numbers a token, target 'hog' has 27"):
+        dmjd.load_reference(weights, target="hog", **HEADS)
+
+
 def test_names__every_pattern_is_needed():
     assert len({pattern for pattern, _ in NAMES}) == len(NAMES)
 

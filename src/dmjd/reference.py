@@ -222,7 +222,9 @@ def make_target(name: str, out_dim: int, patch_size: int, in_chans: int) -> Targ
     """
     found: Target
     if name == "hog":
-        cells = math.isqrt(out_dim // (9 * in_chans)) or 1
+        cells = math.isqrt(out_dim // (9 * in_chans))
+        if not cells or patch_size % cells:
+            cells = 1  # another width: that of one cell is not it either
         found = HOG(patch_size, in_chans=in_chans, cell_size=patch_size // cells)
     elif name in ("pixels", "normalized_pixels"):
         mean, std = default_statistics(in_chans)
