@@ -23,6 +23,11 @@ def test_class_names__that_are_no_list_are_refused(tmp_path, content, said):
         class_names(str(tmp_path), tmp_path / "names.txt")
 
 
+def test_class_names__a_file_that_is_named_is_not_looked_for_in_vain_where_the_default_is(tmp_path):
+    with pytest.raises(DataError, match="No such file"):
+        class_names(str(tmp_path), tmp_path / "classes.txt")
+
+
 def test_collate__tensors_are_stacked_and_other_annotations_listed():
     image = torch.zeros(3, 4, 4, dtype=torch.uint8)
     batch = collate_annotated([(image, torch.zeros(4, 4), {"a": "broken"}), (image, torch.ones(4, 4), {})])

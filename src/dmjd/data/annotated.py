@@ -82,11 +82,12 @@ def class_names(data: str, file: Path | None) -> tuple[str, ...] | None:
     """Read names of classes, one in a line, from a file; without one, from `data`/classes.txt; None if there is none.
 
     Raises:
-        DataError: If the file cannot be read, has no names, or has one twice.
+        DataError: If the file that is named is missing, or one cannot be read, has no names, or has one twice.
     """
-    file = file or Path(data) / "classes.txt"
-    if file == Path(data) / "classes.txt" and not file.is_file():
-        return None
+    if file is None:
+        file = Path(data) / "classes.txt"
+        if not file.is_file():
+            return None
     try:
         names = tuple(line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
