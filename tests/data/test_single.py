@@ -21,3 +21,27 @@ def test_open_all_or_one__an_image_an_array_and_a_folder(tmp_path):
     assert [len(*open_all_or_one(str(tmp_path / name), Wanted())) for name in ("folder", "images.npy")] == [3, 3]
     with pytest.raises(DataError, match="no such data"):
         open_all_or_one(str(tmp_path / "gone.png"), Wanted())
+
+
+@pytest.mark.parametrize(
+    ("shape", "in_chans", "count"),
+    [
+        ((9, 8), 3, 1),
+        ((9, 8, 3), 3, 1),
+        ((3, 9, 8), 3, 1),
+        ((9, 8, 3), 1, 1),
+        ((9, 8, 1), 3, 1),
+        ((9, 8, 5), 5, 1),
+        ((4, 9, 8), 3, 4),
+        ((4, 9, 8), 1, 4),
+        ((4, 9, 8, 3), 3, 4),
+        ((4, 9, 8, 1), 1, 4),
+    ],
+)
+def test_open_all_or_one__an_array_of_three_dimensions_is_an_image_unless_none_of_them_is_of_channels(
+    shape, in_chans, count, tmp_path
+):
+    np.save(tmp_path / "a.npy", np.zeros(shape, np.uint8))
+    (found,) = open_all_or_one(str(tmp_path / "a.npy"), Wanted(in_chans=in_chans))
+    assert len(found) == count
+    assert found.read(0).shape == (in_chans, 9, 8)

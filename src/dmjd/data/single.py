@@ -11,26 +11,29 @@ from dmjd.data.packed import PackedStrings
 from dmjd.data.source import Source, open_all
 
 
-def is_image(path: Path) -> bool:
-    """Tell whether there is a file that ends as images do, and is no array of several."""
-    if path.suffix.lower() == ".npy":
-        with suppress(OSError, ValueError, EOFError):  # reading it says what is wrong
-            if open_memmap(path, mode="r").ndim == 4:
-                return False
-    return path.suffix.lower() in EXTENSIONS and path.is_file()
-
-
-def open_image(path: Path, wanted: Wanted) -> Source:
-    """Open an image file as a set of one."""
-    names = PackedStrings.pack([path.name])
-    return FolderImages(root=path.parent, names=names, wanted=wanted, classes=(), labels=None)
-
-
 def open_all_or_one(data: str, wanted: Wanted) -> list[Source]:
-    """Find every image of a set, part by part, or the one image of a file; an array is a set, as for `--data`.
+    """Find every image of a set, part by part, or the one image of a file.
+
+    An array of four dimensions is a set, as for `--data`, and one of two an image. One of three is an image where the
+    first or the last of them may be its channels, else a set of grey images.
 
     Raises:
         DataError: If there is nothing of the name, or no image in it.
     """
     path = Path(data)
-    return [open_image(path, wanted)] if is_image(path) and path.suffix.lower() != ".npy" else open_all(data, wanted)
+    if not _is_image(path, wanted.in_chans):
+        return open_all(data, wanted)
+    names = PackedStrings.pack([path.name])
+    return [FolderImages(root=path.parent, names=names, wanted=wanted, classes=(), labels=None)]
+
+
+def _is_image(path: Path, in_chans: int) -> bool:
+    """Tell whether there is a file that ends as images do, and is no array of several."""
+    if path.suffix.lower() == ".npy":
+        with suppress(OSError, ValueError, EOFError):  # reading it says what is wrong
+            shape = open_memmap(path, mode="r").shape
+            ends = shape[0], shape[-1]
+            grey = len(shape) == 3 and not any(end == in_chans or {end, in_chans} == {1, 3} for end in ends)
+            if len(shape) == 4 or grey:
+                return False
+    return path.suffix.lower() in EXTENSIONS and path.is_file()

@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmjd.data.decode import BadImage
-from dmjd.data.single import is_image, open_image
-from dmjd.data.source import Readable, open_all
+from dmjd.data.single import open_all_or_one
+from dmjd.data.source import Readable
 from dmjd.engine.distributed import Ranks
 from dmjd.engine.signals import stoppable
 from dmjd.errors import DataError
@@ -85,8 +85,7 @@ def images_to_predict(path: Path, backbone: FeatureExtractor) -> Iterator[tuple[
     Raises:
         DataError: If there is none, none decodes, or two have the same name but for its ending.
     """
-    one = is_image(path)
-    parts = backbone.open(lambda wanted: [open_image(path, wanted)] if one else open_all(str(path), wanted))
+    parts = backbone.open(lambda wanted: open_all_or_one(str(path), wanted))
     names = [images.name(index) for images in parts for index in range(len(images))]
     if len({*map(output_name, names)}) < len(names):
         raise DataError(f"two images of the same name but for the ending; {path}; rename one")
