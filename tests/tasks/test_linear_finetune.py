@@ -2,14 +2,20 @@
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 import dmjd
 from dmjd.cli import main
+from dmjd.config.common import StartSettings
+from dmjd.config.downstream import AugmentSettings, FinetuneSettings
+from dmjd.engine.distributed import ParallelModel, Ranks
+from dmjd.tasks.finetune import Loss
 
 KEYS = {"top1", "top1_low", "top1_high", "top5", "mean_class_accuracy", "images", "train_images", "seconds"}
 LIGHT = "--steps 6 --batch_size 8 --workers 0 --device cpu --log.log_every 1 --log.evals 1"
@@ -93,6 +99,20 @@ RANDOM = (
     "--drop_path 0.2 --ema 0.5 --augment.mixup 0.8 --augment.cutmix 1 --augment.random_erasing 0.5 "
     "--augment.auto_augment rand-m9-mstd0.5-inc1 --log.saves 15"
 )
+
+
+def test_loss__blends_by_a_draw_of_torch_and_leaves_numpys_generator_where_it_was():
+    settings = FinetuneSettings(start=StartSettings(backbone="vit"), augment=AugmentSettings(mixup=0.8, cutmix=1.0))
+    loss, images, labels = Loss(settings, 3, 4), torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    model = ParallelModel(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), Ranks(torch.device("cpu")))
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(0)  # noqa: NPY002 (timm draws there)
+        before = np.random.get_state()[1:3]  # noqa: NPY002
+        losses.append(float(loss(model, images.clone(), labels)))
+        np.testing.assert_equal(np.random.get_state()[1:3], before)  # noqa: NPY002
+    assert losses[0] == losses[1] != losses[2]
 
 
 @pytest.mark.long

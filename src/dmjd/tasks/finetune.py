@@ -4,7 +4,6 @@ import json
 import sys
 from typing import Any
 
-import numpy as np
 import torch
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
@@ -35,6 +34,7 @@ from dmjd.engine.trainer import Trainer
 from dmjd.errors import ConfigError
 from dmjd.evaluation.classification import ClassificationResult
 from dmjd.evaluation.features import FeatureExtractor
+from dmjd.random import seeded
 from dmjd.reports.classification import write_classification
 
 
@@ -153,7 +153,6 @@ class Loss:
         """Compute the loss of a batch."""
         if self.blend is None:
             return F.cross_entropy(model(images), labels, label_smoothing=self.smoothing)
-        # timm draws from NumPy's generator; the loop has set torch's to this step.
-        np.random.seed(int(torch.randint(2**31, ())))  # noqa: NPY002
-        images, shares = self.blend(images, labels)
+        with seeded(int(torch.randint(2**31, ()))):  # timm draws from NumPy's generator; torch's is that of this step
+            images, shares = self.blend(images, labels)
         return F.cross_entropy(model(images), shares)
