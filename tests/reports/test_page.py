@@ -12,7 +12,14 @@ from dmjd.reports.page import compact, duration, jpeg, png, render, write_page
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(42.0, "42 s"), (600.0, "10 min"), (3600.0, "1 h 0 min"), (12034.0, "3 h 21 min"), (72e4, "200 h")],
+    [
+        (42.0, "42 s"),
+        (59.7, "1 min"),
+        (600.0, "10 min"),
+        (3600.0, "1 h 0 min"),
+        (12034.0, "3 h 21 min"),
+        (72e4, "200 h"),
+    ],
 )
 def test_duration__reads_naturally(seconds: float, text: str) -> None:
     assert duration(seconds).replace("\u00a0", " ") == text

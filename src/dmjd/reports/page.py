@@ -32,10 +32,9 @@ def render(template: str, page: Mapping[str, Any]) -> str:
 
 def duration(seconds: float) -> str:
     """Write seconds in words, in two units at most."""
-    minutes = round(seconds / 60)
-    if seconds < 60:
+    if round(seconds) < 60:
         return f"{seconds:.0f}\u00a0s"
-    hours, rest = divmod(minutes, 60)
+    hours, rest = divmod(round(seconds / 60), 60)
     return "\u00a0".join(([f"{hours:,}\u00a0h"] if hours else []) + ([f"{rest}\u00a0min"] if hours < 100 else []))
 
 
