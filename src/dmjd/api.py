@@ -15,7 +15,7 @@ from torch import nn
 
 from dmjd.backbones.files import load_backbone
 from dmjd.cli import say_stopped, settings_of
-from dmjd.engine.run import read_lines
+from dmjd.engine.run import read_metrics
 from dmjd.errors import Stopped
 
 
@@ -50,7 +50,7 @@ class TrainingOutcome(Outcome):
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl: numbers over steps, for a table or a plot of one's own."""
-        return [values for _, values in read_lines(self.out / "metrics.jsonl")]
+        return read_metrics(self.out / "metrics.jsonl")
 
     def load(self) -> nn.Module:
         """Load the network as a timm model, in evaluation mode, see `dmjd.load_backbone`.

@@ -7,7 +7,7 @@ import numpy as np
 
 from dmjd.data.source import open_source
 from dmjd.engine.distributed import join_ranks
-from dmjd.engine.run import Run
+from dmjd.engine.run import Run, read_metrics
 
 
 def test_skipped__only_what_is_new_is_written_and_a_resumed_run_has_the_lines_that_its_checkpoint_knew(
@@ -26,3 +26,10 @@ def test_skipped__only_what_is_new_is_written_and_a_resumed_run_has_the_lines_th
         again = Run(settings, images, ranks=ranks, held_out=0, defaults={})
         again.restore(state)
         assert (out / "skipped.tsv").read_text() == "a\tempty\nb\tcut\n"
+
+
+def test_read_metrics__lines_that_are_not_whole_are_left_out_and_a_run_without_any_has_none(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    assert read_metrics(metrics) == []
+    metrics.write_text('{"step": 1, "loss": 2.0}\n\0\0\n{"step": 2, "loss": 1.0}\n{"step": 3')
+    assert [line["step"] for line in read_metrics(metrics)] == [1, 2]

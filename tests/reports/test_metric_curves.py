@@ -1,17 +1,8 @@
 """Curves of what a run has logged."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 
-from dmjd.reports.curves import curve, draw_curves, read_metrics, smoothed, thinned
-
-
-def test_read_metrics__later_line_of_a_resumed_step_counts(tmp_path: Path) -> None:
-    lines = [{"step": 2, "loss": 5.0}, {"step": 1, "loss": 9.0}, {"step": 2, "rankme": 3.0}, {"step": 2, "loss": 4.0}]
-    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3')
-    assert read_metrics(tmp_path / "m.jsonl") == [lines[1], lines[2], lines[3]]
+from dmjd.reports.curves import curve, draw_curves, smoothed, thinned
 
 
 def test_thinned__keeps_the_spike_and_the_ends() -> None:

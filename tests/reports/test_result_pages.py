@@ -60,7 +60,7 @@ def test_write_classification__shows_the_best_and_the_hardest_first(tmp_path: Pa
 
 def test_write_dense__shows_shares_pictures_and_colours(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "epoch": 1.0, "map": 0.1}\n{"step": 2, "epoch": 2.0, "map": 0.2}'
+        '{"step": 1, "epoch": 1.0, "map": 0.1}\n{"step": 2, "epoch": 2.0, "map": 0.2}\n'
     )
     picture = np.zeros((20, 30, 3), np.uint8)
     write_dense(

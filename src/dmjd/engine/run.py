@@ -140,7 +140,7 @@ class Run:
         """Open what the run logs to, where it goes on as the run that it was."""
         if self.log_to:
             name = self.summary.setdefault("logged_as", new_name(self.out))
-            self.loggers = open_loggers(self.log_to, name, self.out, flatten(self.settings), first=self.first)
+            self.loggers = open_loggers(self.log_to, name, self.out, by_flag(self.settings), first=self.first)
 
     def tell(self, act: Callable[[Logger], None]) -> None:
         """Do something with all that the run logs to; what fails is left out from then on, and the run goes on."""
@@ -179,7 +179,7 @@ class Run:
         """
         self.make_directory()
         allowed = {*self.settings.get("allow_change", ())}
-        before, now = {**self.defaults, **flatten(state["settings"])}, flatten(self.settings)
+        before, now = {**self.defaults, **by_flag(state["settings"])}, by_flag(self.settings)
         changed = {
             key: f"{key} {before.get(key)} -> {now.get(key)}"
             for key in sorted(before.keys() | now.keys())
@@ -258,12 +258,17 @@ def rows_of(skipped: Mapping[str, str]) -> str:
     return "".join(f"{one_cell(path)}\t{reason}\n" for path, reason in skipped.items())
 
 
-def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Name settings as their flags: those of sections as SECTION.KEY."""
+def by_flag(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Do what `dmjd.config.load.by_flag` does, in a room that knows no settings."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, Mapping) else {key: value}
     return flat
+
+
+def read_metrics(metrics: Path) -> list[dict[str, Any]]:
+    """Read what the lines of metrics.jsonl say, as `read_lines` does; none where there is no file."""
+    return [values for _, values in read_lines(metrics)]
 
 
 def read_lines(metrics: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmjd.engine.run import MAY_CHANGE, flatten
+from dmjd.engine.run import MAY_CHANGE, by_flag
 from dmjd.errors import ConfigError
 from dmjd.reports.curves import HUES, SOLID, Line, overlay
 from dmjd.reports.page import compact, duration, write_page
@@ -115,7 +115,7 @@ def effort(known: Mapping[str, RunRecord]) -> dict[str, list[str]]:
 
 def differing(known: Mapping[str, RunRecord]) -> dict[str, list[str]]:
     """List the settings that are not the same in all runs, by their flags."""
-    settings = [flatten(record.settings) for record in known.values()]
+    settings = [by_flag(record.settings) for record in known.values()]
     flags = dict.fromkeys(flag for each in settings for flag in each)  # in the order of the files
     rows = {flag: [cell(each.get(flag)) for each in settings] for flag in flags}
     return {flag: cells for flag, cells in rows.items() if len({*cells}) > 1 and flag.partition(".")[0] not in UNSHOWN}
@@ -132,7 +132,7 @@ def same_losses(known: Mapping[str, RunRecord]) -> list[list[str]]:
     """Group runs whose losses have a common scale: of the same images, tokens, targets and losses."""
     groups: dict[str, list[str]] = {}
     for name, record in known.items():
-        settings = flatten(record.settings)
+        settings = by_flag(record.settings)
         visible = bool(settings.get("visible.weight"))
         counts = ["data", "model.patch_size", "masked.target", "masked.loss", "visible.weight"]
         counts += ["visible.target", "visible.loss", "visible.beta"] if visible else []

@@ -1,12 +1,9 @@
 """Curves of what a run has logged, as drawings inside a page that follow the reader's light or dark theme."""
 
 import io
-import json
 import math
 import re
 from collections.abc import Container, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,21 +43,9 @@ CURVES: dict[str, dict[str, str]] = {
 EXPLAINED = ("explained", "explained_train", "explained_visible")
 SHARES = frozenset(["top1", "knn_top1", "miou", "map", "mask_map", *EXPLAINED])  # shown in percent
 EVALUATED = frozenset(["rankme", "feature_std", *SHARES])  # drawn over epochs, the others over steps
+PIECES = 250  # of a long curve, each drawn by its extremes
 
 Line = dict[str, Any]  # of metrics.jsonl
-
-
-def read_metrics(path: Path) -> list[Line]:
-    """Read the logged lines in order of step, without lines cut off by a killed writer; none where there is no file.
-
-    A resumed run repeats the steps after its checkpoint: the later line of a step and kind counts.
-    """
-    found: dict[tuple[int, bool], Line] = {}
-    for text in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else ():
-        with suppress(ValueError, KeyError, TypeError):
-            line = json.loads(text)
-            found[line["step"], "loss" in line] = line
-    return [found[key] for key in sorted(found)]
 
 
 def series(lines: Sequence[Line], key: str, x: str = "step") -> Float[np.ndarray, "2 n"]:
@@ -224,8 +209,8 @@ def smoothed(values: Float[np.ndarray, " n"], window: int) -> Float[np.ndarray, 
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
-def thinned(values: Float[np.ndarray, " n"], parts: int = 250) -> Integer[np.ndarray, " m"]:
+def thinned(values: Float[np.ndarray, " n"]) -> Integer[np.ndarray, " m"]:
     """Choose where to draw a long curve: the ends, and the extremes of each part, so that no spike is lost."""
-    pieces = np.array_split(np.arange(values.size), min(values.size, parts))
+    pieces = np.array_split(np.arange(values.size), min(values.size, PIECES))
     extremes = [piece[pick(values[piece])] for piece in pieces for pick in (np.argmin, np.argmax)]
     return np.unique([0, values.size - 1, *extremes])

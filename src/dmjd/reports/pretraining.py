@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from dmjd.engine.run import read_metrics
 from dmjd.errors import ConfigError
-from dmjd.reports.curves import Line, draw_curves, read_metrics, series
+from dmjd.reports.curves import Line, draw_curves, series
 from dmjd.reports.nearest_pictures import read_nearest
 from dmjd.reports.page import write_page
 from dmjd.reports.token_pictures import read_samples

@@ -9,7 +9,8 @@ from typing import Any
 
 from dmjd.data.cells import plain_cell
 from dmjd.engine.checkpoint import write_atomically
-from dmjd.reports.curves import draw_curves, read_metrics
+from dmjd.engine.run import read_metrics
+from dmjd.reports.curves import draw_curves
 from dmjd.reports.page import write_page
 
 

@@ -13,10 +13,10 @@ import yaml
 from dmjd.config.common import StartSettings
 from dmjd.config.downstream import FinetuneSettings, LinearSettings
 from dmjd.config.export import ExportSettings
+from dmjd.config.load import by_flag
 from dmjd.config.pretrain import PretrainSettings
 from dmjd.config.rules import PRESETS, to_dict
 from dmjd.engine.checkpoint import flush
-from dmjd.engine.run import flatten
 from dmjd.errors import CheckpointError, ConfigError
 from dmjd.formats.hub_folder import AUTO, write_hub
 from dmjd.formats.network import Original, open_original
@@ -171,11 +171,11 @@ def differing(settings: Mapping[str, Any], key: str | None) -> str:
     _, default, presets = KINDS[key]
     preset = presets / f"{settings.get('preset')}.yaml"
     recipe = yaml.safe_load(preset.read_text("utf-8")) if preset.is_file() else {}
-    expected = flatten(to_dict(default())) | flatten(recipe)
+    expected = by_flag(to_dict(default())) | by_flag(recipe)
     return (
         ", ".join(
             f"{name} {value}"
-            for name, value in flatten(settings).items()
+            for name, value in by_flag(settings).items()
             if name.partition(".")[0] not in UNTOLD and str(value) != str(expected.get(name))
         )
         or "none"
