@@ -15,7 +15,7 @@ import tifffile
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from dmjd.data.decode import BadImage, Wanted, decode
+from dmjd.data.decode import BadImage, Wanted, decode, orientation
 from dmjd.data.folder import folder_images
 from dmjd.data.levels import Levels
 from dmjd.errors import DataError
@@ -185,6 +185,14 @@ def test_decode__images_are_turned_as_their_exif_says(ending: str, orientation: 
     image = decode(content, Wanted(3))
     assert image.shape == (3, *(SIDES if orientation < 5 else SIDES[::-1]))
     assert np.array_equal(image.permute(1, 2, 0).numpy(), np.array(shown.convert("RGB")))
+
+
+def test_decode__a_tiff_of_an_orientation_that_there_is_not_is_not_turned(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).integers(0, 60000, (9, 13, 5), dtype=np.uint16)
+    path = tmp_path / "image.tif"
+    path.write_bytes(tiff(array, photometric="minisblack", planarconfig="contig", extratags=[(274, "H", 1, 9)]))
+    assert np.array_equal(decode(path, Wanted(5)).numpy(), array.transpose(2, 0, 1))
+    assert orientation(path) == 1
 
 
 def test_decode__pages_are_bands_or_frames_as_asked_and_never_cut_silently() -> None:

@@ -40,6 +40,10 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP
 JPEG = b"\xff\xd8\xff"  # how its files begin
 APPLICATION = frozenset([*range(0xE0, 0xF0), 0xFE])  # markers of what comes before it: of programs, and comments
 PNG = b"\x89PNG"
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+NUMPY = b"\x93NUMPY"
+DICM = b"DICM"  # after 128 bytes that say nothing
+ORIENTATION = 0x0112  # number of the tag of EXIF and of TIFF
 PLAIN = (2, 5, 6)  # RGB, CMYK and YCbCr among the photometric interpretations of a TIFF
 DEPTHS = tuple(map(np.dtype, ("uint8", "uint16", "int16", "float32")))  # of the values that an image may have
 DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.float32)  # the same; prepared sets store the places
@@ -196,14 +200,24 @@ def orientation(path: Path) -> int:
     try:
         if path.suffix.lower() in (".tif", ".tiff"):
             with open_regular(path) as file, tifffile.TiffFile(file) as tiff:
-                tag = pages_of(tiff)[0].tags.get(274)
-                turned = int(tag.value) if tag else 1
-        else:
-            with open_regular(path) as file, open_picture(file) as image:
-                turned = image.getexif().get(0x0112, 1)
+                return _orientation_of_page(pages_of(tiff)[0])
+        with open_regular(path) as file, open_picture(file) as image:
+            return _orientation_of_picture(image)
     except Exception:  # an array or a medical image has none
         return 1
-    return turned if turned in range(1, 9) else 1
+
+
+def _orientation_of_page(page: Any) -> int:
+    tag = page.tags.get(ORIENTATION)
+    return _known_or_upright(tag.value) if tag else 1
+
+
+def _orientation_of_picture(image: Image.Image) -> int:
+    return _known_or_upright(image.getexif().get(ORIENTATION, 1))
+
+
+def _known_or_upright(turned: Any) -> int:
+    return int(turned) if turned in range(1, 9) else 1
 
 
 def turn(array: np.ndarray, turned: int) -> np.ndarray:
@@ -257,11 +271,11 @@ def _decode(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
     """Decode by what the first bytes say into an array H W or H W C."""
     if content.startswith(PNG) and content[24:26] in (b"\x10\2", b"\x10\4", b"\x10\6"):  # Pillow drops half of it
         return _without_alpha(_deep_png(content), wanted)
-    if content.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+    if content.startswith(TIFF):
         return _tiff(content, wanted, frame)
-    if content.startswith(b"\x93NUMPY"):
+    if content.startswith(NUMPY):
         return _channels_last(np.load(BytesIO(content), allow_pickle=False), wanted)
-    if content[128:132] == b"DICM":
+    if content[128:132] == DICM:
         return _dicom(content, wanted, frame)
     with open_picture(BytesIO(content)) as image:
         return _pillow(image, wanted)
@@ -275,8 +289,7 @@ def _orientation(content: bytes) -> int:
             return 1
         place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
     with open_picture(BytesIO(content)) as image:
-        turned = image.getexif().get(0x0112, 1)
-    return turned if turned in range(1, 9) else 1
+        return _orientation_of_picture(image)
 
 
 def _pillow(image: Image.Image, wanted: Wanted) -> np.ndarray:
@@ -337,8 +350,7 @@ def _page(page: Any) -> np.ndarray:
     array = np.asarray(page.asarray())
     if page.axes.startswith("S"):  # channel by channel
         array = np.moveaxis(array, 0, -1)
-    tag = page.tags.get(274)
-    return turn(array if array.ndim == 3 else array[..., None], int(tag.value) if tag else 1)
+    return turn(array if array.ndim == 3 else array[..., None], _orientation_of_page(page))
 
 
 def _dicom(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:

@@ -8,10 +8,9 @@ import numpy as np
 import tifffile
 from PIL import UnidentifiedImageError
 
-from dmjd.data.decode import BadImage, open_picture, open_regular, orientation, pages_of
+from dmjd.data.decode import DICM, NUMPY, PNG, TIFF, BadImage, open_picture, open_regular, orientation, pages_of
 
 DEPTHS_OF_MODES = {"I": "int32", "F": "float32", "1": "bool"}  # of Pillow; those of 16 bits start with I;16
-TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how its files begin
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,9 @@ def peek(file: Path) -> Peek:
             head = opened.read(132)
         if head.startswith(TIFF):
             return _tiff(file)
-        if head.startswith(b"\x93NUMPY"):
+        if head.startswith(NUMPY):
             return _array(file)
-        if head[128:] == b"DICM":
+        if head[128:] == DICM:
             return _dicom(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -60,7 +59,7 @@ def peek(file: Path) -> Peek:
 def _picture(file: Path, head: bytes) -> Peek:
     with open_regular(file) as opened, open_picture(opened) as image:
         mode = image.mode
-    deep = mode.startswith("I;16") or (head.startswith(b"\x89PNG") and head[24] == 16)  # Pillow hides deep colour
+    deep = mode.startswith("I;16") or (head.startswith(PNG) and head[24] == 16)  # Pillow hides deep colour
     dtype = "uint16" if deep else DEPTHS_OF_MODES.get(mode, "uint8")
     grey = mode in ("1", "L", "LA", "La", "I", "F") or mode.startswith("I;16")
     return Peek(1 if grey else 3, dtype, turned=orientation(file))
