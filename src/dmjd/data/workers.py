@@ -171,7 +171,7 @@ def _watch(workers: Sequence[SpawnProcess], stopped: set[int], over: threading.E
     """
     before: set[int] = set()
     while not over.wait(LOOK):
-        now = {worker.pid for worker in workers if worker.pid and _is_stopped(worker.pid)}
+        now = {worker.pid for worker in workers if worker.pid and look_at(worker.pid)[0] == "T"}
         stopped |= now & before
         for worker in workers:
             if worker.pid in stopped:
@@ -199,9 +199,14 @@ def _reason(workers: Sequence[SpawnProcess], stopped: set[int], error: Exception
     return error
 
 
-def _is_stopped(pid: int) -> bool:
-    """Tell whether a process is stopped by a signal; not so by a debugger, nor where the system does not say."""
+def look_at(pid: int) -> tuple[str, str]:
+    """Read the state of a process, such as R, S, T (stopped by a signal, not by a debugger), and when it started.
+
+    Returns:
+        Both, the start in ticks of the system's clock; nothing where there is no such process, or no /proc.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name before may hold anything
     except OSError:
-        return False
+        return "", ""
+    return fields[0], fields[19]

@@ -15,9 +15,9 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import NamedTuple
 
+from dmjd.data.workers import look_at
 from dmjd.engine.signals import stopping, what_then
 
 EVERY = 2.0  # seconds between two looks
@@ -36,18 +36,18 @@ class RankProcess(NamedTuple):
     @property
     def is_stopped(self) -> bool:
         """Whether it is there and stopped by a signal, where the system tells."""
-        return _look(self.pid) == ("T", self.started)
+        return look_at(self.pid) == ("T", self.started)
 
     @property
     def runs(self) -> bool:
         """Whether it is there and neither stopped nor ended."""
-        state, started = _look(self.pid)
+        state, started = look_at(self.pid)
         return started == self.started and state not in ("T", "Z", "X")
 
 
 def this_process(rank: int) -> RankProcess:
     """Describe the process at hand to the others."""
-    return RankProcess(rank, socket.gethostname(), os.getpid(), _look(os.getpid())[1])
+    return RankProcess(rank, socket.gethostname(), os.getpid(), look_at(os.getpid())[1])
 
 
 def is_from_torchrun() -> bool:
@@ -116,12 +116,3 @@ def _stop(ranks: Sequence[RankProcess]) -> None:
 def _say(line: str) -> None:
     with suppress(OSError):  # torchrun may have taken stderr with it
         print(line, file=sys.__stderr__, flush=True)
-
-
-def _look(pid: int) -> tuple[str, str]:
-    """Read the state of a process, such as R, S, T, and when it started; nothing where there is none, or no /proc."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name before may hold anything
-    except OSError:
-        return "", ""
-    return fields[0], fields[19]
