@@ -92,7 +92,9 @@ def test_look_ahead__what_the_backward_pass_does_not_hide_is_waited_for() -> Non
     ],
 )
 def test_look_ahead__says_what_breaks_first(devices: int, device: Device, first: str) -> None:
-    assert look_ahead(JOB, WORK, device, SPEED, devices).breaks[0] == first
+    outlook = look_ahead(JOB, WORK, device, SPEED, devices)
+    assert outlook.breaks[0] == first
+    assert outlook.fits == (first != "no memory for it")
 
 
 def test_look_ahead__storage_that_is_too_slow_is_named() -> None:

@@ -92,6 +92,11 @@ class Outlook(NamedTuple):
     cores: dict[str, float]
     breaks: list[str]
 
+    @property
+    def fits(self) -> bool:
+        """Whether a device has the memory for one of its parts of a step."""
+        return max(self.images // self.accumulation, 1) <= self.largest
+
 
 def assume(work: Work, device: Device, precision: str, utilisation: float) -> Pace | None:
     """Make the speed of a device by its data sheet; None if there is none."""

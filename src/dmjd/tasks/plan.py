@@ -302,7 +302,7 @@ def script(settings: PlanSettings, outlook: Outlook) -> str:
     Raises:
         ConfigError: If it does not fit.
     """
-    if "no memory for it" in outlook.breaks:
+    if not outlook.fits:
         wanted = "give --activation_checkpointing, more --devices or another --device"
         raise ConfigError(f"not one image of {settings.run.preset} fits; --device {settings.run.device}; {wanted}")
     words = ["dmjd", "pretrain", *command(settings, outlook)]
