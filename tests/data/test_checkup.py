@@ -110,7 +110,6 @@ def test_headers__are_those_of_files_that_have_one(mixed: Path) -> None:
     assert len(headers(parts)) == 9
     (mixed / "cut.png").write_bytes(b"no image")
     assert len(headers(parts)) == 8
-    assert len(headers(parts, 1)) == 1
 
 
 def test_file_of__knows_pages_and_sets_without_files(mixed: Path) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Num
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dmjd.data.decode import orientation
+from dmjd.data.decode import Wanted, orientation
 from dmjd.data.source import Readable, join_skipped, read_or_substitute
 from dmjd.errors import DataError
 from dmjd.random import mix, seeded
@@ -76,6 +76,18 @@ def turn_of(file: Path, given: tuple[int, ...], shown: tuple[int, ...]) -> int:
     """
     turned = orientation(file) if given != shown and given == shown[::-1] else 1
     return turned if turned >= 5 else 1
+
+
+def refuse_pages(data: str, wanted: Wanted) -> None:
+    """Refuse pages as images: an annotation is that of a file.
+
+    Raises:
+        DataError: If pages are wanted as frames.
+    """
+    if wanted.pages == "frames":
+        raise DataError(
+            f"annotations are of files, not of their pages; {data}; say --data_pages bands, or leave it out"
+        )
 
 
 def class_names(data: str, file: Path | None) -> tuple[str, ...] | None:

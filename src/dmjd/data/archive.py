@@ -42,7 +42,7 @@ from dmjd.errors import DataError
 OPEN_FILES = 64  # that a process keeps open
 CHAIN = 8  # links that may lead to one another
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-IN_TAR, STORED, DEFLATED = 0, zipfile.ZIP_STORED + 1, zipfile.ZIP_DEFLATED + 1  # how a member lies in its file
+IN_TAR, DEFLATED = 0, zipfile.ZIP_DEFLATED + 1  # how a member lies in its file
 
 Place = tuple[int, int, int, int]  # number of a file, where in it a member begins, bytes, and how it lies there
 

@@ -36,6 +36,7 @@ CHUNK = 64  # images that a thread looks at in one go
 BINS = 64  # of a histogram of values
 MEASURED = 256  # images whose values are measured, as training does
 TIMED = 64  # images that are timed
+PEEKED = 64  # headers of a part
 MOST_PAIRS = 10_000  # of near copies that are looked for: a set of nothing but copies has millions
 
 
@@ -80,11 +81,11 @@ def file_of(source: Source, index: int) -> Path | None:
     return None
 
 
-def headers(parts: Mapping[str, Source], count: int = 64) -> list[Peek]:
+def headers(parts: Mapping[str, Source]) -> list[Peek]:
     """Look at the headers of some files from all over a set."""
     found = []
     for source in parts.values():
-        for index in evenly(len(source), count):
+        for index in evenly(len(source), PEEKED):
             if file := file_of(source, index):
                 with suppress(BadImage):
                     found.append(peek(file))

@@ -24,7 +24,7 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
-from dmjd.data.annotated import turn_of
+from dmjd.data.annotated import refuse_pages, turn_of
 from dmjd.data.decode import EXTENSIONS, BadImage, Wanted, turn
 from dmjd.data.folder import FolderFiles
 from dmjd.data.packed import PackedStrings
@@ -160,10 +160,7 @@ def open_detection(
     Raises:
         DataError: If files are missing or broken, objects are of an unknown class, or a part has no object.
     """
-    if wanted.pages == "frames":
-        raise DataError(
-            f"annotations are of files, not of their pages; {data}; say --data_pages bands, or leave it out"
-        )
+    refuse_pages(data, wanted)
     root = Path(data)
     if (root / "ImageSets" / "Main").is_dir():
         folder = root / "JPEGImages"

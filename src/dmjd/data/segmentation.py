@@ -18,7 +18,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from dmjd.data.annotated import turn_of
+from dmjd.data.annotated import refuse_pages, turn_of
 from dmjd.data.decode import BadImage, Wanted, open_picture, open_regular, turn
 from dmjd.data.folder import FolderFiles, image_names
 from dmjd.data.packed import PackedStrings
@@ -112,10 +112,7 @@ def open_segmentation(
         DataError: If a part is missing, an image has no annotation, an annotation no image, a class is ignored, or
             there is one class only.
     """
-    if wanted.pages == "frames":
-        raise DataError(
-            f"annotations are of files, not of their pages; {data}; say --data_pages bands, or leave it out"
-        )
+    refuse_pages(data, wanted)
     root = Path(data)
     train, held_out = (
         _part(root, names, wanted=wanted, ignore_index=ignore_index, reduce_zero_label=reduce_zero_label)

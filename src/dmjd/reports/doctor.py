@@ -17,6 +17,7 @@ from dmjd.reports.page import jpeg, write_page
 
 SHOWN_FAULTS = 20
 SHOWN_PAIRS = 8
+MOST_KINDS = 8  # in a list
 UNEVEN = 10  # times as many images in the largest class as in the smallest, from which that is worth a line
 
 Problem = tuple[str, str]  # what is wrong, and what to do
@@ -177,10 +178,10 @@ def pages_listed(found: Mapping[str, Any]) -> str:
     return listed({f"of {pages} pages": count for pages, count in found["pages"].items()})
 
 
-def listed(counts: Mapping[str, int], most: int = 8) -> str:
+def listed(counts: Mapping[str, int]) -> str:
     """List names and how many there are of each."""
-    text = ", ".join(f"{count:,} {name or 'without an ending'}" for name, count in list(counts.items())[:most])
-    return f"{text} and {len(counts) - most} more kinds" if len(counts) > most else text
+    text = ", ".join(f"{count:,} {name or 'without an ending'}" for name, count in list(counts.items())[:MOST_KINDS])
+    return f"{text} and {len(counts) - MOST_KINDS} more kinds" if len(counts) > MOST_KINDS else text
 
 
 def are(count: int) -> str:

@@ -41,7 +41,7 @@ from dmjd.data.source import Source, fingerprint, open_parts, sample
 from dmjd.data.workers import usable_cores
 from dmjd.engine.checkpoint import flush, sha256, write_atomically
 from dmjd.engine.claim import lock
-from dmjd.engine.run import one_cell
+from dmjd.engine.run import rows_of
 from dmjd.errors import ConfigError, DataError, StorageError
 
 CHUNK = 16  # images that are read on one thread and written together
@@ -381,7 +381,7 @@ def finish(writer: SetWriter, parts: Mapping[str, Source], plan: Mapping[str, An
     for part, progress in writer.parts.items():
         for index, reason in progress.skipped.items():
             name = parts[part].name(index)
-            rows += f"{one_cell(f'{part}/{name}' if part else name)}\t{reason}\n"
+            rows += rows_of({f"{part}/{name}" if part else name: reason})
     write_atomically(out / "skipped.tsv", rows)
     paths = [path for path, _ in writer.files()]
     for part, progress in writer.parts.items():
