@@ -206,6 +206,16 @@ def test_card__of_a_run_on_weights_of_timm_knows_nothing_of_the_folder_it_is_wri
     assert described["facts"]["data"] == "photos"
 
 
+def test_card__of_a_run_whose_backbone_lies_in_its_own_folder_describes_it_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_network(tmp_path / "backbone.safetensors", "vit")
+    (tmp_path / "config.yaml").write_text(
+        f"{{backbone: {tmp_path}/backbone.safetensors, data: photos/, epochs: 3, batch_size: 8, augment: {{}}}}"
+    )
+    (described,) = describe_runs(Path())
+    assert described["title"] == "Fine-tuning"
+
+
 def test_export__a_network_of_convolutions_goes_to_the_hub_too(tmp_path):
     model, architecture = put_head(timm.create_model("test_resnet"), ("test_resnet", {}), 3)
     path = tmp_path / "network.safetensors"

@@ -143,7 +143,8 @@ def describe_runs(folder: Path) -> list[dict[str, Any]]:
         found = results(folder, 1)
         return [{"title": "Linear classifier", "facts": found}] if found else []
     backbone = Path(settings.get("backbone", ""))  # or timm:NAME
-    before = describe_runs(backbone.parent) if backbone.is_file() else []
+    other = backbone.is_file() and backbone.parent.resolve() != folder.resolve()  # a run may start in its own folder
+    before = describe_runs(backbone.parent) if other else []
     key = next((key for key in KINDS if key in settings), None)
     title = KINDS[key][0] if key else "Training"
     facts = {
