@@ -47,7 +47,7 @@ LINES = {
     "convmae": f"{TRAIN} --workers 0 --preset quick-convmae",
     "fastconvmae": f"{TRAIN} --workers 0 --preset quick-fastconvmae",
     "knn": "knn --data IMAGES --backbone RUN/vit/backbone.safetensors --out OUT",
-    "linear": "linear --data IMAGES --backbone RUN/convvit/backbone.safetensors --steps 8 --batch_size 16 --out OUT",
+    "linear": "linear --data IMAGES --backbone RUN/convvit/backbone.safetensors --out OUT",
     "finetune": "finetune --preset quick --data IMAGES --backbone RUN/convvit/backbone.safetensors --steps 8 "
     "--batch_size 16 --out OUT",
     "predict": "predict --data IMAGES/test --backbone RUN/finetune/last.safetensors --out OUT",

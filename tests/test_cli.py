@@ -359,7 +359,8 @@ def test_settings__the_learning_rate_follows_the_batch() -> None:
     for verb in ("finetune", "segment", "detect"):
         flags = ["--batch_size", 64, "--optim.blr", 1e-3]
         assert settings_of(verb, *NEEDED[verb], *flags).lr == pytest.approx(1e-3 * 64 / 256)
-    assert settings_of("linear", *NEEDED["linear"], "--batch_size", 64, "--blr", 0.2).lr == pytest.approx(0.05)
+    flags = ["--recipe", "paper", "--batch_size", 64, "--blr", 0.2]
+    assert settings_of("linear", *NEEDED["linear"], *flags).lr == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize(("flags", "steps"), [(["--epochs", 2], 20), (["--epochs", 0.01], 1), (["--steps", 7], 7)])

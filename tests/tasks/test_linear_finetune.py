@@ -61,6 +61,24 @@ def test_linear__by_the_papers_recipe_it_trains_refuses_to_overwrite_and_resumes
     assert {**said(capsys), "seconds": 0} == {**first, "seconds": 0}
 
 
+@pytest.mark.parametrize(
+    "flags", ["--epochs 1", "--batch_size 7", "--resume", "--log_to tensorboard", "--preset large", "--log.saves 3"]
+)
+def test_linear__flags_of_training_are_refused_where_nothing_is_trained(flags, tmp_path, capsys):
+    assert main(words("linear", "b", "d", tmp_path / "out", flags)) == 2
+    said = f"{flags.partition(' ')[0]} is for --recipe paper; leave it out, or give --recipe paper"
+    assert said in capsys.readouterr().err
+    main(words("linear", "b", "d", tmp_path / "out", f"{flags} --recipe paper"))
+    assert said not in capsys.readouterr().err
+
+
+def test_linear__a_file_of_settings_may_hold_more_than_the_recipe_uses(backbones, colours, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("preset: large\nblr: 1e-2\nlog: {saves: 3}\nmax_bad: 0.5\n")
+    flags = f"--config {tmp_path}/mine.yaml"
+    assert main(words("linear", backbones["vit"], colours, tmp_path / "out", flags)) == 0
+    assert said(capsys)["images"] == 12
+
+
 def test_linear__layers_that_are_not_there_are_one_line(backbones, colours, tmp_path, capsys):
     assert main(words("linear", backbones["vit"], colours, tmp_path / "out", "--layers 99")) == 2
     assert "--layers" in capsys.readouterr().err

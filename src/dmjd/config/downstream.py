@@ -18,7 +18,18 @@ from dmjd.config.common import (
     flat,
     group,
 )
-from dmjd.config.rules import LONGEST, divides, height_width, names_settings, ordered, within
+from dmjd.config.load import by_flag, read_yaml
+from dmjd.config.rules import (
+    LONGEST,
+    PRESETS,
+    divides,
+    flags_of,
+    height_width,
+    names_settings,
+    ordered,
+    to_dict,
+    within,
+)
 from dmjd.errors import ConfigError
 
 
@@ -109,11 +120,34 @@ class LinearSettings:
         within(-1000, 1000, self, "layers")
         within(0, 1000, self, "blr")
         within(0, 10_000, self, "warmup_epochs")
+        if self.recipe == "features":
+            refuse_training(self)
 
     @property
     def lr(self) -> float:
         """Peak learning rate."""
         return self.blr * self.run.batch_size / 256
+
+
+# Settings of `dmjd linear` that say how to train, which only the paper's recipe does.
+OF_TRAINING = (
+    *("preset", "epochs", "steps", "batch_size", "parallel", "compile", "deterministic", "resume", "allow_change"),
+    *("checkpoint_minutes", "max_bad", "log_to", "blr", "warmup_epochs", "log.log_every", "log.evals", "log.saves"),
+)
+
+
+def refuse_training(settings: LinearSettings) -> None:
+    """Refuse flags that would change nothing, since nothing is trained step by step; files may hold more than is used.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    run, usual, given = settings.run, flags_of(LinearSettings), by_flag(to_dict(settings))
+    preset = usual | by_flag(read_yaml(PRESETS / "linear" / f"{run.preset}.yaml"))
+    filed = by_flag(read_yaml(run.config)) if run.config else {}
+    for name in OF_TRAINING:
+        if name not in filed and given.get(name) not in (usual[name], preset[name]):
+            raise ConfigError(f"--{name} is for --recipe paper; leave it out, or give --recipe paper")
 
 
 # As timm reads it: magnitude, operations, their probability, noise and upper bound of the magnitude, which operations.
