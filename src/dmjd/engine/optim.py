@@ -69,7 +69,7 @@ def learning_rate(peak: float, *, warmup: float, steps: int, shape: Shape = "cos
     """
     if warmup >= steps:
         said = f"warm-up takes {warmup:.0f} steps, the run has {steps}"
-        print(f"warning: {said}: see --optim.warmup_epochs", file=sys.stderr)
+        print(f"warning: {said}: see warmup_epochs", file=sys.stderr)
     return (warmup_cosine if shape == "cosine" else warmup_poly)(peak, warmup=warmup, steps=steps)
 
 

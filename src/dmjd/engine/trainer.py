@@ -30,7 +30,7 @@ IN_A_ROW = 3  # steps without a finite gradient after which a run goes back
 ROLLBACKS = 2  # then it ends
 WAITING = 0.1  # share of the time that images may be waited for
 PATIENCE = 60.0  # seconds of training before something is said about it
-LESS_MEMORY = "give more --optim.accumulation or a smaller --batch_size"
+LESS_MEMORY = "give a smaller --batch_size, or compute it in more parts (accumulation) where the verb can"
 
 
 class DivergedError(Exception):
@@ -269,7 +269,7 @@ class Trainer:
         good = self.ranks.on_main(lambda: checkpoint.whole_ones(self.run.checkpoints))
         if before == ROLLBACKS or not good:
             tried = f"after {before} rollbacks" if before else "and there is no checkpoint to go back to"
-            raise NonFiniteError(f"{why}, {tried}; {self.run.out}; start another run with a lower --optim.blr")
+            raise NonFiniteError(f"{why}, {tried}; {self.run.out}; start another run with a lower blr")
         self.restore(good[min(before, len(good) - 1)])
         self.run.summary["rollbacks"] = before + 1
         if self.ranks.is_main:
