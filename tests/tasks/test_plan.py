@@ -79,6 +79,14 @@ def test_plan__of_a_large_set_says_its_steps_beside_the_recipes_and_what_storage
     assert max(map(len, page.splitlines())) <= 120
 
 
+def test_plan__for_a_cpu_a_teacher_of_the_visible_branch_is_not_read_to_choose_a_precision(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    teacher = Path(__file__).parents[1] / "fixtures" / "vit.safetensors"
+    printed = json.loads(plan(capsys, "--images", 1000, "--device", "cpu", "--visible.target", teacher, "--json"))
+    assert printed["precision"] in ("bf16", "fp32")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("flags", "hours"), [([], 101), (["--model.backbone", "vit", "--epochs", "800"], 132)])
 def test_plan__published_hours_are_near_those_at_the_default_utilisation(

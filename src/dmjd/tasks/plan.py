@@ -167,7 +167,8 @@ def precision_of(settings: PlanSettings, device: Device) -> str:
         return asked
     if device.kind == "gpu":
         return "bf16" if device.has_bf16 else "fp32"
-    parts = parts_of(replace(settings, masked=replace(settings.masked, target="pixels")))
+    masked, visible = replace(settings.masked, target="pixels"), replace(settings.visible, target=None)
+    parts = parts_of(replace(settings, masked=masked, visible=visible))  # teachers read files, which meta cannot hold
     with torch.device("meta"):
         network = parts.create()
     cpu = torch.device("cpu")
