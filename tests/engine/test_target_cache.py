@@ -1,7 +1,9 @@
 """Targets of a frozen teacher that are kept on disk."""
 
 import json
+import os
 import sqlite3
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +33,10 @@ def images(count: int = 3) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
+def open_files() -> set[str]:
+    return {os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
+
+
 def rows(cache: TargetCache) -> int:
     return int(sqlite3.connect(cache.path).execute("SELECT count(*) FROM targets").fetchone()[0])
 
@@ -38,20 +44,29 @@ def rows(cache: TargetCache) -> int:
 def test_cache__targets_are_the_teachers_and_crops_seen_before_are_not_computed_again(tmp_path):
     own = teacher()
     expected = own(images())
-    (cache,) = cache_targets(torch.nn.Sequential(HOG(8, cell_size=4), own), tmp_path, precision="fp32")
-    assert own.cache is cache
-    first = own(images()[:2])
-    torch.testing.assert_close(first, expected[:2], atol=2e-3, rtol=2e-3)  # float16
-    assert rows(cache) == 2
-    with torch.no_grad():
-        for weight in own.maps.network.parameters():
-            weight.zero_()  # whatever is computed from now on is wrong
-    again = own(images()[[1, 0]])
-    assert torch.equal(again, first[[1, 0]])
-    mixed = own(images()[[0, 2]])
-    assert torch.equal(mixed[0], first[0])
-    assert not torch.allclose(mixed[1], expected[2], atol=1e-2)
-    assert rows(cache) == 3
+    with cache_targets(torch.nn.Sequential(HOG(8, cell_size=4), own), tmp_path, precision="fp32") as (cache,):
+        assert own.cache is cache
+        first = own(images()[:2])
+        torch.testing.assert_close(first, expected[:2], atol=2e-3, rtol=2e-3)  # float16
+        assert rows(cache) == 2
+        with torch.no_grad():
+            for weight in own.maps.network.parameters():
+                weight.zero_()  # whatever is computed from now on is wrong
+        again = own(images()[[1, 0]])
+        assert torch.equal(again, first[[1, 0]])
+        mixed = own(images()[[0, 2]])
+        assert torch.equal(mixed[0], first[0])
+        assert not torch.allclose(mixed[1], expected[2], atol=1e-2)
+        assert rows(cache) == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="lists open files as Linux does")
+def test_cache__afterwards_no_file_is_open_also_on_errors(tmp_path):
+    with pytest.raises(KeyError), cache_targets(teacher(), tmp_path, precision="fp32") as (cache,):  # noqa: PT012
+        assert str(cache.path) in open_files()
+        raise KeyError
+    assert str(cache.path) not in open_files()
+    assert [path.suffix for path in tmp_path.iterdir()] == [".sqlite"]  # without a log beside it
 
 
 def test_cache__another_teacher_or_precision_has_another_file(tmp_path):

@@ -4,7 +4,8 @@ import hashlib
 import math
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -46,6 +47,10 @@ class TargetCache:
             self.database.execute("CREATE TABLE IF NOT EXISTS targets (crop BLOB PRIMARY KEY, target BLOB)")
         except sqlite3.Error as error:
             raise StorageError(f"no usable cache of targets ({error}); {self.path}; remove it") from None
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self.database.close()
 
     def bytes_for(self, num_crops: int) -> int:
         """Estimate the size of the file when it holds so many crops."""
@@ -103,15 +108,17 @@ def signed(key: bytes, target: bytes) -> bytes:
     return hashlib.blake2b(key + target, digest_size=DIGEST).digest() + target
 
 
-def cache_targets(model: nn.Module, folder: Path, *, precision: str) -> list[TargetCache]:
-    """Give every frozen teacher of a model a cache in a folder, and return the caches.
+@contextmanager
+def cache_targets(model: nn.Module, folder: Path, *, precision: str) -> Iterator[list[TargetCache]]:
+    """Give every frozen teacher of a model a cache in a folder, to be used in here; the caches.
 
     Raises:
         StorageError: If a file there is no database.
     """
-    caches = []
-    for module in model.modules():
-        if isinstance(module, Teacher):
-            module.cache = TargetCache(module, folder, precision=precision)
-            caches.append(module.cache)
-    return caches
+    with ExitStack() as stack:
+        caches = []
+        for module in model.modules():
+            if isinstance(module, Teacher):
+                module.cache = stack.enter_context(closing(TargetCache(module, folder, precision=precision)))
+                caches.append(module.cache)
+        yield caches

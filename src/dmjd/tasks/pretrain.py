@@ -5,6 +5,7 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -71,7 +72,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any] | None:
         Stopped: After a signal that ends runs.
     """
     run, out = settings.run, settings.run.out
-    with join_ranks(run.device) as ranks, claim(run.out, resume=run.resume, ranks=ranks):
+    with ExitStack() as stack, join_ranks(run.device) as ranks, claim(run.out, resume=run.resume, ranks=ranks):
         ranks.micro_batch(run.batch_size, settings.optim.accumulation)
         torch.manual_seed(run.seed)
         network = create(settings)  # settings that do not go together are refused before images are looked for
@@ -82,7 +83,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any] | None:
         network = network.to(ranks.device)
         parts = Parts(in_memory(found.train), in_memory(found.held_out))
         if settings.teacher.cache:
-            cache(settings, network, num_crops=len(parts.train) * (settings.crop.variants or 1))
+            cache(settings, network, stack, num_crops=len(parts.train) * (settings.crop.variants or 1))
         model = ParallelModel(network, ranks, **run.training)
         scaled = Parts(Scaled(parts.train, statistics.levels), Scaled(parts.held_out, statistics.levels))
         monitor = Monitor(
@@ -173,8 +174,8 @@ def name_broken(run: Run, parts: Parts) -> None:
         print(f"warning: {such}; see {run.out / 'skipped.tsv'}", file=sys.stderr)
 
 
-def cache(settings: PretrainSettings, network: DMJD, *, num_crops: int) -> None:
-    """Keep the targets of frozen teachers on disk, and say how much space that takes.
+def cache(settings: PretrainSettings, network: DMJD, stack: ExitStack, *, num_crops: int) -> None:
+    """Keep the targets of frozen teachers on disk until the stack unwinds, and say how much space that takes.
 
     Raises:
         ConfigError: If there is no frozen teacher.
@@ -183,7 +184,7 @@ def cache(settings: PretrainSettings, network: DMJD, *, num_crops: int) -> None:
     assert settings.teacher.cache
     device = next(network.parameters()).device
     bf16 = computes_in_bf16(choose_precision(settings.run.precision, device, network), device)
-    caches = cache_targets(network, settings.teacher.cache, precision="bf16" if bf16 else "fp32")
+    caches = stack.enter_context(cache_targets(network, settings.teacher.cache, precision="bf16" if bf16 else "fp32"))
     if not caches:
         raise ConfigError("no frozen teacher among the targets; --teacher.cache; leave it out")
     for each in caches:
