@@ -2,6 +2,7 @@
 
 import time
 
+import pytest
 import torch
 from torch import nn
 
@@ -35,3 +36,13 @@ def test_stopwatch__counts_the_time_until_items_are_there_and_none_in_between():
         assert item == place
         time.sleep(0.1)
     assert 0.06 <= stopwatch.read() < 0.1
+
+
+def test_stopwatch__a_pass_that_raised_is_left_out():
+    timed = Sleep()
+    stopwatch = Stopwatch(torch.device("cpu"), [timed])
+    with pytest.raises(ValueError, match="non-negative"):
+        timed(-1)
+    time.sleep(0.1)
+    timed(0.02)
+    assert 0.02 <= stopwatch.read() < 0.1

@@ -21,38 +21,43 @@ class Stopwatch:
 
     def __init__(self, device: torch.device, modules: Iterable[nn.Module] = ()):
         self.on_gpu = device.type == "cuda"
-        self.marks: list[torch.cuda.Event | float] = []  # start and end in turns
+        self.start: Any = None  # of what is timed now; it stays where that raises, until the next one
+        self.spans: list[tuple[Any, Any]] = []  # start and end: events, or seconds
         for module in modules:
-            module.register_forward_pre_hook(lambda *_: self._mark())
-            module.register_forward_hook(lambda *_: self._mark())
+            module.register_forward_pre_hook(lambda *_: self._begin())
+            module.register_forward_hook(lambda *_: self._end())
 
-    def _mark(self) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if self.on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
-        else:
-            self.marks.append(time.perf_counter())
+    def _mark(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _begin(self) -> None:
+        if not torch.compiler.is_compiling():
+            self.start = self._mark()
+
+    def _end(self) -> None:
+        if not torch.compiler.is_compiling():
+            self.spans.append((self.start, self._mark()))
 
     def timed(self, items: Iterator[Any]) -> Iterator[Any]:
         """Hand out items, and count the time until each is there."""
         end = object()
         while True:
-            self._mark()
+            self._begin()
             item = next(items, end)
-            self._mark()
+            self._end()
             if item is end:
                 return
             yield item
 
     def read(self) -> float:
         """Return the seconds since the last reading; a GPU's queue is waited for."""
-        if self.on_gpu and self.marks:
+        if self.on_gpu and self.spans:
             torch.cuda.synchronize()
-        starts, ends, self.marks = self.marks[::2], self.marks[1::2], []
-        pairs: Any = zip(starts, ends, strict=True)
+        spans, self.spans = self.spans, []
         if self.on_gpu:
-            return sum((start.elapsed_time(end) / 1000 for start, end in pairs), 0.0)  # events count milliseconds
-        return sum((end - start for start, end in pairs), 0.0)
+            return sum((start.elapsed_time(end) / 1000 for start, end in spans), 0.0)  # events count milliseconds
+        return sum((end - start for start, end in spans), 0.0)
