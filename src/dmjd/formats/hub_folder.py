@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
 from dmjd.backbones.normalize import Normalize
+from dmjd.citation import CITATION
 from dmjd.formats.network import Original, compare, compare_models
 from dmjd.formats.timm_file import imports, save_model
 
@@ -97,6 +98,7 @@ def model_card(original: Original, card: Mapping[str, Any]) -> str:
     }
     facts = {
         "about": yaml.safe_dump(about, sort_keys=False),
+        "citation": CITATION,
         "original": original,
         "model": model,
         "auto": AUTO[original.kind == "classifier"][0],

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from dmjd.citation import CITATION
 from dmjd.engine.run import read_metrics
 from dmjd.errors import ConfigError
 from dmjd.reports.curves import Line, draw_curves, series
@@ -16,12 +17,6 @@ from dmjd.reports.nearest_pictures import read_nearest
 from dmjd.reports.page import write_page
 from dmjd.reports.token_pictures import read_samples
 
-CITATION = """@article{ma2023disjoint,
-  title   = {Disjoint Masking with Joint Distillation for Efficient Masked Image Modeling},
-  author  = {Ma, Xin and Liu, Chang and Xie, Chunyu and Ye, Long and Deng, Yafeng and Ji, Xiangyang},
-  journal = {arXiv preprint arXiv:2301.00230},
-  year    = {2023}
-}"""
 MEASURES = {
     "explained": "Hidden tokens explained",
     "explained_visible": "Visible tokens explained",
