@@ -3,7 +3,7 @@
 trainer       the one way to train, for every verb
 loop          step by step, in plain sight
 optim         optimizer and learning rate
-distributed   ranks, and a network on several of them; nothing else knows of these
+distributed   ranks, and a network on several of them; nothing else here knows of these
 device        where to compute, and in which precision
 
 run           the directory of a run, and how one is taken up again
@@ -16,5 +16,5 @@ watch         ranks that are gone or stopped
 progress      a bar, or a line a minute
 loggers       programs that show numbers beside metrics.jsonl
 stopwatch     how long targets compute, and how long steps wait
-target_cache  targets on disk, for dear teachers
+target_cache  targets on disk, for expensive teachers
 """
