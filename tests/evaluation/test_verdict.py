@@ -79,6 +79,25 @@ def test_verdict__of_a_good_run_says_what_few_looks_or_few_images_leave_undone(n
     assert bool(verdict.advice) == bool(words)
 
 
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "predictions explain 36% of the variance of hidden tokens (held-out images)"),
+        (
+            {"explained": -1.35, "explained_train": -1.35},
+            "predictions of hidden tokens are worse than the mean target (held-out images)",
+        ),
+        (
+            {"explained": -0.2, "explained_train": 0.8},
+            "predictions of hidden tokens are worse than the mean target (held-out images), "
+            "but on training images they explain 80%",
+        ),
+    ],
+)
+def test_verdict__says_what_predictions_explain_or_that_the_mean_target_is_better(changes, line):
+    assert judge(UNTRAINED, GOOD | changes).line == line
+
+
 def test_judge__names_the_flag_that_makes_the_run_longer():
     assert (
         judge(UNTRAINED, GOOD | {"explained": 0.02, "explained_train": 0.03}, longer="--steps").advice == "more --steps"

@@ -54,11 +54,13 @@ def judge(untrained: Mapping[str, float], trained: Mapping[str, float], *, longe
     the visible branch, were set on runs that were made to go wrong (docs/results.md, The verdict).
     """
     explained, seen = trained["explained"], trained["explained_train"]
-    said = f"{explained:.0%} of what is hidden of held-out images is explained"
+    said = "predictions of hidden tokens are worse than the mean target (held-out images)"
+    if explained >= 0:
+        said = f"predictions explain {explained:.0%} of the variance of hidden tokens (held-out images)"
     if seen > PREDICTED and seen - explained > GAP:
         return Verdict(
             "overfitted",
-            f"{said}, of training images {seen:.0%}",
+            f"{said}, but on training images they explain {seen:.0%}",
             "more images, or a shorter run; wider crops (--crop.scale 0.2 1); a smaller network",
         )
     # A run on its way passes the mean target, which explains nothing; one that has no way stays there.
@@ -77,7 +79,7 @@ def judge(untrained: Mapping[str, float], trained: Mapping[str, float], *, longe
             f"a lower --optim.blr; more {longer}; look at the images (dmjd doctor)",
         )
     if stuck:
-        said += f", but {visible:.0%} of what is visible"
+        said += f", but those of visible tokens explain {visible:.0%}"
         return Verdict("too little", said, f"more {longer}; another --masked.target")
     if explained < PREDICTED:
         return Verdict("too little", said, f"more {longer}")
