@@ -1,4 +1,4 @@
-"""`python -m dmjd`, alike `dmjd`: what torchrun starts."""
+"""`python -m dmjd`, the same as `dmjd`: what torchrun starts."""
 
 import os
 import sys

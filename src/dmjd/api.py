@@ -79,7 +79,7 @@ def pretrain(data: str | Path, out: str | Path, **settings: Any) -> TrainingOutc
 
 
 def linear(backbone: str | Path, data: str | Path, out: str | Path | None = None, **settings: Any) -> TrainingOutcome:
-    """Judge a frozen backbone by a linear classifier on its features; `numbers["top1"]` is its accuracy.
+    """Train a linear probe on frozen features; `numbers["top1"]` is its accuracy.
 
     Args:
         backbone: A backbone.safetensors, or timm:NAME.
@@ -151,7 +151,7 @@ def embed(backbone: str | Path, data: str | Path, out: str | Path, **settings: A
 
 
 def predict(backbone: str | Path, data: str | Path, out: str | Path, **settings: Any) -> Outcome:
-    """Let a trained classifier, segmenter or detector look at images.
+    """Run a trained classifier, segmenter or detector on images.
 
     Args:
         backbone: File of the network: the `backbone` of what `finetune`, `linear`, `segment` or `detect` return.
@@ -197,7 +197,7 @@ def prepare(data: str | Path, out: str | Path, **settings: Any) -> Outcome:
 
 
 def plan(images: int | None = None, **settings: Any) -> Outcome:
-    """Say what a pre-training run will cost before it begins, as a page that is printed.
+    """Estimate what a pre-training run will cost, as a page that is printed.
 
     Args:
         images: To train on. Default: those of `data`.

@@ -12,7 +12,7 @@ LossName = Literal["l2", "l1", "smooth_l1", "cosine"]
 
 
 def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """One minus the cosine of the angle between prediction and target of a token, in the mean."""
+    """One minus the cosine of the angle between prediction and target of a token, on average."""
     return torch.mean(1 - F.cosine_similarity(predicted, target, dim=-1))
 
 

@@ -19,7 +19,7 @@ def default_statistics(in_chans: int) -> tuple[tuple[float, ...], tuple[float, .
 
 
 class Normalize(nn.Module):
-    """Pixels of 0..255, less the mean of their channel and over its standard deviation.
+    """Pixels of 0..255, minus the mean of their channel, divided by its standard deviation.
 
     Args:
         mean: Mean of every channel, for values in 0..1.

@@ -248,7 +248,7 @@ class FinetuneSettings:
     labels: Annotated[LabelSubset, flat("Labels")] = field(default_factory=LabelSubset)
     tuning: Annotated[TuningSettings, flat("Fine-tuning")] = field(default_factory=TuningSettings)
     ema: Annotated[float, group("Fine-tuning")] = 0.0
-    """Decay of a running mean of the weights, which is then what is judged and kept; 0 for none."""
+    """Decay of an exponential moving average of the weights, which is then what is judged and kept; 0 for none."""
     augment: Annotated[AugmentSettings, group("Augmentation")] = field(default_factory=AugmentSettings)
     optim: Annotated[TuningOptim, group("Optimizer")] = field(default_factory=TuningOptim)
     log: Annotated[LogSettings, group("Log")] = field(default_factory=LogSettings)

@@ -112,9 +112,9 @@ class MaskedSettings:
     SECTION: ClassVar[str] = "masked."
 
     target: str = "hog"
-    """What is predicted: hog, pixels, normalized_pixels, ema (the running mean of the backbone itself), or a frozen
-    teacher: timm:NAME, hf:NAME (a name or folder that Hugging Face transformers loads) or a backbone.safetensors.
-    Several with + between them: the losses are summed."""
+    """What is predicted: hog, pixels, normalized_pixels, ema (the exponential moving average of the backbone
+    itself), or a frozen teacher: timm:NAME, hf:NAME (a name or folder that Hugging Face transformers loads) or a
+    backbone.safetensors. Several with + between them: the losses are summed."""
     loss: LossName = "l2"
     """Loss on hidden tokens: l2, l1, smooth_l1, cosine."""
 
@@ -174,7 +174,7 @@ class TeacherSettings:
     """Maps whose mean is the target, by timm's numbers, negative ones from the end; give the flag once for each.
     Default: the last one, of a ConvViT that of its tokens."""
     decay: tuple[float, float] = (0.996, 0.9999)
-    """Share of the running mean (ema) that a step keeps, at the start and at the end of the run."""
+    """Share of the moving average (ema) that a step keeps, at the start and at the end of the run."""
     bf16: bool = False
     """A frozen teacher computes in bf16 even where the run does not: faster on CPUs that have it."""
     cache: Path | None = None

@@ -29,7 +29,7 @@ class Timed(NamedTuple):
 
     Attributes:
         batch: Images in one.
-        seconds: Of the middle one.
+        seconds: Their median.
         memory: Bytes that were taken at most, beside what was there before the network; None where nobody counts.
     """
 

@@ -97,7 +97,7 @@ class Work:
 
     Attributes:
         parameters: Trained numbers by part: encoder, decoder, projector.
-        teachers: Bytes of targets that are networks: a running mean, or frozen ones.
+        teachers: Bytes of targets that are networks: a moving average, or frozen ones.
         forward: FLOP of an image forward, all views, targets included.
         flops: FLOP of an image forward and backward.
         weights: Bytes of the network without teachers, buffers included.

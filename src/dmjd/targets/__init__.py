@@ -7,7 +7,7 @@ a class with what `Target` asks for, and a function that makes it of a `TargetRe
     pixels     pixels, as they are or normalised in each patch (MAE)
     hog        histograms of oriented gradients (MaskFeat, and the paper's own recipe)
     teacher    features of a frozen network
-    ema        features of the running mean of the student itself (data2vec)
+    ema        features of the exponential moving average of the student itself (data2vec)
     concat     several targets side by side
 """
 

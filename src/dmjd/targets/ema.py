@@ -1,4 +1,4 @@
-"""The running mean of the student's own weights as the teacher (data2vec, Baevski et al. 2022)."""
+"""The exponential moving average of the student's own weights as the teacher (data2vec, Baevski et al. 2022)."""
 
 from copy import deepcopy
 

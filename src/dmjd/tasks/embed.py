@@ -23,7 +23,7 @@ def embed(settings: EmbedSettings) -> dict[str, Any] | None:
     """Write features (N, D), or (N, L, D) of patches, to `settings.out`, and path and label row by row beside it.
 
     All images of a folder are embedded, whatever its parts; the label is there for class folders. Files that do not
-    decode are left out of both and named in the closing line's count.
+    decode are left out of both and counted in the closing line.
 
     Returns:
         The numbers, on the first rank.
