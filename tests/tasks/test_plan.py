@@ -83,7 +83,8 @@ def test_plan__for_a_cpu_a_teacher_of_the_visible_branch_is_not_read_to_choose_a
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     teacher = Path(__file__).parents[1] / "fixtures" / "vit.safetensors"
-    printed = json.loads(plan(capsys, "--images", 1000, "--device", "cpu", "--visible.target", teacher, "--json"))
+    visible = ["--visible.weight", 1, "--visible.target", teacher]
+    printed = json.loads(plan(capsys, "--images", 1000, "--device", "cpu", *visible, "--json"))
     assert printed["precision"] in ("bf16", "fp32")
 
 
