@@ -57,6 +57,19 @@ class Stopped(SystemExit):
 
 
 @contextmanager
+def extra(name: str, where: str, kind: type[UserError] = ConfigError) -> Iterator[None]:
+    """Import what an extra of this distribution brings in here; `where` says what needs it.
+
+    Raises:
+        UserError: Of this kind, if something is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise kind(f"{error.name} is not installed; {where}; pip install 'dmjd[{name}]'") from None
+
+
+@contextmanager
 def refusing_settings() -> Iterator[None]:
     """Make networks of a user's settings in here: what cannot be made of them is the user's mistake.
 

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dmjd.errors import CheckpointError, ConfigError
+from dmjd.errors import CheckpointError, ConfigError, extra
 
 
 class HuggingFace(nn.Module):
@@ -25,10 +25,8 @@ class HuggingFace(nn.Module):
 
     def __init__(self, name: str):
         super().__init__()
-        try:
+        with extra("hf", f"hf:{name}"):
             from transformers import AutoImageProcessor, AutoModel
-        except ImportError:
-            raise ConfigError(f"transformers is not installed; hf:{name}; pip install 'dmjd[hf]'") from None
         try:
             model: Any = AutoModel.from_pretrained(name, trust_remote_code=False)
             processor: Any = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)

@@ -16,7 +16,7 @@ from dmjd.data.decode import BadImage, Reduce, Wanted, decode
 from dmjd.data.packed import PackedNumbers, PackedStrings
 from dmjd.data.source import Opener, Source, register_source
 from dmjd.data.stored import Classes, StoredImages, classes_of, refuse_frames
-from dmjd.errors import DataError
+from dmjd.errors import DataError, extra
 
 OPTIONS = ("config", "image", "label", "revision")
 LABELS = ("label", "labels", "fine_label")  # what a column of classes is usually called, the most usual first
@@ -93,10 +93,8 @@ def has_embedded_images(path: Path) -> bool:
 
 def _load(data: str, name: str, config: str | None = None, revision: str | None = None) -> dict[str, Any]:
     """Let the library find a set; its parts by name, and one of no name if there are none."""
-    try:
+    with extra("tables", data, DataError):
         import datasets
-    except ImportError:
-        raise DataError(f"such sets need the library datasets; {data}; pip install 'dmjd[tables]'") from None
     datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # before version 4 it would ask whether to run a set's script
     try:
         if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):

@@ -23,7 +23,7 @@ from dmjd.data.hub import has_embedded_images, open_hub
 from dmjd.data.packed import PackedStrings, Packer
 from dmjd.data.source import Opener, Source, is_file_name, register_source
 from dmjd.data.stored import classes_of, parts_by_column
-from dmjd.errors import DataError
+from dmjd.errors import DataError, extra
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ENDINGS = (*DELIMITERS, ".parquet", ".txt")
@@ -157,11 +157,9 @@ def _cells(rows: Iterable[list[str]], width: int, places: list[int], path: Path)
 
 def _parquet(path: Path, names: Sequence[str]) -> tuple[list[str], Columns]:
     """Read the names of all columns of a Parquet file, and the columns of these names."""
-    try:
+    with extra("tables", str(path), DataError):
         import pyarrow
         from pyarrow import parquet
-    except ImportError:
-        raise DataError(f"Parquet files need pyarrow; {path}; pip install 'dmjd[tables]'") from None
     try:
         header = parquet.read_schema(path).names
         there = [name for name in names if name in header]
@@ -230,10 +228,8 @@ def _files(root: Path, folders: Iterable[str]) -> Iterator[str]:
 
 def _check_protocols(protocols: Iterable[str], path: Path) -> None:
     """See that what reads URLs of these kinds is installed."""
-    try:
+    with extra("remote", f"URLs in {path}", DataError):
         import fsspec
-    except ImportError:
-        raise DataError(f"URLs need fsspec; {path}; pip install 'dmjd[remote]'") from None
     for protocol in sorted(protocols):
         if protocol not in PROTOCOLS:
             known = ", ".join(sorted(PROTOCOLS))

@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from dmjd.data.detection import DetectionSet, Objects
 from dmjd.data.source import evenly
 from dmjd.engine.distributed import Ranks
-from dmjd.errors import ConfigError, DataError
+from dmjd.errors import DataError, extra
 from dmjd.evaluation.dense import SHOWN, Judged, Shown, decodable
 
-try:
+with extra("dense", "dmjd detect"):
     from torchmetrics.detection import MeanAveragePrecision
-except ModuleNotFoundError as error:
-    raise ConfigError(f"{error.name} is missing; dmjd detect needs it; pip install 'dmjd[dense]'") from None
 
 DRAWN = 0.5  # lowest score of a box in a picture
 MEASURES = {

@@ -20,7 +20,7 @@ from numpy.lib import format as npy
 
 from dmjd.data.cells import plain_cell
 from dmjd.engine.checkpoint import flush, write_atomically
-from dmjd.errors import CheckpointError, ConfigError, DataError
+from dmjd.errors import CheckpointError, DataError, extra
 
 PARQUET = ".parquet"
 ROW_GROUP = 2**26  # bytes of features in one row group of a Parquet file, about
@@ -200,11 +200,9 @@ def pyarrow() -> tuple[Any, Any]:
     Raises:
         ConfigError: If it is missing.
     """
-    try:
+    with extra("tables", "--out F.parquet"):
         import pyarrow
         from pyarrow import parquet
-    except ImportError:
-        raise ConfigError("pyarrow is missing; --out F.parquet needs it; pip install 'dmjd[tables]'") from None
     return pyarrow, parquet
 
 

@@ -15,13 +15,11 @@ from torchvision.transforms.v2.functional import resize
 from dmjd.data.segmentation import SegmentationSet, seen_hw
 from dmjd.data.source import evenly
 from dmjd.engine.distributed import Ranks
-from dmjd.errors import ConfigError
+from dmjd.errors import extra
 from dmjd.evaluation.dense import SHOWN, Judged, Shown, decodable
 
-try:
+with extra("dense", "dmjd segment"):
     from torchmetrics.classification import MulticlassConfusionMatrix
-except ModuleNotFoundError as error:
-    raise ConfigError(f"{error.name} is missing; dmjd segment needs it; pip install 'dmjd[dense]'") from None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmjd.errors import ConfigError
+from dmjd.errors import extra
 from dmjd.formats.network import Original, compare
 from dmjd.formats.torch_program import describe, trace
 
@@ -20,11 +20,9 @@ def write_onnx(original: Original, path: Path) -> None:
     Raises:
         ConfigError: If there is none for this kind of network, or the extra `onnx` is missing.
     """
-    try:
+    with extra("onnx", "--to onnx"):
         import onnxruntime
         import onnxscript  # noqa: F401 (torch's exporter needs it)
-    except ModuleNotFoundError as missing:
-        raise ConfigError(f"{missing.name} is not installed; --to onnx; pip install 'dmjd[onnx]'") from None
     program, network = trace(original)
     graph: Any = torch.onnx.export(
         program,

@@ -5,13 +5,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmjd.backbones.pyramid import Pyramid
-from dmjd.errors import ConfigError
+from dmjd.errors import extra
 
-try:
+with extra("dense", "dmjd segment"):
     from segmentation_models_pytorch.base.modules import Conv2dReLU
     from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
-except ModuleNotFoundError as error:
-    raise ConfigError(f"{error.name} is missing; dmjd segment needs it; pip install 'dmjd[dense]'") from None
 
 
 class Segmenter(nn.Module):
