@@ -7,7 +7,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from safetensors import safe_open
 
-from dmjd.reports.token_pictures import places
+from dmjd.reports.token_pictures import views_of
 
 GAP = 4  # white pixels between two pictures
 
@@ -24,11 +24,9 @@ def read_strips(path: Path) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
     rows, columns = map(int, about["grid"].split())
     strips = {}
     for place, image in enumerate(images):
-        known = image if about["backdrop"] == "image" else target[place] // 3
-        shots = [image, target[place]]
-        for hidden, guess in zip(masked[place].astype(bool), predicted[place], strict=True):
-            seen = np.where(places(hidden, (rows, columns), image.shape), np.uint8(128), image)
-            shots += [seen, np.where(places(hidden, (rows, columns), known.shape), guess, known)]
+        shown = (image, target[place], masked[place], predicted[place])
+        views = views_of(*shown, (rows, columns), about["backdrop"])
+        shots = [image, target[place], *(shot for _, *pair in views for shot in pair)]
         size = image.shape[:0:-1]
         strips[f"predictions/{place + 1}"] = join([in_colour_at(shot, size) for shot in shots])
     return strips

@@ -4,7 +4,7 @@ The file of samples holds pictures only; targets have drawn what they predict, s
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,13 +102,10 @@ def sample_rows(
     columns = (tensors[name] for name in ("images", "masked", "target", "predicted"))
     for place, (image, masked, target, predicted) in enumerate(zip(*columns, strict=True)):
         image = image[: 3 if len(image) > 2 else 1]
-        known = image if backdrop == "image" else target // 3
         groups = [[("Image", "as it was given", image), ("Target", "the target at every token", target)]]
         if "patch_colours" in tensors:
             groups[0].append(("Features", "the features of its tokens as colours", tensors["patch_colours"][place]))
-        for view, (hidden, guess) in enumerate(zip(masked.astype(bool), predicted, strict=True)):
-            seen = np.where(places(hidden, grid, image.shape), np.uint8(128), image)
-            pasted = np.where(places(hidden, grid, known.shape), guess, known)
+        for view, (hidden, seen, pasted) in enumerate(views_of(image, target, masked, predicted, grid, backdrop)):
             about = f"view {view + 1}"
             group = [(f"View {view + 1}: seen", f"{about}, {hidden.mean():.0%} of its tokens hidden", seen)]
             group.append(("Predicted", f"{about}, the prediction at its hidden tokens", pasted))
@@ -124,6 +121,24 @@ def sample_rows(
             break
         rows.append(row)
     return rows
+
+
+def views_of(
+    image: UInt8[np.ndarray, "C H W"],
+    target: UInt8[np.ndarray, "c h w"],
+    masked: Integer[np.ndarray, "V L"],
+    predicted: UInt8[np.ndarray, "V c h w"],
+    grid: tuple[int, int],
+    backdrop: str,
+) -> Iterator[tuple[Bool[np.ndarray, " L"], np.ndarray, np.ndarray]]:
+    """Draw the views of an image: the tokens that one hides, what is seen of it, and the predictions in their places.
+
+    What was not predicted is the image there, or by another `backdrop` the target in a third of its light.
+    """
+    known = image if backdrop == "image" else target // 3
+    for hidden, guess in zip(masked.astype(bool), predicted, strict=True):
+        seen = np.where(places(hidden, grid, image.shape), np.uint8(128), image)
+        yield hidden, seen, np.where(places(hidden, grid, known.shape), guess, known)
 
 
 def picture(caption: str, alt: str, shot: UInt8[np.ndarray, "c h w"]) -> dict[str, Any]:
