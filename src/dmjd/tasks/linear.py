@@ -24,6 +24,7 @@ from dmjd.data.labelled import (
 from dmjd.data.memory import in_memory
 from dmjd.data.source import Parts, labels_of
 from dmjd.engine.claim import claim, refuse_run
+from dmjd.engine.device import memory_errors
 from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
 from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_lars
@@ -83,7 +84,8 @@ def fit_features(
     settings: LinearSettings, backbone: FeatureExtractor, parts: Parts, ranks: Ranks
 ) -> ClassificationResult | None:
     """Fit logistic regressions on features computed once, with the penalty that does best over folds of them."""
-    (bank, bank_labels), (queries, labels) = backbone.labelled_features(parts, layers=settings.layers)
+    with memory_errors("choose cpu for --device"):  # the size of a batch is that of the paper's recipe
+        (bank, bank_labels), (queries, labels) = backbone.labelled_features(parts, layers=settings.layers)
     if not ranks.is_main:
         return None
     if len(bank_labels.unique()) < 2:
