@@ -131,7 +131,9 @@ def test_look__images_are_read_as_small_as_crops_need_them(tmp_path):
         pixels = np.random.default_rng(number).integers(0, 256, (800, 800, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number}.jpg")
     images = open_source(str(tmp_path)).train
-    whole, small = (ForCrops(images, crop).read(0) for crop in (None, RandomCrop((32, 32), (0.5, 1.0), (1.0, 1.0), True)))
+    whole, small = (
+        ForCrops(images, crop).read(0) for crop in (None, RandomCrop((32, 32), (0.5, 1.0), (1.0, 1.0), True))
+    )
     assert whole.shape[1:] == (800, 800)
     assert max(small.shape[1:]) <= 100
 

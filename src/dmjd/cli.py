@@ -70,7 +70,7 @@ VERBS = (
     Verb(
         "linear",
         downstream.LinearSettings,
-        "Judge a frozen backbone by a linear classifier on its features.",
+        "Train a linear probe on frozen features.",
         PRESETS / "linear",
     ),
     Verb(
@@ -91,11 +91,11 @@ VERBS = (
         "Train a backbone and Faster or Mask R-CNN on images with boxes, or predict with them.",
         PRESETS / "detect",
     ),
-    Verb("predict", PredictSettings, "Let a trained classifier, segmenter or detector look at images."),
+    Verb("predict", PredictSettings, "Run a trained classifier, segmenter or detector on images."),
     Verb("embed", downstream.EmbedSettings, "Write the features of images to a file."),
     Verb("search", SearchSettings, "Find the nearest images of others, or near-duplicates, by their features."),
     Verb("export", ExportSettings, "Write a network of a run for timm, Hugging Face, ONNX or torch.export."),
-    Verb("plan", PlanSettings, "Say what a pre-training run will cost before it begins.", PRESETS),
+    Verb("plan", PlanSettings, "Estimate what a pre-training run will cost.", PRESETS),
     Verb("prepare", PrepareSettings, "Decode images once, make them smaller and pack them for the other verbs."),
     Verb("doctor", DoctorSettings, "Say what is in a set of images, a run or a backbone, and what is wrong with it."),
 )

@@ -135,7 +135,7 @@ class DMJD(nn.Module):
         return self.encoder.backbone(self.normalize(images))
 
     def update_targets(self, progress: float) -> None:
-        """Move targets that are a running mean of the backbone; `progress` is the share of the run done, 0 to 1."""
+        """Move targets that are a moving average of the backbone; `progress` is the share of the run done, 0 to 1."""
         for module in self.modules():
             if isinstance(module, EmaTeacher):
                 module.update(self.encoder.backbone, progress)

@@ -4,6 +4,7 @@ import os
 import pickle
 import threading
 import time
+import warnings
 
 import pytest
 import torch
@@ -39,6 +40,13 @@ def test_in_memory__equals_decoding(tmp_path, write, monkeypatch, threaded, in_c
                 assert str(from_file.value) == str(from_memory.value)
             else:
                 assert torch.equal(held.read(index), images.read(index))
+
+
+def test_packed_images__decoding_in_threads_leaves_the_warnings_of_the_process_as_they_were(tmp_path, write):
+    write(tmp_path, *[f"{number}.png" for number in range(600)], size=(6, 4))
+    before = [*warnings.filters]
+    PackedImages(folder_images(tmp_path, Wanted(3)), threads=4)
+    assert warnings.filters == before
 
 
 def test_in_memory__a_subset_is_held_alone(folder):

@@ -51,6 +51,9 @@ DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.float32)  # the same; pr
 # A broken file has one reason, which we give: loggers, and libtiff, which writes to stderr itself, are silent.
 for _name in ("PIL", "tifffile"):
     logging.getLogger(_name).addHandler(logging.NullHandler())
+# Nor is what decoders tolerate worth a line per file. `catch_warnings` is not for threads: one would undo another's.
+for _name in ("PIL", "tifffile", "pydicom", r"dmjd\.data\.(decode|peek)"):
+    warnings.filterwarnings("ignore", module=_name)
 with suppress(OSError, AttributeError):  # not every system finds libtiff through Pillow's library
     _libtiff = ctypes.CDLL(_imaging.__file__)
     _libtiff.TIFFSetErrorHandler(None)
@@ -112,10 +115,8 @@ def decode(
         else:
             with open_regular(file) as opened:
                 content = opened.read()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what a decoder tolerates is not worth a line per file and epoch
-            array = _jpeg(content, wanted, reduce) if content.startswith(JPEG) else None
-            array = _decode(content, wanted, frame) if array is None else array
+        array = _jpeg(content, wanted, reduce) if content.startswith(JPEG) else None
+        array = _decode(content, wanted, frame) if array is None else array
         array = fit_channels(at_known_depth(array), wanted.in_chans)
     except _Refused as refused:
         reason, advice = refused.args

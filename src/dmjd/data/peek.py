@@ -1,6 +1,5 @@
 """What the header of an image file says, before anything is decoded, turned or converted."""
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,9 +44,7 @@ def peek(file: Path) -> Peek:
             return _array(file)
         if head[128:] == DICM:
             return _dicom(file)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _picture(file, head)
+        return _picture(file, head)
     except BadImage:
         raise
     except UnidentifiedImageError:
