@@ -87,14 +87,14 @@ def _choose(settings: PretrainSettings, own: Mapping[str, Any], parse: Parse, ra
     training = replace(facts, minutes=max(SPARE * minutes - at_first, 0.1 * minutes))
     networks = auto.networks(facts, own, given)
     few = ForCrops(Subset(images, sample.numbers), None if held else crop_of(parse(networks[0])))
-    packed = PackedImages(few)
+    packed = PackedImages(few)  # reads them all
     readers = ranks.world_size * (spare_cores() if run.workers is None else max(run.workers, 1))
     waiting = 0.0 if held else few.seconds / len(few) / readers  # for the next image, by all workers together
 
-    def time(trial: PretrainSettings) -> float:
+    def measure(trial: PretrainSettings) -> float:
         return max(time_image(trial, packed, ranks.device, IMAGES[kind]) / ranks.world_size, waiting)
 
-    chosen, seconds, passes, larger = largest(networks, training, parse, time)
+    chosen, seconds, passes, larger = largest(networks, training, parse, measure)
     fitting = parse(chosen | {"epochs": passes})
     chosen = chosen | auto.schedule(facts, fitting.run.epochs, asdict(fitting.masking))
     if steps := fitting.run.steps:  # the user's own
@@ -124,7 +124,7 @@ def given_network(settings: PretrainSettings) -> Given | None:
 
 
 def largest(
-    networks: Sequence[Chosen], facts: Facts, parse: Parse, time: Callable[[PretrainSettings], float]
+    networks: Sequence[Chosen], facts: Facts, parse: Parse, measure: Callable[[PretrainSettings], float]
 ) -> tuple[Chosen, float, float, bool]:
     """Find the largest network that still sees every image often, by trying them in their order.
 
@@ -132,7 +132,7 @@ def largest(
         networks: From the smallest, which is always taken, to the largest.
         facts: Of the set; the minutes are those for steps.
         parse: As in `choose`.
-        time: Measures the seconds that training takes an image.
+        measure: Finds the seconds that training on an image takes.
 
     Returns:
         The network, its seconds an image, its epochs, and whether a larger one would see images too seldom.
@@ -148,7 +148,7 @@ def largest(
         if trial.model == model:  # there is no other one
             continue
         try:
-            took = time(trial)
+            took = measure(trial)
         except (RuntimeError, MemoryError) as error:
             if not (chosen and is_memory_error(error)):
                 raise
