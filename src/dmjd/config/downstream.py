@@ -131,7 +131,7 @@ class LinearSettings:
 
 # Settings of `dmjd linear` that say how to train, which only the paper's recipe does.
 OF_TRAINING = (
-    *("preset", "epochs", "steps", "batch_size", "parallel", "compile", "deterministic", "resume", "allow_change"),
+    *("epochs", "steps", "batch_size", "parallel", "compile", "deterministic", "resume", "allow_change"),
     *("checkpoint_minutes", "max_bad", "log_to", "blr", "warmup_epochs", "log.log_every", "log.evals", "log.saves"),
 )
 
