@@ -3,7 +3,7 @@
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -58,6 +58,25 @@ def refuse_run(out: Path) -> None:
     """
     if (out / "config.yaml").exists():
         raise ConfigError(f"there is a run in it; {out}; choose another --out")
+
+
+def refuse_input(data: str, written: Iterable[Path], *, folders: Iterable[Path] = ()) -> None:
+    """Keep a verb from writing over what it reads.
+
+    Args:
+        data: What is read, as `--data` takes it; beside an array that is its list of labels too.
+        written: Files that the verb is about to write, and the folder that it writes into.
+        folders: Where it writes files by the names of images: no image is to come from below them.
+
+    Raises:
+        ConfigError: If one of these is what is read.
+    """
+    given = Path(data).resolve()
+    labels = [given.with_suffix(".csv")] if given.suffix.lower() == ".npy" else []
+    read = [path for path in written if path.resolve() in (given, *labels)]
+    read += [path for path in folders if path.resolve() in (given, *given.parents)]
+    if read:
+        raise ConfigError(f"this is what is read, or the folder of it; {read[0]}; choose another --out")
 
 
 def _take(out: Path, *, resume: bool) -> list[IO[str]]:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from dmjd.data.decode import BadImage
 from dmjd.data.single import open_all_or_one
 from dmjd.data.source import Readable
+from dmjd.engine.claim import refuse_input
 from dmjd.engine.distributed import Ranks
 from dmjd.engine.signals import stoppable
 from dmjd.errors import DataError
@@ -77,6 +78,15 @@ def output_name(name: str) -> str:
     path, page = (Path(file), f"#{page}") if file and page.isdecimal() else (Path(name), "")
     # The names of a list may be absolute, or lead upwards: there lie the images themselves.
     return "/".join(part for part in path.with_suffix("").parts if part not in (path.anchor, "..")) + page
+
+
+def refuse_images(path: Path, out: Path) -> None:
+    """Keep predictions out of the set that they are of: in there are images, and classes.txt is that of its truth.
+
+    Raises:
+        ConfigError: If `out` is the folder of the images, or of a set that they belong to.
+    """
+    refuse_input(str(path), [out], folders=[out / name for name in ("images", "masks", "overlays")])
 
 
 def images_to_predict(path: Path, backbone: FeatureExtractor) -> Iterator[tuple[str, Num[Tensor, "C H W"] | None]]:

@@ -40,6 +40,14 @@ class FeatureBank(NamedTuple):
     record: Mapping[str, Any]
 
 
+def feature_files(out: Path) -> tuple[Path, ...]:
+    """Name what is written for `--out`: the features first, F.npy if it has another ending, and what lies beside."""
+    if out.suffix == PARQUET:
+        return out, out.with_suffix(".json")
+    features = out if out.suffix == ".npy" else out.with_name(f"{out.name}.npy")
+    return features, features.with_suffix(".csv"), features.with_suffix(".json")
+
+
 class FeatureWriter:
     """Writes features and names, row by row.
 
@@ -60,7 +68,7 @@ class FeatureWriter:
     """
 
     def __init__(self, out: Path, made_of: Mapping[str, Any], *, columns: Sequence[str], dtype: str):
-        self.out = out if out.suffix in (".npy", PARQUET) else out.with_name(f"{out.name}.npy")
+        self.out = feature_files(out)[0]
         self.cell: Callable[[str], str] = str if self.out.suffix == PARQUET else plain_cell
         self.made_of, self.columns, self.dtype = dict(made_of), list(columns), np.dtype(dtype)
         self.shape: tuple[int, ...] = ()  # of a row

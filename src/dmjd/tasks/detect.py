@@ -24,7 +24,7 @@ from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_optimizer
 from dmjd.engine.run import Run
 from dmjd.engine.trainer import Trainer
-from dmjd.evaluation.dense import Judged, images_to_predict, output_name
+from dmjd.evaluation.dense import Judged, images_to_predict, output_name, refuse_images
 from dmjd.evaluation.detection import Finder, Found, judge_detection, likely
 from dmjd.evaluation.features import FeatureExtractor
 from dmjd.networks.around import fit_around, heads_of, make_pyramid
@@ -153,6 +153,7 @@ def predict(settings: DetectSettings) -> dict[str, Any] | None:
     """
     began, out, path = time.perf_counter(), settings.run.out, settings.dense.predict
     assert path is not None
+    refuse_images(path, out)
     task = read_task(settings.start.backbone, "detect")
     settings = replace(
         settings,

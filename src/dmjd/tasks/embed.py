@@ -13,9 +13,10 @@ import torch
 from dmjd.config.downstream import EmbedSettings
 from dmjd.data.source import Source, fingerprint, has_labels, open_all
 from dmjd.engine.checkpoint import sha256
+from dmjd.engine.claim import refuse_input
 from dmjd.engine.distributed import join_ranks
 from dmjd.errors import DataError
-from dmjd.evaluation.feature_file import FeatureWriter
+from dmjd.evaluation.feature_file import FeatureWriter, feature_files
 from dmjd.evaluation.features import FeatureExtractor
 
 
@@ -30,10 +31,11 @@ def embed(settings: EmbedSettings) -> dict[str, Any] | None:
 
     Raises:
         CheckpointError: If the backbone does not load, or what is to be gone on with is of another run.
-        ConfigError: If the backbone has no such layers.
+        ConfigError: If the backbone has no such layers, or `out` is among the images.
         DataError: If there are no images, or none decodes.
     """
     began, run = time.perf_counter(), settings.run
+    refuse_input(run.data, [*feature_files(settings.out), settings.out.parent])
     with join_ranks(run.device) as ranks, ExitStack() as stack:
         torch.manual_seed(0)
         backbone = FeatureExtractor(ranks=ranks, **settings.start.keywords, **run.keywords)

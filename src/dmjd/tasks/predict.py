@@ -23,6 +23,7 @@ from dmjd.config.downstream import (
 )
 from dmjd.config.predict import PredictSettings
 from dmjd.data.single import open_all_or_one
+from dmjd.engine.claim import refuse_input
 from dmjd.engine.distributed import join_ranks
 from dmjd.errors import CheckpointError, ConfigError
 from dmjd.evaluation.features import FeatureExtractor
@@ -42,7 +43,7 @@ def predict(settings: PredictSettings) -> dict[str, Any] | None:
 
     Raises:
         CheckpointError: If the file holds no trained classifier, segmenter or detector.
-        ConfigError: If settings are not for this network.
+        ConfigError: If settings are not for this network, or the images lie where it would write.
         DataError: If there are no images.
     """
     task = task_of(settings.start.backbone)
@@ -67,7 +68,8 @@ def look_at_pixels(settings: PredictSettings, verb: str) -> dict[str, Any] | Non
 
 def classify(settings: PredictSettings, named: Sequence[str] | None) -> dict[str, Any] | None:
     """Write classes and probabilities, image by image, as they are computed."""
-    began, run = time.perf_counter(), settings.run
+    began, run, table_path = time.perf_counter(), settings.run, settings.table
+    refuse_input(run.data, [table_path, table_path.with_name("skipped.tsv"), table_path.parent])
     with join_ranks(run.device) as ranks, ExitStack() as stack:
         given = settings.start.backbone
         network: Any = None if given.startswith("timm:") else load_backbone(given).to(ranks.device)
@@ -85,7 +87,7 @@ def classify(settings: PredictSettings, named: Sequence[str] | None) -> dict[str
         parts = backbone.open(lambda wanted: open_all_or_one(run.data, wanted))
         table = None
         if ranks.is_main:
-            rows = PredictionTable(settings.table, classes, top=settings.top)
+            rows = PredictionTable(table_path, classes, top=settings.top)
             table = stack.enter_context(closing(rows))
         for images in parts:
             done = 0

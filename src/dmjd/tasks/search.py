@@ -13,6 +13,7 @@ from dmjd.data.levels import Levels
 from dmjd.data.single import open_all_or_one
 from dmjd.data.source import open_all
 from dmjd.engine.checkpoint import sha256
+from dmjd.engine.claim import refuse_input
 from dmjd.engine.distributed import Ranks, join_ranks
 from dmjd.errors import CheckpointError, ConfigError
 from dmjd.evaluation.feature_file import FeatureBank, read_features
@@ -29,10 +30,13 @@ def search(settings: SearchSettings) -> dict[str, Any] | None:
 
     Raises:
         CheckpointError: If the backbone does not load, or is not the one that made the features.
-        ConfigError: If the backbone is not known, or there are too many duplicates.
+        ConfigError: If the backbone is not known, there are too many duplicates, or what is read would be written over.
         DataError: If there are no features, or no images to look for.
     """
     began = time.perf_counter()
+    table = settings.out / ("duplicates.csv" if settings.duplicates else "neighbours.csv")
+    for read in filter(None, (str(settings.features), settings.query)):
+        refuse_input(read, [table])
     with join_ranks(settings.run.device) as ranks:
         bank = read_features(settings.features)
         summary = find_duplicates(settings, bank, ranks) if settings.duplicates else find_nearest(settings, bank, ranks)

@@ -24,7 +24,7 @@ from dmjd.engine.optim import create_optimizer
 from dmjd.engine.run import Run
 from dmjd.engine.trainer import Trainer
 from dmjd.errors import ConfigError
-from dmjd.evaluation.dense import Judged, images_to_predict, output_name
+from dmjd.evaluation.dense import Judged, images_to_predict, output_name, refuse_images
 from dmjd.evaluation.features import FeatureExtractor
 from dmjd.evaluation.segmentation import PixelClassifier, judge_segmentation
 from dmjd.networks.around import fit_around, heads_of, make_pyramid
@@ -165,6 +165,7 @@ def predict(settings: SegmentSettings) -> dict[str, Any] | None:
     """Write the classes of all pixels (masks/NAME.png, numbers of classes.txt) and overlays/NAME.jpg."""
     began, out, path = time.perf_counter(), settings.run.out, settings.dense.predict
     assert path is not None
+    refuse_images(path, out)
     task = read_task(settings.start.backbone, "segment")
     settings = replace(
         settings,
