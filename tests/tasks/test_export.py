@@ -230,6 +230,19 @@ def test_export__a_folder_that_holds_something_stays_as_it_is(tmp_path):
         export(ExportSettings(path, to="hf", out=tmp_path))
 
 
+def test_export__leaves_the_files_of_a_run_and_what_it_exports_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    for folder in (tmp_path, tmp_path / "run"):
+        for name in ("backbone", "pretrained"):
+            write_network(folder / f"{name}.safetensors", "vit")
+    (tmp_path / "run" / "config.yaml").touch()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    for run, out in (("run", "run/pretrained"), ("run", "run/backbone"), ("backbone.safetensors", "backbone")):
+        with pytest.raises(ConfigError, match=r"a file of a run; .*; choose another --out"):
+            export(ExportSettings(tmp_path / run, to="timm", out=tmp_path / out))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == before
+
+
 def test_export__a_run_without_a_network_is_one_line(tmp_path):
     with pytest.raises(CheckpointError, match=r"no network in it; .*; give a run that has come to its end, or a file"):
         export(ExportSettings(tmp_path, to="timm", out=tmp_path / "out"))

@@ -62,7 +62,8 @@ def export(settings: ExportSettings) -> dict[str, Any]:
 
     Raises:
         CheckpointError: If there is no network of ours.
-        ConfigError: If the format cannot hold it, something is missing for it, or the folder to write is there already.
+        ConfigError: If the format cannot hold it, something is missing for it, the folder to write is there already, or
+            the file to write is one of a run.
         AssertionError: If what was written does not compute the same.
     """
     original = open_original(find_file(settings.run))
@@ -70,6 +71,8 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     out = settings.out if settings.out.suffix == ending or not ending else Path(f"{settings.out}{ending}")
     if not ending and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"there is something already; {out}; choose another --out")
+    if ending and out.exists() and ((out.parent / "config.yaml").exists() or out.samefile(original.path)):
+        raise ConfigError(f"a file of a run; {out}; choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         write(settings, original, Path(folder) / out.name)

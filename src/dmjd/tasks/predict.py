@@ -23,7 +23,7 @@ from dmjd.config.downstream import (
 )
 from dmjd.config.predict import PredictSettings
 from dmjd.data.single import open_all_or_one
-from dmjd.engine.claim import refuse_input
+from dmjd.engine.claim import refuse_input, refuse_run
 from dmjd.engine.distributed import join_ranks
 from dmjd.errors import CheckpointError, ConfigError
 from dmjd.evaluation.features import FeatureExtractor
@@ -43,7 +43,7 @@ def predict(settings: PredictSettings) -> dict[str, Any] | None:
 
     Raises:
         CheckpointError: If the file holds no trained classifier, segmenter or detector.
-        ConfigError: If settings are not for this network, or the images lie where it would write.
+        ConfigError: If settings are not for this network, or a run or the images are where it would write.
         DataError: If there are no images.
     """
     task = task_of(settings.start.backbone)
@@ -56,6 +56,7 @@ def look_at_pixels(settings: PredictSettings, verb: str) -> dict[str, Any] | Non
     """Do what a dense verb does with `--predict`."""
     if settings.top is not None or settings.format is not None:
         raise ConfigError(f"--top and --format are for classifiers; {settings.start.backbone} is of dmjd {verb}")
+    refuse_run(settings.out)
     whole, run = DENSE[verb]
     shared = {each.name: getattr(settings.run, each.name) for each in fields(DeviceSettings) if each.name != "data"}
     looking = whole(
@@ -69,6 +70,7 @@ def look_at_pixels(settings: PredictSettings, verb: str) -> dict[str, Any] | Non
 def classify(settings: PredictSettings, named: Sequence[str] | None) -> dict[str, Any] | None:
     """Write classes and probabilities, image by image, as they are computed."""
     began, run, table_path = time.perf_counter(), settings.run, settings.table
+    refuse_run(table_path.parent)
     refuse_input(run.data, [table_path, table_path.with_name("skipped.tsv"), table_path.parent])
     with join_ranks(run.device) as ranks, ExitStack() as stack:
         given = settings.start.backbone
