@@ -38,7 +38,7 @@ def test_images_to_predict__pages_that_are_images_have_names_of_their_own(backbo
 def test_images_to_predict__two_of_the_same_name_but_for_the_ending_are_refused(backbones, tmp_path):
     for name in ("a.png", "a.bmp"):
         Image.new("RGB", (8, 9)).save(tmp_path / name)
-    with pytest.raises(DataError, match=r"^two images of the same name but for the ending; .*; rename one$"):
+    with pytest.raises(DataError, match=r"the same name but for the ending: a\.bmp and a\.png; .*; rename one$"):
         shown(tmp_path, backbones["vit"])
 
 

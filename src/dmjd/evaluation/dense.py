@@ -97,8 +97,10 @@ def images_to_predict(path: Path, backbone: FeatureExtractor) -> Iterator[tuple[
     """
     parts = backbone.open(lambda wanted: open_all_or_one(str(path), wanted))
     names = [images.name(index) for images in parts for index in range(len(images))]
-    if len({*map(output_name, names)}) < len(names):
-        raise DataError(f"two images of the same name but for the ending; {path}; rename one")
+    first: dict[str, str] = {}
+    for name in names:
+        if (twin := first.setdefault(output_name(name), name)) is not name:
+            raise DataError(f"two images of the same name but for the ending: {twin} and {name}; {path}; rename one")
     bad: dict[str, str] = {}
     seen = tqdm(total=len(names), desc="predicting", unit=" images", leave=False, disable=None)
     for images, index in ((part, index) for part in parts for index in range(len(part))):
