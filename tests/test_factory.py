@@ -85,7 +85,10 @@ def test_backbone__every_weight_of_a_vit_of_timm_is_trained_whatever_its_pooling
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"backbone": "timm:resnet18"}, "no network of 32x32 px|cannot read masked views"),
+        (
+            {"backbone": "timm:resnet18"},
+            "such as one of convolutions, cannot read masked views; timm:resnet18; take a ViT",
+        ),
         ({"backbone": "timm:vit_tiny_patch16_224"}, "has tokens of 16 px"),
         ({"backbone": "timm:no_such_model"}, "timm has no such model"),
         ({"backbone": "timm:vit_tiny_patch16_224", "reg_tokens": 4}, "leave out model.reg_tokens"),

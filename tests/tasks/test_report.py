@@ -76,9 +76,12 @@ def test_resume__minutes_of_a_finished_run_cannot_change_and_it_says_what_can(ru
         dmjd.pretrain(colours, run, preset="auto", minutes=3, resume=True)
 
 
-def test_backbone__a_run_in_its_place_is_told_which_file_is_meant(run: Path) -> None:
+def test_backbone__a_folder_in_its_place_is_told_which_file_is_meant(run: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"a directory; .*; give a file in it, such as backbone\.safetensors"):
         dmjd.load_backbone(run)
+    (tmp_path / "last.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"a directory; .*; give a file in it, such as last\.safetensors"):
+        dmjd.load_backbone(tmp_path)
     with pytest.raises(CheckpointError, match=r"give the pretrained\.safetensors of such a run"):
         dmjd.load_pretrained(run / "backbone.safetensors")
 

@@ -217,7 +217,10 @@ def create_network(name: str, *, image_hw: tuple[int, int], in_chans: int) -> tu
             arguments |= {"global_pool": "avg", "fc_norm": False}
             network = timm.create_model(architecture[0], **arguments)
         return network, (architecture[0], arguments)
-    except (AssertionError, TypeError, ValueError) as error:
+    except TypeError:
+        what = "a network without img_size, such as one of convolutions, cannot read masked views"
+        raise ConfigError(f"{what}; {name}; take a ViT") from None
+    except (AssertionError, ValueError) as error:
         raise ConfigError(f"no network of {image_hw[0]}x{image_hw[1]} px ({error}); {name}; see --model") from None
 
 
@@ -269,7 +272,10 @@ def _read(
 ) -> tuple[nn.Module, Architecture]:
     """Make the model of a file."""
     if Path(path).is_dir():
-        raise CheckpointError(f"a directory; {path}; give a file in it, such as backbone.safetensors")
+        # The backbone of a run first; a folder of another program, or of dmjd linear, has none of that name.
+        there = sorted(Path(path).glob("*.safetensors"), key=lambda file: (file.stem != "backbone", file.name))
+        todo = f"a file in it, such as {there[0].name}" if there else "a run's backbone.safetensors"
+        raise CheckpointError(f"a directory; {path}; give {todo}")
     try:
         metadata, tensors = read_file(path)
         prefix = metadata.get("backbone_prefix", "")
