@@ -174,6 +174,7 @@ def application(
             whole_numbers,
         ],
         help_formatter=InForce(below),
+        suppress_keyboard_interrupt=False,  # `main` says that it has stopped
     )
     for verb in verbs() if known is None else known:
         app.command(command(verb), name=verb.name)

@@ -21,6 +21,7 @@ import dmjd
 from dmjd.backbones.files import task_of
 from dmjd.cli import main
 from dmjd.config.predict import PredictRun, PredictSettings, TrainedSettings
+from dmjd.reports.predictions import PredictionTable
 
 QUICK = ["--device", "cpu", "--workers", "0"]
 NAMES = ["blue", "green", "red"]
@@ -152,6 +153,34 @@ def test_predict__leaves_out_what_does_not_decode_and_names_it(trained, colours,
     name, reason = (out / "skipped.tsv").read_text().rstrip().split("\t")
     assert name == "01.png"
     assert reason
+    (tmp_path / "images" / "01.png").unlink()
+    assert run(*command, "--out", out, capsys=capsys)["skipped"] == 0
+    assert not (out / "skipped.tsv").exists()
+
+
+def test_predict__interrupted_it_says_so_and_leaves_an_earlier_table_as_it_was(trained, colours, tmp_path, capsys):
+    def interrupt(*rest, **options):
+        raise KeyboardInterrupt
+
+    words = [*map(str, ["predict", "--backbone", trained["features"], "--data", colours, "--out", tmp_path]), *QUICK]
+    assert main(words) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(PredictionTable, "add", interrupt)
+        assert main(words) == 130
+    assert capsys.readouterr().err == "stopped\n"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_predict__leaves_the_directory_of_a_run_alone(trained, colours, capsys):
+    folder = trained["finetune"].parent
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    for out in (folder, folder / "seen.csv"):
+        words = ["predict", "--backbone", trained["finetune"], "--data", colours, "--out", out, *QUICK]
+        assert main([*map(str, words)]) == 2
+        assert capsys.readouterr().err.startswith("error: there is a run in it; ")
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("address", ["array", "list", "image"])
@@ -206,6 +235,7 @@ def test_predict__a_users_mistake_is_one_line(file, data, code, said, backbones,
     assert main([*map(str, words)]) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {said}")
+    assert not [*tmp_path.glob("out/*"), *tmp_path.glob("out/.*")]
 
 
 def test_predict__a_file_of_a_format_that_it_does_not_write_is_refused_before_anything_is_read(tmp_path, capsys):

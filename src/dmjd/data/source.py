@@ -414,6 +414,21 @@ def read_or_substitute(source: Readable, index: int, reduce: Reduce | None = Non
     raise DataError(f"{len(skipped)} images in a row do not decode; {path}: {reason}; check --data")
 
 
+def why_bad(source: Readable, index: int) -> str:
+    """Read a member that did not decode once more, and say why it does not."""
+    try:
+        source.read(index)
+    except BadImage as reason:
+        return str(reason)
+    return "did not decode at first"
+
+
+def none_decodes(source: Readable, index: int, count: int) -> DataError:
+    """Say that none of so many images decodes, and why one of them does not."""
+    reason = why_bad(source, index)
+    return DataError(f"none of {count} images decodes; {source.name(index)}: {reason}; check --data")
+
+
 def join_skipped(skipped: Iterable[dict[str, str]]) -> dict[str, str]:
     """Join the files of several samples that did not decode."""
     return {name: reason for each in skipped for name, reason in each.items()}

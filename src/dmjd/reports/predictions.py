@@ -10,8 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dmjd.data.cells import plain_cell
-from dmjd.data.decode import BadImage
-from dmjd.data.source import Source
+from dmjd.data.source import Source, why_bad
 from dmjd.engine.checkpoint import flush, write_atomically
 from dmjd.engine.run import rows_of
 from dmjd.errors import DataError
@@ -33,6 +32,7 @@ class PredictionTable:
         self.images = self.labelled = self.right = 0
         self.skipped: dict[str, str] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.beside = self.path.with_name("skipped.tsv")
         self.partial = self.path.with_name(f".{self.path.name}.partial")
         self.file = self.partial.open("w", newline="", encoding="utf-8", errors="backslashreplace")
         self.cells = csv.writer(self.file)
@@ -78,30 +78,28 @@ class PredictionTable:
     def skip(self, images: Source, numbers: Sequence[int]) -> None:
         """Note why images do not decode."""
         for number in numbers:
-            try:
-                images.read(number)
-                self.skipped[images.name(number)] = "did not decode at first"
-            except BadImage as reason:
-                self.skipped[images.name(number)] = str(reason)
+            self.skipped[images.name(number)] = why_bad(images, number)
 
     def close(self) -> None:
-        """Leave the file as it is."""
+        """Remove the file, unless it is finished."""
         self.file.close()
+        self.partial.unlink(missing_ok=True)
 
     def finish(self) -> dict[str, Any]:
-        """Give the file its name, write `skipped.tsv` beside it if there is anything to write, and sum up.
+        """Give the file its name, write `skipped.tsv` beside it or remove that of an earlier table, and sum up.
 
         Raises:
             DataError: If no image was seen.
         """
-        self.close()
-        if self.skipped:
-            write_atomically(self.path.with_name("skipped.tsv"), rows_of(self.skipped))
         if not self.images:
-            self.partial.unlink()
             name, reason = next(iter(self.skipped.items()))
             raise DataError(f"none of {len(self.skipped)} images decodes; {name}: {reason}; check --data")
+        self.file.close()
         flush(self.partial)
         self.partial.replace(self.path)
+        if self.skipped:
+            write_atomically(self.beside, rows_of(self.skipped))
+        else:
+            self.beside.unlink(missing_ok=True)
         top1 = {"top1": round(self.right / self.labelled, 4)} if self.labelled else {}
         return {"images": self.images, "skipped": len(self.skipped), **top1, "out": str(self.path)}
