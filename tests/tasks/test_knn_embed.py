@@ -164,7 +164,7 @@ def test_embed__without_a_good_image_is_a_data_error(
     out = tmp_path / "f.npy"
     capsys.readouterr()
     assert main(["embed", "--backbone", str(backbone), "--data", str(tmp_path / "images"), "--out", str(out)]) == 3
-    assert capsys.readouterr().err.startswith("error: none of 1 images decodes")
+    assert capsys.readouterr().err.startswith("error: none of 1 images decodes; a.png: not an image of ")
     assert not out.exists()
 
 

@@ -19,12 +19,12 @@ from dmjd.data.crops import center_crop
 from dmjd.data.decode import Wanted
 from dmjd.data.levels import BYTES, Levels
 from dmjd.data.loader import read_batches
-from dmjd.data.source import Parts, Source, labels_of, measure_levels, open_source
+from dmjd.data.source import Parts, Source, labels_of, measure_levels, none_decodes, open_source
 from dmjd.data.transfer import transfer
 from dmjd.engine.device import choose_precision
 from dmjd.engine.distributed import Ranks
 from dmjd.engine.signals import stoppable
-from dmjd.errors import ConfigError, DataError
+from dmjd.errors import ConfigError
 
 _Found = TypeVar("_Found", bound=Iterable[Any])
 LabelledFeatures = tuple[Tensor, Tensor]  # (n, D) and (n)
@@ -85,7 +85,7 @@ def extract(
             kept += numbers
     shares = [share for share in ranks.gather((torch.cat(chunks), kept) if chunks else None) if share is not None]
     if not shares:
-        raise DataError(f"none of {len(indices)} images decodes; {source.address}; check --data")
+        raise none_decodes(source, indices[0], len(indices))
     if len(shares) == 1:
         return shares[0]
     features, numbers = torch.cat([share[0] for share in shares]), [number for share in shares for number in share[1]]

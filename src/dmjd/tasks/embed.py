@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from dmjd.config.downstream import EmbedSettings
-from dmjd.data.source import Source, fingerprint, has_labels, open_all
+from dmjd.data.source import Source, fingerprint, has_labels, none_decodes, open_all
 from dmjd.engine.checkpoint import sha256
 from dmjd.engine.claim import refuse_input
 from dmjd.engine.distributed import join_ranks
-from dmjd.errors import DataError
 from dmjd.evaluation.feature_file import FeatureWriter, feature_files
 from dmjd.evaluation.features import FeatureExtractor
 
@@ -53,7 +52,7 @@ def embed(settings: EmbedSettings) -> dict[str, Any] | None:
                     skipped = end - done - len(seen)
                     writer.append(rows, [cells(images, index) for index in seen], skipped, (number, end))
                 done = end
-        ranks.on_main(partial(finish, writer, run.data))
+        ranks.on_main(partial(finish, writer, parts[0]))
         if not ranks.is_main:
             return None
         said = {"images": writer.rows, "skipped": writer.skipped, "out": str(writer.out)}
@@ -87,13 +86,13 @@ def cells(images: Source, index: int) -> list[str]:
     return [images.name(index), *([] if label is None else [images.classes[label]])]
 
 
-def finish(writer: FeatureWriter, data: str) -> None:
+def finish(writer: FeatureWriter, images: Source) -> None:
     """Give the files their names.
 
     Raises:
-        DataError: If there is nothing in them.
+        DataError: If there is nothing in them; it says why the first of the images is not.
     """
     if not writer.rows:
         writer.discard()
-        raise DataError(f"none of {writer.skipped} images decodes; {data}; check --data")
+        raise none_decodes(images, 0, writer.skipped)
     writer.finish()
