@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +206,17 @@ def test_predict__a_file_without_names_gives_the_numbers_of_classes(trained, col
     said = run("predict", "--backbone", older, "--data", colours / "val", "--out", tmp_path / "out", capsys=capsys)
     assert "top1" not in said
     assert [*rows_of(tmp_path / "out" / "predictions.csv")[0]] == ["path", "class", "probability", "0", "1", "2"]
+
+
+def test_predictions__a_class_that_is_called_as_a_column_has_one_of_its_own(tmp_path):
+    with closing(PredictionTable(tmp_path / "seen.csv", ["path", "class", "bird"])) as table:
+        table.write("a.png", [0.1, 0.7, 0.2], [1])
+        table.images = 1
+        table.finish()
+    (row,) = rows_of(tmp_path / "seen.csv")
+    assert (row["path"], row["class"], row["probability"]) == ("a.png", "class", "0.700000")
+    others = [row[name] for name in ("probability of path", "probability of class", "bird")]
+    assert others == ["0.100000", "0.700000", "0.200000"]
 
 
 @pytest.mark.parametrize("nasty", ["=1+1", '<b>,\n"quoted"'])

@@ -46,7 +46,7 @@ class PredictSettings:
     names that a spreadsheet would take for formulas have a ' before them. Default: as --out ends, else csv."""
     top: Annotated[int | None, group("Task")] = None
     """Likeliest classes to write, with their probabilities. Default: the likeliest one, and the probability of each
-    class under its name."""
+    class under its name, or under `probability of path` where that is a column already."""
 
     def __post_init__(self) -> None:
         within(1, 1_000_000, self, "top")

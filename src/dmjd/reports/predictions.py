@@ -15,6 +15,8 @@ from dmjd.engine.checkpoint import flush, write_atomically
 from dmjd.engine.run import rows_of
 from dmjd.errors import DataError
 
+OWN = ("path", "class", "probability")  # columns that are there whatever the classes are called
+
 
 class PredictionTable:
     """Writes a row for every image, which `path` holds when the table is finished.
@@ -38,7 +40,8 @@ class PredictionTable:
         self.cells = csv.writer(self.file)
         if not self.is_json:
             more = [name for place in range(2, self.top + 1) for name in (f"class_{place}", f"probability_{place}")]
-            self.cells.writerow(["path", "class", "probability", *more, *map(plain_cell, classes if self.all else ())])
+            every = [f"probability of {name}" if name in OWN else name for name in classes] if self.all else []
+            self.cells.writerow([*OWN, *more, *map(plain_cell, every)])
 
     def add(
         self, images: Source, values: Float[Tensor, "n classes"] | None, numbers: Sequence[int], *, comparable: bool
