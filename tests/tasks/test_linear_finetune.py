@@ -61,9 +61,7 @@ def test_linear__by_the_papers_recipe_it_trains_refuses_to_overwrite_and_resumes
     assert {**said(capsys), "seconds": 0} == {**first, "seconds": 0}
 
 
-@pytest.mark.parametrize(
-    "flags", ["--epochs 1", "--batch_size 7", "--resume", "--log_to tensorboard", "--preset large", "--log.saves 3"]
-)
+@pytest.mark.parametrize("flags", ["--epochs 1", "--batch_size 7", "--resume", "--log_to tensorboard", "--log.saves 3"])
 def test_linear__flags_of_training_are_refused_where_nothing_is_trained(flags, tmp_path, capsys):
     assert main(words("linear", "b", "d", tmp_path / "out", flags)) == 2
     said = f"{flags.partition(' ')[0]} is for --recipe paper; leave it out, or give --recipe paper"
