@@ -57,6 +57,24 @@ def test_list__labels_that_are_numbers_are_sorted_as_such(tmp_path, write):
     assert only(str(tmp_path / "d.parquet")).classes == ("9", "10")
 
 
+def test_list__white_space_around_a_label_or_a_part_is_no_part_of_it(tmp_path, write):
+    write(tmp_path, "a.png", "b.png", "c .png")
+    data = listed(tmp_path / "a.csv", "path,label,split\na.png,bird,train\nb.png, bird ,val \nc .png,cat, train\n")
+    train, held_out = open_source(data)
+    assert (labels(train), labels(held_out)) == (["bird", "cat"], ["bird"])
+    pq.write_table(pa.table({"path": ["a.png", "c .png"], "label": ["bird ", "cat"]}), tmp_path / "b.parquet")
+    assert only(str(tmp_path / "b.parquet")).classes == ("bird", "cat")
+
+
+def test_list__with_a_row_that_lacks_its_label_it_is_one_without_labels(tmp_path, write, capsys):
+    write(tmp_path, "a.png", "b.png", "c.png")
+    listed(tmp_path / "a.csv", "path,label\na.png,x\nb.png, \nc.png,y\n")
+    pq.write_table(pa.table({"path": ["a.png", "b.png", "c.png"], "label": ["x", None, "y"]}), tmp_path / "b.parquet")
+    for data in (tmp_path / "a.csv", tmp_path / "b.parquet"):
+        assert only(str(data)).classes == ()
+        assert capsys.readouterr().err == f"labels: 1 of 3 rows have none, row 2 first, so none are used; {data}\n"
+
+
 def test_list__the_column_split_makes_parts_with_the_same_classes(tmp_path, write):
     write(tmp_path, *(f"{number}.png" for number in range(3)))
     rows = "path,split,label\n0.png,validation,b\n1.png,train,a\n2.png,validation,c\n"
@@ -98,7 +116,8 @@ BROKEN = {
     "an empty list": "path,label\n",
     "row 2 has 1 columns, not 2": "path,label\na.png,x\nb.png\n",
     "row 2 has 3 columns, not 2; .*quote": "path,label\na.png,x\nb,c.png,x\n",
-    "row 2 has no label": "path,label\na.png,x\nb.png,\n",
+    "row 2 has no path": "path,label\na.png,x\n,x\n",
+    "row 2 has no split": "path,split\na.png,train\nb.png, \n",
     "unknown split dev, trian; .*; write train, val, valid, validation or test": "path,split\na.png,trian\nb.png,dev\n",
     "field larger than field limit": f"path\n{'a' * 200_000}\n",
     "ftq:// cannot be read": "path\nftq://host/a.png\n",

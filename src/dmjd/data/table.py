@@ -1,11 +1,12 @@
 """A list of images: a file of comma- or tab-separated values, a Parquet file, or a text of one path a line.
 
 The column `path` says where the images are: relative to the list's folder, absolute, or a URL. The columns `label` and
-`split`, if there are any, bring classes and parts.
+`split`, if there are any, bring classes and parts; where a row lacks its label, none is used.
 """
 
 import csv
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -95,10 +96,10 @@ def read_columns(path: Path, *, needed: Sequence[str], optional: Sequence[str] =
         optional: Others that are read as well.
 
     Returns:
-        Those that there are.
+        Those that there are, but no column `label` with an empty cell: such a set is as one without labels.
 
     Raises:
-        DataError: If the list cannot be read, has no row or none of the columns, or leaves a cell of one empty.
+        DataError: If the list cannot be read, has no row or none of the columns, or leaves a cell of another one empty.
     """
     read = _parquet if path.suffix.lower() == ".parquet" else _text
     try:
@@ -117,9 +118,18 @@ def read_columns(path: Path, *, needed: Sequence[str], optional: Sequence[str] =
             raise DataError(f"an empty list; {path}; write one image a row")
         if not cells.content.all():
             raise DataError(f"it holds NUL bytes, as UTF-16 does; {path}; save it as UTF-8")
-        if len(empty := np.flatnonzero(np.diff(cells.ends.numpy(), prepend=0) == 0)):
+        if name != "label" and len(empty := _empty(cells)):
             raise DataError(f"row {empty[0] + 1} has no {name}; {path}; give every row one, or leave the row out")
+    if "label" in columns and len(empty := _empty(columns["label"])):
+        rows = len(columns.pop("label"))
+        said = f"labels: {len(empty)} of {rows} rows have none, row {empty[0] + 1} first, so none are used"
+        print(f"{said}; {path}", file=sys.stderr)
     return columns
+
+
+def _empty(cells: PackedStrings) -> Int[np.ndarray, " n"]:
+    """Find the empty cells of a column."""
+    return np.flatnonzero(np.diff(cells.ends.numpy(), prepend=0) == 0)
 
 
 def _text(path: Path, names: Sequence[str]) -> tuple[list[str], Columns]:
@@ -137,11 +147,11 @@ def _text(path: Path, names: Sequence[str]) -> tuple[list[str], Columns]:
 
 
 def _pack(names: Iterable[str], rows: Iterable[Sequence[str]]) -> Columns:
-    """Make columns of these names out of rows, one by one."""
+    """Make columns of these names out of rows, one by one; white space at an end is part of a file's name alone."""
     packers = {name: Packer() for name in names}
     for row in rows:
-        for packer, cell in zip(packers.values(), row, strict=True):
-            packer.append(cell)
+        for (name, packer), cell in zip(packers.items(), row, strict=True):
+            packer.append(cell if name == "path" else cell.strip())
     return {name: packer.packed() for name, packer in packers.items()}
 
 
