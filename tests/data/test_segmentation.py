@@ -96,9 +96,30 @@ def test_open__annotations_that_cannot_be_read_are_the_reason_given(root):
 
 def test_open__masks_of_one_class_and_the_ignored_one_are_refused(root):
     for number in range(len(found(root)[0])):
+        write(root, "train", str(number), stripes(0, 7))
+    with pytest.raises(DataError, match="the only label beside the ignored 7 is 0"):
+        found(root, ignore_index=7)
+
+
+@pytest.mark.parametrize("ignore_index", [254, 255])
+def test_open__masks_of_0_and_255_are_refused_with_the_remedy(root, ignore_index):
+    for number in range(len(found(root)[0])):
         write(root, "train", str(number), stripes(0, 255))
-    with pytest.raises(DataError, match="the only label beside the ignored 255 is 0"):
-        found(root)
+    with pytest.raises(DataError, match=r"the only labels are 0 and 255; .*; write 1 instead of 255"):
+        found(root, ignore_index=ignore_index)
+
+
+def test_open__classes_that_no_annotation_has_are_named(root, capsys):
+    found(root, classes=("a", "b", "c"))
+    assert not capsys.readouterr().err
+    found(root, classes=("a", "b", "c", "d"))
+    assert "warning: no pixel of d in 3 of 3 annotations looked at" in capsys.readouterr().err
+    for number in range(3):
+        write(root, "train", str(number), stripes(0, 255))
+    found(root, classes=("background", "road"))
+    said = capsys.readouterr().err
+    assert "no pixel of road" in said
+    assert said.endswith("; write 1 instead of 255\n")
 
 
 def test_open__numbers_between_labels_are_classes_and_that_is_said(root, capsys):

@@ -22,9 +22,11 @@ from dmjd.data.annotated import refuse_pages, turn_of
 from dmjd.data.decode import BadImage, Wanted, open_picture, open_regular, turn
 from dmjd.data.folder import FolderFiles, image_names
 from dmjd.data.packed import PackedStrings
+from dmjd.data.source import evenly
 from dmjd.errors import DataError
 
 PARTS = (("train", "training"), ("val", "valid", "validation", "test"))
+LOOKED_AT = 256  # annotations at most, to see whether there are classes of these names
 LONGEST = 4  # times the shorter side that an image is seen at: what its longer side has at most, as 2048 is to 512
 
 
@@ -118,7 +120,11 @@ def open_segmentation(
         _part(root, names, wanted=wanted, ignore_index=ignore_index, reduce_zero_label=reduce_zero_label)
         for names in (PARTS[0], (part,) if part else PARTS[1])
     )
-    named = tuple(classes or _count(train))
+    indices = evenly(len(train), LOOKED_AT if classes else len(train))
+    seen = _labels_seen(train, indices)
+    if classes:
+        _warn_of_absent(train, classes, seen, len(indices))
+    named = tuple(classes or _numbers(train, seen))
     if ignore_index < len(named):
         raise DataError(f"label {ignore_index} is both a class and ignored; {data}; see --ignore_index and --classes")
     return replace(train, classes=named), replace(held_out, classes=named)
@@ -147,26 +153,48 @@ def _part(root: Path, part_names: Sequence[str], **options: Any) -> Segmentation
     return SegmentationSet(root=images, names=names, part=part, annotations=annotations, classes=(), **options)
 
 
-def _count(train: SegmentationSet) -> tuple[str, ...]:
-    """Name the classes by their numbers, up to the highest label of the training part."""
+def _labels_seen(train: SegmentationSet, indices: Sequence[int]) -> set[int]:
+    """Find which labels some annotations have, the ignored one among them; raises DataError if there is no other."""
     seen: set[int] = set()
     reason = "all pixels are ignored"
-    for index in tqdm(range(len(train)), desc="counting classes", unit=" images", leave=False, disable=None):
+    for index in tqdm(indices, desc="looking at labels", unit=" images", leave=False, disable=None):
         try:
-            labels = train.labels(index)
+            seen |= {*train.labels(index).unique().tolist()}
         except BadImage as error:  # training counts and names them
             reason = str(error)
-            continue
-        seen |= {*labels[labels != train.ignore_index].unique().tolist()}
-    if not seen:
+    if not seen - {train.ignore_index}:
         raise DataError(f"no labels in the annotations; {train.annotations}; {reason}")
-    if len(seen) == 1:
-        only = f"the only label beside the ignored {train.ignore_index} is {seen.pop()}"
+    return seen
+
+
+def _is_mask(train: SegmentationSet, seen: set[int]) -> bool:
+    """Tell masks of one thing as they are usually drawn: 0, and 255 where the thing is."""
+    return seen == {0, 255} and not train.reduce_zero_label
+
+
+def _warn_of_absent(train: SegmentationSet, classes: Sequence[str], seen: set[int], count: int) -> None:
+    """Say on stderr of which classes no pixel was seen in so many annotations."""
+    if absent := [name for number, name in enumerate(classes) if number not in seen]:
+        named = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+        todo = "write 1 instead of 255" if _is_mask(train, seen) else "a name's place in the list is its label, from 0"
+        said = f"no pixel of {named} in {count} of {len(train)} annotations looked at"
+        print(f"warning: {said}; {train.annotations}; {todo}", file=sys.stderr)
+
+
+def _numbers(train: SegmentationSet, seen: set[int]) -> tuple[str, ...]:
+    """Name the classes by their numbers, up to the highest label that was seen."""
+    if _is_mask(train, seen):
+        raise DataError(
+            f"the only labels are 0 and 255; {train.annotations}; write 1 instead of 255, for a second class"
+        )
+    labels = seen - {train.ignore_index}
+    if len(labels) == 1:
+        only = f"the only label beside the ignored {train.ignore_index} is {labels.pop()}"
         raise DataError(f"{only}; {train.annotations}; what is not of a class is one too, see --ignore_index")
-    if len(seen) <= max(seen):
-        said = f"labels 0 to {max(seen)} are taken for classes, {len(seen)} of them occur"
+    if len(labels) <= max(labels):
+        said = f"labels 0 to {max(labels)} are taken for classes, {len(labels)} of them occur"
         print(f"warning: {said}; {train.annotations}; name the classes in classes.txt", file=sys.stderr)
-    return tuple(str(number) for number in range(max(seen) + 1))
+    return tuple(str(number) for number in range(max(labels) + 1))
 
 
 def seen_hw(image_hw: Sequence[int], side: int) -> list[int]:
