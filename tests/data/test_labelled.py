@@ -1,6 +1,8 @@
 """Which labels are used, and that an augmented sample is a function of seed, epoch and index."""
 
 import pickle
+import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +64,43 @@ def test_labelled_parts__without_labels_they_are_refused(pets):
     for refused in (parts, Parts(parts.held_out, parts.train)):
         with pytest.raises(DataError, match="no labels; pets; needs two classes or more"):
             labelled_parts(refused, address="pets", seed=0)
+
+
+def refusal(data: Path) -> str:
+    with pytest.raises(DataError) as raised:
+        labelled_parts(open_source(str(data)), address=str(data), seed=0)
+    return str(raised.value)
+
+
+def test_labelled_parts__an_image_beside_class_folders_is_named(tmp_path, write):
+    write(tmp_path, "stray.png", *(f"{name}/{number}.png" for name in "ab" for number in range(3)))
+    assert "no labels, for 1 of 7 images are not CLASS/IMAGE, such as stray.png" in refusal(tmp_path)
+
+
+def test_labelled_parts__folders_of_other_names_than_parts_have_are_named(tmp_path, write):
+    write(tmp_path, *(f"{part}/{name}/1.png" for part in ("testing", "training") for name in "ab"))
+    said = refusal(tmp_path)
+    assert "for 4 of 4 images are not CLASS/IMAGE, such as t" in said
+    assert "with the parts train and val (or valid, validation, test)" in said
+
+
+def test_labelled_parts__a_list_needs_a_column_and_shards_a_pattern(tmp_path, write):
+    write(tmp_path, "a.png", "b.png")
+    (tmp_path / "a.cls").write_text("1")
+    (tmp_path / "list.csv").write_text("path,class\na.png,x\nb.png,y\n")
+    assert "in a column called label: give every row one" in refusal(tmp_path / "list.csv")
+    with tarfile.open(tmp_path / "s-0.tar", "w") as archive:
+        for name in ("a.png", "a.cls"):
+            archive.add(tmp_path / name, name)
+    assert "or as .cls files of shards, which a pattern names" in refusal(tmp_path / "s-0.tar")
+
+
+def test_labelled_parts__labels_of_which_nearly_every_image_has_its_own_are_no_classes(tmp_path, write):
+    write(tmp_path, *(f"{number}.png" for number in range(9)))
+    rows = "".join(f"{number}.png,{number}.5\n" for number in range(9))
+    (tmp_path / "list.csv").write_text(f"path,label\n{rows}")
+    assert "8 classes of 8 training images; " in (said := refusal(tmp_path / "list.csv"))
+    assert "regression" in said
 
 
 def test_labelled_parts__held_out_classes_without_training_images_are_named(pets, write):

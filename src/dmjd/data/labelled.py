@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dmjd.data.source import Parts, Source, Subset, has_labels, join_skipped, labels_of, read_or_substitute
+from dmjd.data.table import ENDINGS
 from dmjd.data.transfer import transfer
 from dmjd.errors import DataError
 from dmjd.random import mix, seeded
@@ -171,14 +173,36 @@ def labelled_parts(parts: Parts, *, address: str, seed: int, fraction: float = 1
     """
     train, held_out = parts
     if not (has_labels(train) and has_labels(held_out)):
-        raise DataError(f"no labels; {address}; needs two classes or more, as folders PART/CLASS/IMAGE or CLASS/IMAGE")
+        raise _no_labels(parts, address)
     labels, asked = (labels_of(part, range(len(part))).tolist() for part in parts)
     unknown = [held_out.classes[label] for label in sorted({*asked} - {*labels})]
+    if unknown and 2 * len({*labels}) > len(labels):
+        raise DataError(
+            f"{len({*labels})} classes of {len(labels)} training images; {address}; give every class several: "
+            "labels are classes, and numbers to be predicted (regression) are not"
+        )
     if unknown:
-        raise DataError(f"held-out classes without training images: {', '.join(unknown)}; {address}; add some")
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        said = f"held-out classes without training images: {', '.join(unknown[:5])}{more}"
+        raise DataError(f"{said}; {address}; add some")
     if fraction == 1.0 and shots is None:
         return parts
     return Parts(Subset(train, label_subset(labels, seed, fraction=fraction, shots=shots)), held_out, parts.part)
+
+
+def _no_labels(parts: Parts, address: str) -> DataError:
+    """Say what labels would be, and where a path is that of a file or a folder, which images have none."""
+    what = "no labels"
+    needs = "as folders PART/CLASS/IMAGE or CLASS/IMAGE, with the parts train and val (or valid, validation, test)"
+    if address.lower().endswith(ENDINGS):
+        needs = "in a column called label: give every row one, or leave the row out"
+    elif Path(address).exists():
+        names = [part.name(index) for part in parts if not has_labels(part) for index in range(len(part))]
+        if odd := [name for name in names if name.count("/") != 1]:
+            what = f"no labels, for {len(odd)} of {len(names)} images are not CLASS/IMAGE, such as {odd[0]}"
+    if address.lower().endswith(".tar"):
+        needs += ", or as .cls files of shards, which a pattern names ('shard-{0000..0007}.tar')"
+    return DataError(f"{what}; {address}; needs two classes or more, {needs}")
 
 
 def label_subset(labels: Sequence[int], seed: int, *, fraction: float = 1.0, shots: int | None = None) -> list[int]:
