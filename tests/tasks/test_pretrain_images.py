@@ -130,6 +130,18 @@ def test_pretrain__images_of_several_sizes_are_no_tensor_on_the_device(
     assert "images of several sizes, or too many to hold" in capsys.readouterr().err
 
 
+def test_pretrain__what_did_not_decode_of_one_folder_is_named_by_its_path_in_there(
+    paint: Paint, tmp_path: Path
+) -> None:
+    root = paint(tmp_path / "data", {"a": 20})
+    for number in range(20):
+        (root / "a" / f"{number:02d}.png").rename(root / f"{number:02d}.png")
+        (root / "a" / f"{number:02d}.png").write_bytes(b"no image")
+    assert pretrain(root, tmp_path / "run", "--max_bad", "0.4") == 3
+    rows = (tmp_path / "run" / "skipped.tsv").read_text().splitlines()
+    assert [row.partition("\t")[0] for row in rows] == [f"a/{number:02d}.png" for number in range(20)]
+
+
 def test_pretrain__what_did_not_decode_is_named_before_the_first_step(
     paint: Paint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

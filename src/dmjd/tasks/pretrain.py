@@ -165,12 +165,13 @@ def keep_statistics(run: Run, statistics: Statistics) -> None:
 def name_broken(run: Run, parts: Parts) -> None:
     """Write down what did not decode when the images were read into memory, and say so before training begins."""
     train, held_out = ({} if not isinstance(part, PackedImages) else part.broken for part in parts)
-    if parts.train is not parts.held_out:
-        train |= {f"{parts.held_out.address}/{name}": reason for name, reason in held_out.items()}
-    run.skip(train)
-    if train and run.ranks.is_main:
-        name, reason = next(iter(train.items()))
-        such = f"left out {len(train)} of {sum(map(len, set(parts)))} images, such as {name}: {reason}"
+    if parts.train.address != parts.held_out.address:  # two folders may have images of one name
+        held_out = {f"{parts.held_out.address}/{name}": reason for name, reason in held_out.items()}
+    broken = train | held_out
+    run.skip(broken)
+    if broken and run.ranks.is_main:
+        name, reason = next(iter(broken.items()))
+        such = f"left out {len(broken)} of {sum(map(len, set(parts)))} images, such as {name}: {reason}"
         print(f"warning: {such}; see {run.out / 'skipped.tsv'}", file=sys.stderr)
 
 
