@@ -102,6 +102,8 @@ def open_segmentation(
 ) -> tuple[SegmentationSet, SegmentationSet]:
     """Find the training and the held-out part of a set with a class for every pixel.
 
+    Says on stderr of which classes that have names no pixel was seen in a sample of the training annotations.
+
     Args:
         data: Folder of the set.
         wanted: What is wanted of its images.
@@ -111,8 +113,8 @@ def open_segmentation(
         part: Name of the held-out part. Default: val, valid, validation or test, the first that there is.
 
     Raises:
-        DataError: If a part is missing, an image has no annotation, an annotation no image, a class is ignored, or
-            there is one class only.
+        DataError: If a part is missing, an image has no annotation, an annotation no image, a class is ignored,
+            there is one class only, or the annotations looked at have none.
     """
     refuse_pages(data, wanted)
     root = Path(data)
