@@ -1,5 +1,6 @@
 """Samples of classification: augmented images and their labels, of all images or a few of every class."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,15 +177,12 @@ def labelled_parts(parts: Parts, *, address: str, seed: int, fraction: float = 1
         raise _no_labels(parts, address)
     labels, asked = (labels_of(part, range(len(part))).tolist() for part in parts)
     unknown = [held_out.classes[label] for label in sorted({*asked} - {*labels})]
-    if unknown and 2 * len({*labels}) > len(labels):
-        raise DataError(
-            f"{len({*labels})} classes of {len(labels)} training images; {address}; give every class several: "
-            "labels are classes, and numbers to be predicted (regression) are not"
-        )
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         said = f"held-out classes without training images: {', '.join(unknown[:5])}{more}"
-        raise DataError(f"{said}; {address}; add some")
+        numbers = all(re.fullmatch(r"-?\d+\.\d+(e-?\d+)?", name) for name in unknown)
+        todo = "labels are classes: there is no regression, which predicts numbers" if numbers else "add some"
+        raise DataError(f"{said}; {address}; {todo}")
     if fraction == 1.0 and shots is None:
         return parts
     return Parts(Subset(train, label_subset(labels, seed, fraction=fraction, shots=shots)), held_out, parts.part)
