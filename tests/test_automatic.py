@@ -113,8 +113,9 @@ def test_auto__official_weights_without_heads_are_those_of_their_size(photos, tm
     assert (settings.model.size, settings.model.depth, settings.model.num_heads) == ("tiny", 1, None)
 
 
-def test_auto__weights_of_no_transformer_are_refused(photos, tmp_path):
-    torch.save({"model": {"conv1.weight": torch.zeros(3)}}, tmp_path / "other.pth")
+@pytest.mark.parametrize("name", ["conv1.weight", "blocks.0.0.conv_pw.weight"])  # the latter as in EfficientNet
+def test_auto__weights_of_no_transformer_are_refused(name, photos, tmp_path):
+    torch.save({"model": {name: torch.zeros(3)}}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="no blocks of a transformer in it"):
         auto(photos, minutes=0.02, init=str(tmp_path / "other.pth"))
 

@@ -65,32 +65,44 @@ class StartingWeights:
         return {f"{BACKBONE}{name}": value for name, value in network.state_dict().items()}
 
     @property
+    def is_hybrid(self) -> bool:
+        """Whether they are a ConvViT's."""
+        return f"{BACKBONE}patch_embed1.proj.weight" in self.weights
+
+    @property
+    def stack(self) -> str:
+        """What the names of the transformer's blocks begin with."""
+        return f"{BACKBONE}{'blocks3' if self.is_hybrid else 'blocks'}."
+
+    @property
     def width(self) -> int:
-        """Of the backbone's tokens."""
-        return self.weights[f"{BACKBONE}pos_embed"].shape[-1]
+        """Of the transformer's tokens.
+
+        Raises:
+            CheckpointError: If they are no transformer's.
+        """
+        norm = self.weights.get(f"{self.stack}0.norm1.weight")
+        if norm is None or norm.ndim != 1:
+            raise CheckpointError(f"no blocks of a transformer in it; --init {self.name}; give a ViT's or a ConvViT's")
+        return len(norm)
 
     @property
     def shape(self) -> dict[str, Any]:
         """What `model` has to be for the backbone of these weights.
 
         Raises:
-            CheckpointError: If they are no ViT's and no hybrid's, or do not say how many heads their blocks have.
+            CheckpointError: If they are no transformer's, or do not say how many heads their blocks have.
         """
-        hybrid = f"{BACKBONE}patch_embed1.proj.weight" in self.weights
-        stack = f"{BACKBONE}{'blocks3' if hybrid else 'blocks'}."
-        numbers = {name.removeprefix(stack).split(".")[0] for name in self.weights if name.startswith(stack)}
-        if not numbers:
-            raise CheckpointError(f"no blocks of a transformer in it; --init {self.name}; give a ViT's or a ConvViT's")
-        width = len(self.weights[f"{stack}0.norm1.weight"])
-        size = {192: "tiny", 384: "small", 768: "base", 1024: "large"}.get(width)
+        size = {192: "tiny", 384: "small", 768: "base", 1024: "large"}.get(self.width)
         if not (size or self.num_heads):
             raise CheckpointError(
                 f"it does not say how many heads its blocks have; --init {self.name}; name a --preset"
             )
-        found: dict[str, Any] = {"size": size} if size else {"size": "tiny", "embed_dim": width}
+        numbers = {name.removeprefix(self.stack).split(".")[0] for name in self.weights if name.startswith(self.stack)}
+        found: dict[str, Any] = {"size": size} if size else {"size": "tiny", "embed_dim": self.width}
         # Official checkpoints do not say how many heads there are: as many as a network of the size has.
         found |= {"depth": len(numbers), **({"num_heads": self.num_heads} if self.num_heads else {})}
-        if not hybrid:
+        if not self.is_hybrid:
             return {"backbone": "vit", **found}
         mlp = len(self.weights[f"{BACKBONE}blocks1.0.mlp.fc1.weight"])
         ratio = mlp / len(self.weights[f"{BACKBONE}patch_embed1.proj.weight"])

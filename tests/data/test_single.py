@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmjd.data.decode import Wanted
+from dmjd.data.decode import BadImage, Wanted
 from dmjd.data.single import open_all_or_one
 from dmjd.errors import DataError
 
@@ -45,3 +45,11 @@ def test_open_all_or_one__an_array_of_three_dimensions_is_an_image_unless_none_o
     (found,) = open_all_or_one(str(tmp_path / "a.npy"), Wanted(in_chans=in_chans))
     assert len(found) == count
     assert found.read(0).shape == (in_chans, 9, 8)
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_open_all_or_one__an_array_of_too_few_dimensions_is_a_bad_image(shape, tmp_path):
+    np.save(tmp_path / "few.npy", np.zeros(shape, np.uint8))
+    (one,) = open_all_or_one(str(tmp_path / "few.npy"), Wanted())
+    with pytest.raises(BadImage, match=f"{len(shape)} dimensions"):
+        one.read(0)

@@ -32,7 +32,7 @@ def _is_image(path: Path, in_chans: int) -> bool:
     if path.suffix.lower() == ".npy":
         with suppress(OSError, ValueError, EOFError):  # reading it says what is wrong
             shape = open_memmap(path, mode="r").shape
-            ends = shape[0], shape[-1]
+            ends = shape[:1] + shape[-1:]
             grey = len(shape) == 3 and not any(end == in_chans or {end, in_chans} == {1, 3} for end in ends)
             if len(shape) == 4 or grey:
                 return False
