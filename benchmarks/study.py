@@ -10,9 +10,10 @@ First the arm's peak learning rate is searched: among `rates.values` and beyond 
 judged by a linear probe on images of the training part that are never trained on. Only then come the runs that count,
 and only they see the test part. The arm `untrained` takes one step at rate 0. The protocol is docs/results/protocol.md.
 
-`run` goes on with what is missing below docs/results/NAME, one JSON file a run; a run that was cut off resumes in
---work, or begins again on another machine. It computes with a copy of the program, made from the last commit when
---work was new, so that development goes on beside it.
+`run` goes on with what is missing below docs/results/NAME, one JSON file a run; a study that is `like` another takes
+what that one has of the same settings. A run that was cut off resumes in --work, or begins again on another machine.
+All computes with a copy of the program, made from the last commit when --work was new, so that development goes on
+beside it.
 A stored result of another rate, or of other settings, than the file asks for now stops it with a line that names it.
 IMAGES is a folder train/CLASS/IMAGE and test/CLASS/IMAGE.
 """
@@ -75,11 +76,13 @@ class Study:
 
     def __init__(self, path: Path, teacher: str = "TEACHER"):
         self.name, self.asked, self.teacher = path.stem, yaml.safe_load(path.read_text()), teacher
+        self.folder = RESULTS / self.name
+        self.folders = [self.folder]  # where results are
         if "like" in self.asked:  # another study, of which all is taken but runs, contrasts and, if there are own, arms
+            self.folders.append(RESULTS / self.asked["like"])
             like = yaml.safe_load(path.with_name(f"{self.asked['like']}.yaml").read_text())
             shared = SHARED if "arms" in self.asked else (*SHARED, "arms")
             self.asked = merge({key: like[key] for key in shared}, self.asked)
-        self.folder = RESULTS / self.name
 
     @property
     def arms(self) -> list[str]:
@@ -116,23 +119,25 @@ class Study:
         return yaml.safe_dump(settings).replace("TEACHER", self.teacher)
 
     def result(self, job: Job) -> Settings | None:
-        """Read what a job gave, if it is done.
+        """Read what a job gave, if it is done: here, or as the same run of the study that this one is like.
 
         Raises:
-            SystemExit: If what is stored is of another rate or of other settings than are asked for now.
+            SystemExit: If what is stored here is of another rate or of other settings than are asked for now.
         """
-        path = self.folder / f"{job.name}.json"
-        if not path.is_file():
-            return None
-        found = read(path)
-        asked, stored = {"rate": job.rate, **self.settings(job)}, {"rate": found["rate"], **found["settings"]}
-        others = sorted(key for key in asked.keys() | stored.keys() if asked.get(key) != stored.get(key))
-        if others:
-            raise SystemExit(
-                f"error: what is stored is not what {self.name}.yaml asks for, but differs in {', '.join(others)}; "
-                f"{path}; move the file away, or take the change of the study back"
-            )
-        return found
+        for path in (folder / f"{job.name}.json" for folder in self.folders):
+            if not path.is_file():
+                continue
+            found = read(path)
+            asked, stored = {"rate": job.rate, **self.settings(job)}, {"rate": found["rate"], **found["settings"]}
+            others = sorted(key for key in asked.keys() | stored.keys() if asked.get(key) != stored.get(key))
+            if not others:
+                return found
+            if path.is_relative_to(self.folder):
+                raise SystemExit(
+                    f"error: what is stored is not what {self.name}.yaml asks for, but differs in {', '.join(others)}; "
+                    f"{path}; move the file away, or take the change of the study back"
+                )
+        return None
 
     def rate_jobs(self, arm: str) -> list[Job]:
         """List the runs of an arm's search that are known to be needed: beside the best rate, both neighbours."""

@@ -170,7 +170,7 @@ def table_of_rates(study: Study) -> str:
         jobs = study.rate_jobs(arm) if arm != "untrained" else []
         found = [(job, study.result(job)) for job in jobs]
         scores = [f"{job.rate:g}: {top1(result, 'linear'):.1f}" for job, result in found if result]
-        if scores:
+        if len(jobs) > 1 and scores:
             rows.append([arm, ", ".join(scores)])
     head = ["arm", f"linear probe at {study.asked['rates']['budget']:g} effective epochs, by peak rate"]
     return markdown(head, rows) if rows else "No rates were searched.\n"
@@ -214,14 +214,17 @@ def write(study: Study) -> None:
     cpus, devices = (sorted({result["device"] for result in part}) for part in (on_cpus, results))
     others = [f"{sum(each['device'] == name for each in results)} on {name}" for name in devices if name not in cpus]
     asked = len(set(study.cells()))
-    done = sum(map(len, runs.values()))
+    done, searched = sum(map(len, runs.values())), sum(result["searching"] for result in results)
+    taken = sum(run["study"] != study.name for found in runs.values() for run in found.values())
+    shared = [f"{taken} of the runs that count are those of {study.asked['like']}.\n"] if taken else []
     lines = [
         f"# {study.name}\n",
         f"{study.asked['question']}\n",
         f"Written by `python benchmarks/study_tables.py` from the files of [{study.name}]({study.name}).",
         f"Arms: [{study.name}.yaml](../../benchmarks/studies/{study.name}.yaml); rules: [protocol.md](protocol.md).",
-        f"{done} of {asked} runs that count are there, and {len(results) - done} of the search for rates; in all",
+        f"{done} of {asked} runs that count are there, and {searched} of the search for rates; in all",
         f"{hours:.1f} hours of CPU on {', '.join(cpus) or 'nothing'}{''.join(f', and {other}' for other in others)}.\n",
+        *shared,
         "Accuracies are percent on the test part: mean ± standard deviation over seeds.\n",
         table_of_runs(study, runs),
         "Paired differences, with 95 % intervals; the last column is about the linear probe.\n",

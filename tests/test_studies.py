@@ -65,7 +65,7 @@ def put(study: studies.Study, job: studies.Job, linear: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     measures = {"linear": {"top1": linear}, "knn": {"top1": linear, "rankme": 1.0}}
     result = {"settings": study.settings(job), "measures": measures, "spent": {}, "device": "toy"}
-    path.write_text(json.dumps(vars(job) | result | {"steps": 2, "images": 8, "rows": 16}))
+    path.write_text(json.dumps({"study": study.name} | vars(job) | result | {"steps": 2, "images": 8, "rows": 16}))
 
 
 def put_times(study: studies.Study, rounds: dict[str, list[float]]) -> None:
@@ -172,6 +172,28 @@ def test_result__of_another_rate_or_other_settings_stops_with_a_line_that_names_
             act(studies.Study(toy))
 
 
+def test_study__like_another_takes_what_that_one_has_of_the_same_settings_and_only_that(
+    toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = {"values": [1e-3, 2e-3, 4e-3], "budget": 1}
+    toy.write_text(yaml.safe_dump(TOY | {"rates": rates}))
+    first = studies.Study(toy)
+    for job, linear in zip(first.rate_jobs("two"), (0.1, 0.3, 0.2), strict=True):
+        put(first, job, linear)
+    put(first, studies.Job("two", 1, 0, 2e-3, False), 0.5)
+    put(first, studies.Job("untrained", 0, 0, 0.0, False), 0.1)
+    path = toy.with_name("second.yaml")
+    path.write_text(yaml.safe_dump({"question": "And now?", "like": "toy"} | {"runs": TOY["runs"]}))
+    second = studies.Study(path)
+    assert [job.name for job in second.missing()] == ["untrained@0-1", "two@1-1"]
+    study_tables.write(second)
+    assert "2 of 4 runs" in capsys.readouterr().out
+    assert "2 of the runs that count are those of toy." in second.folder.with_suffix(".md").read_text()
+    arms = TOY["arms"] | {"two": TOY["arms"]["two"] | {"hog": {"cell_size": 4}}}
+    path.write_text(yaml.safe_dump({"question": "And now?", "like": "toy", "runs": TOY["runs"], "arms": arms}))
+    assert len([job for job in studies.Study(path).missing() if job.searching]) == 3
+
+
 def test_result__that_counts_is_refused_while_the_search_for_its_rate_goes_on(toy: Path) -> None:
     toy.write_text(yaml.safe_dump(TOY | {"rates": {"values": [1e-3, 2e-3, 4e-3], "budget": 1}}))
     study = studies.Study(toy)
@@ -188,11 +210,14 @@ STUDIED = [path.stem for path in PROJECT if (RESULTS / path.stem).is_dir()]
 def test_pages__that_are_stored_are_what_their_programs_write_of_the_stored_results(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(RESULTS / name, tmp_path / name)
     if name in STUDIED:
+        path = ROOT / "benchmarks" / "studies" / f"{name}.yaml"
+        for folder in studies.Study(path).folders:
+            shutil.copytree(folder, tmp_path / folder.name)
         monkeypatch.setattr(studies, "RESULTS", tmp_path)
-        study_tables.write(studies.Study(ROOT / "benchmarks" / "studies" / f"{name}.yaml"))
+        study_tables.write(studies.Study(path))
     else:
+        shutil.copytree(RESULTS / name, tmp_path / name)
         program = importlib.import_module(name.replace("-", "_"))
         monkeypatch.setattr(program, "RESULTS", tmp_path)
         monkeypatch.setattr(program, "FOLDER", tmp_path / name)
