@@ -10,7 +10,8 @@ from timm.optim import param_groups_layer_decay
 from torch.nn import functional as F
 
 import dmjd
-from dmjd.backbones.files import open_backbone, put_head, save_backbone
+from dmjd.backbones.convvit import create_convvit
+from dmjd.backbones.files import create_network, open_backbone, put_head, save_backbone
 from dmjd.backbones.positions import sincos_positions
 from dmjd.backbones.pyramid import Pyramid
 from dmjd.backbones.vit import create_vit
@@ -86,6 +87,26 @@ def test_tuned_vit__pre_training_goes_on_from_it_with_a_new_norm_of_tokens(tuned
     assert (ours.pop("norm.bias") == 0).all()
     assert ours.keys() == {name for name in theirs if not name.startswith(("fc_norm.", "head."))}
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_tuned_hybrid__keeps_its_norm_without_its_head_and_pre_training_goes_on_without(tmp_path):
+    encoder = create_convvit("tiny", image_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2)
+    model, architecture = put_head(encoder.backbone, encoder.architecture, 5)
+    torch.nn.init.normal_(model.fc_norm.weight)
+    path, images = tmp_path / "tuned.safetensors", torch.randn(2, 3, 32, 32)
+    save_backbone(path, model, architecture, [0.5] * 3, [0.25] * 3)
+    seen = model.forward_head(model.forward_features(images), pre_logits=True)
+    backbone, architecture = open_backbone(str(path))
+    torch.testing.assert_close(backbone(images), seen)
+    save_backbone(tmp_path / "without.safetensors", backbone, architecture, [0.5] * 3, [0.25] * 3)
+    torch.testing.assert_close(dmjd.load_backbone(tmp_path / "without.safetensors")(images), seen)
+    again = put_head(backbone, architecture, 3)[0].double()
+    assert torch.equal(again.fc_norm.weight, model.fc_norm.weight.double())
+    again.reset_classifier(4)
+    assert again(images.double()).shape == (2, 4)
+    network, architecture = create_network(str(path), image_hw=(32, 32), in_chans=3)
+    assert "fc_norm.weight" not in network.state_dict()
+    put_head(network, architecture, 2)
 
 
 def test_layer_decay__a_tuned_vit_has_its_norm_above_and_its_positions_below_all_blocks(tuned):

@@ -138,7 +138,7 @@ class ConvViT(nn.Module):
         img_size: Side, or height and width, in pixels; other sizes interpolate the positions.
         patch_size: Token stride in pixels: 16 (official), 8 or 4; the first convolution has a quarter of it.
         in_chans: Channels of an image.
-        num_classes: Classes; 0 leaves out `head` and the weights of `fc_norm`: features are the normed mean of tokens.
+        num_classes: Classes; 0 leaves out `head`: features are the normed mean of tokens.
         embed_dims: Widths of the three stages.
         depths: Blocks of the three stages.
         num_heads: Heads of stage 3.
@@ -146,9 +146,10 @@ class ConvViT(nn.Module):
         global_pool: `avg` only.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first one.
         drop_rate: Dropout before `head`.
+        fc_norm: Weights for that norm without classes, too: those that were trained with a head.
     """
 
-    def __init__(  # 11 parameters: timm's own, as its `create_model` passes them
+    def __init__(  # 12 parameters: timm's own, as its `create_model` passes them
         self,
         img_size: int | Sequence[int] = 224,
         patch_size: int = 16,
@@ -161,6 +162,7 @@ class ConvViT(nn.Module):
         global_pool: str = "avg",
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
+        fc_norm: bool = False,
     ):
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -189,6 +191,7 @@ class ConvViT(nn.Module):
                 [(first, "blocks1"), (second, "blocks2"), (third, "blocks3"), (third, "pool")]
             )
         ]
+        self.fc_norm = nn.LayerNorm(third, eps=NORM_EPS, elementwise_affine=fc_norm)
         self.head_drop = nn.Dropout(drop_rate)
         self.grad_checkpointing = False
         self.reset_classifier(num_classes)
@@ -198,12 +201,13 @@ class ConvViT(nn.Module):
             part.apply(init_weights)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put on a new head and a new norm before it; 0 classes take the head off, and the norm's weights with it."""
+        """Put on a new head; 0 classes take it off. The norm stays as it is, and gets weights with its first head."""
         if global_pool not in (None, "avg"):
             raise ValueError(f"global_pool {global_pool!r}: a ConvViT has no other pooling than 'avg'")
         self.num_classes = num_classes
-        self.fc_norm = nn.LayerNorm(self.embed_dim, eps=NORM_EPS, elementwise_affine=num_classes > 0)
-        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        if num_classes and not self.fc_norm.elementwise_affine:
+            self.fc_norm = nn.LayerNorm(self.embed_dim, eps=NORM_EPS).to(self.pos_embed)
+        self.head = nn.Linear(self.embed_dim, num_classes).to(self.pos_embed) if num_classes else nn.Identity()
 
     def get_classifier(self) -> nn.Module:
         """Return the head."""

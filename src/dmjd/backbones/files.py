@@ -212,7 +212,7 @@ def create_network(name: str, *, image_hw: tuple[int, int], in_chans: int) -> tu
         raise CheckpointError(f"timm has no such model; {name}; see timm.list_models()")
     try:
         network = timm.create_model(architecture[0], **arguments)
-        if isinstance(network, VisionTransformer) and pools_by_weights(network):
+        if isinstance(network, VisionTransformer | ConvViT) and pools_by_weights(network):
             # Masked views need the norm of all tokens, and features must not pass what pre-training never trains.
             arguments |= {"global_pool": "avg", "fc_norm": False}
             network = timm.create_model(architecture[0], **arguments)
@@ -245,10 +245,14 @@ def put_head(model: nn.Module, architecture: Architecture, num_classes: int) -> 
                     nn.init.trunc_normal_(layer.weight, std=2e-5)
                     if layer.bias is not None:
                         nn.init.zeros_(layer.bias)
-        if arguments.get("fc_norm") is False:  # as pre-training here makes ViTs
+        if (
+            isinstance(model, VisionTransformer) and arguments.get("fc_norm") is False
+        ):  # as pre-training here makes ViTs
             network.norm.reset_parameters()
             network.fc_norm, network.norm = network.norm, nn.Identity()
             arguments = {**arguments, "fc_norm": True}
+    if isinstance(model, ConvViT) and model.fc_norm.elementwise_affine:
+        arguments = {**arguments, "fc_norm": True}  # kept when the head is taken off
     return model.eval(), (name, {**arguments, "num_classes": num_classes})
 
 

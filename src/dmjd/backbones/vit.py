@@ -66,9 +66,9 @@ class ViT(nn.Module):
         return self.backbone.norm(latent)
 
 
-def pools_by_weights(vit: VisionTransformer) -> bool:
+def pools_by_weights(network: nn.Module) -> bool:
     """Tell whether pooling has weights, attention's or those of the last norm, which no masked view would train."""
-    return any(name.startswith(("attn_pool.", "fc_norm.")) for name in vit.state_dict())
+    return any(name.startswith(("attn_pool.", "fc_norm.")) for name in network.state_dict())
 
 
 class MaskTokenViT(ViT):
