@@ -258,9 +258,25 @@ def test_convvit__checkpointing_changes_no_gradient():
         torch.testing.assert_close(plain, again)
 
 
+def test_convvit__without_pooling_every_token_is_normed_and_classified():
+    pooled, every = (
+        timm.create_model("convvit_tiny", img_size=(32, 48), num_classes=3, global_pool=pool).eval()
+        for pool in ("avg", "")
+    )
+    every.load_state_dict(pooled.state_dict())
+    images = torch.randn(2, 3, 32, 48)
+    token = pooled.forward_features(images)[..., 1:, 2:]
+    assert every(images).shape == (2, 3, 2, 3)
+    torch.testing.assert_close(every(images)[..., 1, 2], pooled.forward_head(token))
+    every.reset_classifier(0)
+    assert every(images).shape == (2, 192, 2, 3)
+    pooled.reset_classifier(0, "")
+    torch.testing.assert_close(pooled(images), every(images))
+
+
 def test_convvit__what_it_cannot_do_is_said():
     model = timm.create_model("convvit_tiny", img_size=64, num_classes=0)
     with pytest.raises(ValueError, match="no other pooling than 'avg'"):
-        model.reset_classifier(3, "")
+        model.reset_classifier(3, "max")
     with pytest.raises(ValueError, match="NCHW"):
         model.forward_intermediates(torch.zeros(1, 3, 64, 64), output_fmt="NHWC")

@@ -143,7 +143,7 @@ class ConvViT(nn.Module):
         depths: Blocks of the three stages.
         num_heads: Heads of stage 3.
         mlp_ratios: MLP width over width, by stage: DMJD's 8, 8, 4 or ConvMAE's 4, 4, 4.
-        global_pool: `avg` only.
+        global_pool: `avg`, or nothing: the map of tokens (B, D, h, w), of which each is normed and classified.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first one.
         drop_rate: Dropout before `head`.
         fc_norm: Weights for that norm without classes, too: those that were trained with a head.
@@ -169,8 +169,6 @@ class ConvViT(nn.Module):
         if patch_size not in (4, 8, 16) or height % patch_size or width % patch_size:
             size = f"an image of {height} x {width} px"
             raise ValueError(f"{size} does not consist of tokens of {patch_size} px (16, 8, 4)")
-        if global_pool != "avg":
-            raise ValueError(f"global_pool {global_pool!r}: a ConvViT has no other pooling than 'avg'")
         first, second, third = embed_dims
         mlp1, mlp2, mlp3 = map(float, mlp_ratios)
         self.patch_size, self.global_pool = patch_size, global_pool
@@ -194,7 +192,7 @@ class ConvViT(nn.Module):
         self.fc_norm = nn.LayerNorm(third, eps=NORM_EPS, elementwise_affine=fc_norm)
         self.head_drop = nn.Dropout(drop_rate)
         self.grad_checkpointing = False
-        self.reset_classifier(num_classes)
+        self.reset_classifier(num_classes, global_pool)
         # As the official program: all other convolutions keep torch's default, uniform within 1 / sqrt(fan_in).
         nn.init.xavier_uniform_(self.patch_embed3.proj.weight.data.view(third, -1))
         for part in (self.patch_embed4, self.blocks3, self.head):
@@ -202,8 +200,10 @@ class ConvViT(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put on a new head; 0 classes take it off. The norm stays as it is, and gets weights with its first head."""
-        if global_pool not in (None, "avg"):
-            raise ValueError(f"global_pool {global_pool!r}: a ConvViT has no other pooling than 'avg'")
+        if global_pool not in (None, "avg", ""):
+            raise ValueError(f"global_pool {global_pool!r}: a ConvViT has no other pooling than 'avg' or none, ''")
+        if global_pool is not None:
+            self.global_pool = global_pool
         self.num_classes = num_classes
         if num_classes and not self.fc_norm.elementwise_affine:
             self.fc_norm = nn.LayerNorm(self.embed_dim, eps=NORM_EPS).to(self.pos_embed)
@@ -310,9 +310,10 @@ class ConvViT(nn.Module):
         return found if intermediates_only else (last, found)
 
     def forward_head(self, x: Float[Tensor, "B D h w"], pre_logits: bool = False) -> Tensor:
-        """Pool a map over its tokens, norm and, unless `pre_logits`, classify."""
-        pooled = self.fc_norm(x.mean(dim=(2, 3)))
-        return pooled if pre_logits else self.head(self.head_drop(pooled))
+        """Pool a map over its tokens, norm and, unless `pre_logits`, classify; without a pooling, token by token."""
+        pooled = self.fc_norm(x.mean(dim=(2, 3)) if self.global_pool else x.movedim(1, -1))
+        found = pooled if pre_logits else self.head(self.head_drop(pooled))
+        return found if self.global_pool else found.movedim(-1, 1)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Tensor:
         """Classify, or compute pooled features where there is no head."""
