@@ -46,8 +46,7 @@ from study import device_name, versions
 from torch import Tensor, nn
 
 import dmjd
-from dmjd.backbones.convvit import layout_of
-from dmjd.backbones.depthwise import DepthwiseOnRows, Layout
+from dmjd.backbones.depthwise import DepthwiseOnRows, Layout, layout_of
 from dmjd.cli import main as dmjd_main
 from dmjd.data.crops import RandomCrop
 from dmjd.masking import seeded_masks, token_ids

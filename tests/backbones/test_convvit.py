@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import dmjd
-from dmjd.backbones.convvit import SIZES, ConvViT, create_convvit, nested_positions
+from dmjd.backbones.convvit import SIZES, ConvViT, create_convvit
+from dmjd.backbones.depthwise import nested_positions
 from dmjd.backbones.files import save_backbone
 from dmjd.engine.distributed import Ranks
 from dmjd.evaluation.features import FeatureExtractor

@@ -12,8 +12,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dmjd.backbones import depthwise
-from dmjd.backbones.convvit import create_convvit, layout_of
-from dmjd.backbones.depthwise import DepthwiseOnRows, Layout
+from dmjd.backbones.convvit import create_convvit
+from dmjd.backbones.depthwise import DepthwiseOnRows, Layout, layout_of
 from dmjd.masking import disjoint_masks, token_ids
 
 triton = pytest.importorskip("triton")

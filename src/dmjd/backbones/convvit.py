@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmjd.backbones import Architecture, Latents, encodes, register_encoder
 from dmjd.backbones.blocks import NORM_EPS, init_weights, transformer_blocks
-from dmjd.backbones.depthwise import DepthwiseOnRows, Layout
+from dmjd.backbones.depthwise import DepthwiseOnRows, Layout, layout_of
 from dmjd.backbones.positions import resample_positions, sincos_positions
 from dmjd.masking import TokenIds, gather_tokens
 
@@ -36,24 +36,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "base": {"embed_dims": (256, 384, 768), "depths": (2, 2, 11), "num_heads": 12},
     "large": {"embed_dims": (384, 768, 1024), "depths": (2, 2, 23), "num_heads": 16},
 }
-
-
-def nested_positions(grid: tuple[int, int], side: int, device: torch.device | None = None) -> Int[Tensor, "L s"]:
-    """Number the side x side positions of every token, nested, by their place in the raster of the whole map."""
-    rows, columns = grid
-    numbers = torch.arange(rows * columns * side * side, device=device).view(rows, side, columns, side).transpose(1, 2)
-    if side == 4:  # rows and columns of a token in halves: (2, 2, 2, 2) -> (half row, half column, row, column)
-        numbers = numbers.reshape(rows, columns, 2, 2, 2, 2).transpose(3, 4)
-    return numbers.reshape(rows * columns, side * side)
-
-
-def layout_of(tokens: Int[Tensor, "N K"], grid: tuple[int, int], side: int) -> Layout:
-    """Lay out the positions of the given tokens of every map, token by token."""
-    height, width = grid[0] * side, grid[1] * side
-    positions_NKs = nested_positions(grid, side, tokens.device)[tokens]
-    maps_N = height * width * torch.arange(tokens.shape[0], device=tokens.device)
-    places = (positions_NKs + maps_N[:, None, None]).flatten()
-    return Layout(places, tokens.shape[0], height, width)
 
 
 class Pointwise(nn.Conv2d):

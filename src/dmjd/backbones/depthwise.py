@@ -81,6 +81,24 @@ class Layout:
         return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1]).index_select(0, self.places)
 
 
+def nested_positions(grid: tuple[int, int], side: int, device: torch.device | None = None) -> Int[Tensor, "L s"]:
+    """Number the side x side positions of every token, nested, by their place in the raster of the whole map."""
+    rows, columns = grid
+    numbers = torch.arange(rows * columns * side * side, device=device).view(rows, side, columns, side).transpose(1, 2)
+    if side == 4:  # rows and columns of a token in halves: (2, 2, 2, 2) -> (half row, half column, row, column)
+        numbers = numbers.reshape(rows, columns, 2, 2, 2, 2).transpose(3, 4)
+    return numbers.reshape(rows * columns, side * side)
+
+
+def layout_of(tokens: Int[Tensor, "N K"], grid: tuple[int, int], side: int) -> Layout:
+    """Lay out the positions of the given tokens of every map, token by token."""
+    height, width = grid[0] * side, grid[1] * side
+    positions_NKs = nested_positions(grid, side, tokens.device)[tokens]
+    maps_N = height * width * torch.arange(tokens.shape[0], device=tokens.device)
+    places = (positions_NKs + maps_N[:, None, None]).flatten()
+    return Layout(places, tokens.shape[0], height, width)
+
+
 class DepthwiseOnRows(torch.autograd.Function):
     """A depthwise convolution of the maps that rows lie in, read at the same rows.
 
