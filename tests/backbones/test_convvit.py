@@ -9,6 +9,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.models import save_for_hf
 from torch.nn import functional as F
 
 import dmjd
@@ -273,6 +274,25 @@ def test_convvit__without_pooling_every_token_is_normed_and_classified():
     assert every(images).shape == (2, 192, 2, 3)
     pooled.reset_classifier(0, "")
     torch.testing.assert_close(pooled(images), every(images))
+
+
+@pytest.mark.parametrize("size", [(32, 48), (64, 48), (48, 32)])
+def test_convvit__positions_are_interpolated_to_another_size_once_or_at_every_image(size, tmp_path):
+    encoder, images = encoder_of((4, 6), patch_size=8).eval(), torch.randn(1, 3, *size)
+    model, (name, arguments) = encoder.backbone, encoder.architecture
+    expected = model(images)
+    path = tmp_path / "backbone.safetensors"
+    save_backbone(path, model, (name, arguments), [0.5] * 3, [0.25] * 3)
+    known = {"file": str(path), "input_size": (3, 32, 48), "num_classes": 0}
+    arguments["img_size"] = size
+    opened = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=known, **arguments).eval()
+    model.set_input_size(size)
+    save_for_hf(model, str(tmp_path / "hub"))
+    again = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    for each in (opened, model, again):
+        assert each.pos_embed.shape[1] == size[0] * size[1] // 64
+        torch.testing.assert_close(each(images), expected)
+    assert not model.pos_embed.requires_grad  # as before
 
 
 def test_convvit__what_it_cannot_do_is_said():

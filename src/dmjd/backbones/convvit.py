@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from timm.layers import DropPath
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -113,6 +114,14 @@ class ConvBlock(nn.Module):
         return self.drop_path(rows.view(layout.num_maps, -1, rows.shape[1])).view_as(rows)
 
 
+def token_grid(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
+    """Count the rows and columns of tokens of an image; ValueError if it does not consist of whole ones."""
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if patch_size not in (4, 8, 16) or height % patch_size or width % patch_size:
+        raise ValueError(f"an image of {height} x {width} px does not consist of tokens of {patch_size} px (16, 8, 4)")
+    return height // patch_size, width // patch_size
+
+
 class ConvViT(nn.Module):
     """The hybrid as an image classifier or feature extractor, by timm's conventions.
 
@@ -147,14 +156,10 @@ class ConvViT(nn.Module):
         fc_norm: bool = False,
     ):
         super().__init__()
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if patch_size not in (4, 8, 16) or height % patch_size or width % patch_size:
-            size = f"an image of {height} x {width} px"
-            raise ValueError(f"{size} does not consist of tokens of {patch_size} px (16, 8, 4)")
         first, second, third = embed_dims
         mlp1, mlp2, mlp3 = map(float, mlp_ratios)
         self.patch_size, self.global_pool = patch_size, global_pool
-        self.grid = (height // patch_size, width // patch_size)
+        self.grid = token_grid(img_size, patch_size)
         self.num_features = self.head_hidden_size = self.embed_dim = third
         self.patch_embed1 = PatchEmbed(nn.Conv2d(in_chans, first, patch_size // 4, stride=patch_size // 4))
         self.patch_embed2 = PatchEmbed(PatchMerge(first, second, 2))
@@ -195,6 +200,14 @@ class ConvViT(nn.Module):
         """Return the head."""
         return self.head
 
+    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+        """Interpolate the positions, once, to images of another side, or height and width; see `img_size`."""
+        grid = token_grid(img_size, self.patch_size)
+        positions = resample_positions(self.pos_embed.detach(), self.grid, grid)
+        self.pos_embed = nn.Parameter(positions, self.pos_embed.requires_grad)
+        self.grid = grid
+        update_model_input_size(self, img_size)  # for what timm saves
+
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep of every block only what goes in, and compute the rest again in the backward pass."""
@@ -223,10 +236,7 @@ class ConvViT(nn.Module):
         Raises:
             ValueError: If an image does not consist of whole tokens.
         """
-        height, width = images.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"an image of {height} x {width} px does not consist of tokens of {self.patch_size} px")
-        grid = height // self.patch_size, width // self.patch_size
+        grid = token_grid(images.shape[-2:], self.patch_size)
         num_tokens = grid[0] * grid[1]
         num_rows, batch_size = tokens.shape[0], images.shape[0]
         layout1 = layout_of(tokens, grid, 4).for_its_device()
@@ -253,10 +263,6 @@ class ConvViT(nn.Module):
         again = self.grad_checkpointing and self.training
         return checkpoint(block, *given, use_reentrant=False) if again else block(*given)
 
-    def _all_tokens(self, images: Float[Tensor, "B C H W"]) -> Int[Tensor, "B L"]:
-        num_tokens = (images.shape[-2] // self.patch_size) * (images.shape[-1] // self.patch_size)
-        return torch.arange(num_tokens, device=images.device).expand(images.shape[0], -1)
-
     def forward_features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         """Compute the map of stage 3."""
         (features,) = self.forward_intermediates(images, indices=[2], intermediates_only=True)
@@ -278,8 +284,8 @@ class ConvViT(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r}: the maps of a ConvViT are NCHW")
         wanted, _ = feature_take_indices(4, indices)
-        tokens = self._all_tokens(x)
-        grid = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
+        grid = token_grid(x.shape[-2:], self.patch_size)
+        tokens = torch.arange(grid[0] * grid[1], device=x.device).expand(x.shape[0], -1)
         rows1, rows2, latent = self.stages(x, tokens)
         last = latent.transpose(1, 2).unflatten(2, grid)
         maps = [
@@ -392,11 +398,21 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def at_its_size(weights: dict[str, Tensor], model: ConvViT) -> dict[str, Tensor]:
+    """Interpolate the positions of weights to the size of a model, whose `pretrained_cfg` knows the size of before."""
+    config: Any = model.pretrained_cfg
+    before, positions = token_grid(config["input_size"][1:], model.patch_size), weights["pos_embed"]
+    if positions.shape[1] != before[0] * before[1]:  # it is that of no weights
+        return weights
+    return {**weights, "pos_embed": resample_positions(positions, before, model.grid)}
+
+
 def _create(size: str, pretrained: bool, **arguments: Any) -> nn.Module:
     return build_model_with_cfg(
         ConvViT,
         f"convvit_{size}",
         pretrained,
+        pretrained_filter_fn=at_its_size,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
         **{**SIZES[size], **arguments},
     )
