@@ -4,6 +4,7 @@ import inspect
 import json
 
 import pytest
+import timm
 import torch
 from functorch.compile import make_boxed_func
 from jaxtyping import config as shape_checks
@@ -74,6 +75,16 @@ def test_step__is_one_graph_that_is_made_once_whatever_is_hidden(unchecked, pres
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         model.update_targets(step / 2)
     assert len(graphs) == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is on its way out, and says so
+@torch.no_grad()
+def test_hybrid__torch_jit_and_vmap_take_it_without_gradients(unchecked):
+    model = timm.create_model("convvit_tiny", img_size=32, num_classes=3).eval()
+    images = torch.randn(3, 3, 32, 32)
+    traced = torch.jit.trace(model, images[:2])
+    torch.testing.assert_close(traced(images), model(images))
+    torch.testing.assert_close(torch.vmap(model)(images[:, None])[:, 0], model(images))
 
 
 def test_begin__compiles_when_asked_to_and_by_itself_where_it_pays():

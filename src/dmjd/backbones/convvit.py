@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmjd.backbones import Architecture, Latents, encodes, register_encoder
 from dmjd.backbones.blocks import NORM_EPS, init_weights, transformer_blocks
-from dmjd.backbones.depthwise import DepthwiseOnRows, Layout, layout_of
+from dmjd.backbones.depthwise import Layout, depthwise, layout_of
 from dmjd.backbones.positions import resample_positions, sincos_positions
 from dmjd.masking import TokenIds, gather_tokens
 
@@ -105,7 +105,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, rows: Float[Tensor, "S D"], layout: Layout) -> Float[Tensor, "S D"]:
         """Transform the rows of a stage; map positions without a row count as zero."""
-        inner = DepthwiseOnRows.apply(self.conv1(self.norm1(rows)), self.attn.weight, self.attn.bias, layout)
+        inner = depthwise(self.conv1(self.norm1(rows)), self.attn.weight, self.attn.bias, layout)
         rows = rows + self.drop(self.conv2(inner), layout)
         return rows + self.drop(self.mlp(self.norm2(rows)), layout)
 

@@ -99,6 +99,21 @@ def layout_of(tokens: Int[Tensor, "N K"], grid: tuple[int, int], side: int) -> L
     return Layout(places, tokens.shape[0], height, width)
 
 
+def depthwise(rows: Tensor, weight: Tensor, bias: Any, layout: Layout) -> Float[Tensor, "S D"]:
+    """Convolve rows; without gradients by torch's own operators, for torch.jit and vmap know no others."""
+    form = DepthwiseOnRows.apply if torch.is_grad_enabled() else convolve
+    return form(rows, weight, bias, layout)
+
+
+def convolve(rows: Tensor, weight: Tensor, bias: Tensor, layout: Layout) -> Float[Tensor, "S D"]:
+    """Convolve in the form of the layout; the padding keeps the size of the maps."""
+    if layout.table:
+        return convolved(rows, weight, bias, layout.table)
+    weight, bias = weight.to(rows.dtype), bias.to(rows.dtype)
+    padding = [side // 2 for side in weight.shape[2:]]
+    return layout.to_rows(F.conv2d(layout.to_map(rows), weight, bias, padding=padding, groups=len(weight)))
+
+
 class DepthwiseOnRows(torch.autograd.Function):
     """A depthwise convolution of the maps that rows lie in, read at the same rows.
 
@@ -108,14 +123,10 @@ class DepthwiseOnRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, layout: Layout) -> Tensor:
-        """Convolve; the padding keeps the size of the maps."""
+        """Convolve."""
         ctx.save_for_backward(rows, weight)
         ctx.layout = layout
-        if layout.table:
-            return convolved(rows, weight, bias, layout.table)
-        weight, bias = weight.to(rows.dtype), bias.to(rows.dtype)
-        padding = [side // 2 for side in weight.shape[2:]]
-        return layout.to_rows(F.conv2d(layout.to_map(rows), weight, bias, padding=padding, groups=len(weight)))
+        return convolve(rows, weight, bias, layout)
 
     @staticmethod
     @once_differentiable
