@@ -4,12 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
 from dmjd.cli import main
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
     for line in json.loads(Path(sys.argv[1]).read_text()):
         if code := main(line):
             sys.exit(code)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -42,6 +43,9 @@ REPAID = 2000  # steps after which a minute or two of compiling have paid on a G
 TIMEOUT = timedelta(hours=2)
 # A block of a transformer, by timm's names: what FSDP shards, and what is computed again, by itself.
 BLOCK = re.compile(r"(^|\.)blocks\d*\.\d+$")
+# Numbers the groups that a process has been in, one after the other: each leaves its addresses in the store, and the
+# next one would take them for its own.
+MEETINGS = count()
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,9 @@ def join_ranks(device: str) -> Iterator[Ranks]:
             yield Ranks(chosen)
             return
         if ours:
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+            meeting = dist.PrefixStore(f"{next(MEETINGS)}", store())
+            backend = "nccl" if chosen.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=meeting, rank=rank, world_size=world_size)
         ranks = Ranks(chosen, rank, world_size, dist.new_group(backend="gloo", timeout=TIMEOUT))
         processes[:] = ranks.gather(this_process(rank))
         if rank:
@@ -181,6 +187,13 @@ def join_ranks(device: str) -> Iterator[Ranks]:
             yield ranks
     if ours:
         dist.destroy_process_group()  # not after an error: others may still wait for this rank, and would be waited for
+
+
+@cache
+def store() -> dist.Store:
+    """Connect to where ranks leave word for each other, once in a process."""
+    found: dist.Store = next(iter(dist.rendezvous("env://")))[0]
+    return found
 
 
 @contextmanager
