@@ -89,6 +89,11 @@ def test_auto__flags_stand_above_what_is_chosen(photos):
     assert settings.optim.warmup_epochs == pytest.approx(0.15)
 
 
+def test_auto__a_step_is_shared_evenly_by_its_micro_batches(photos):
+    masking = {"num_views": 1, "predict_ratio": 0.6}
+    assert auto(photos, minutes=0.02, masking=masking, optim={"accumulation": 4}).run.batch_size == 20  # of 23 images
+
+
 def test_auto__a_network_that_is_named_is_taken_with_its_patches(photos):
     settings = auto(photos, minutes=0.02, model={"backbone": "timm:test_vit"})
     assert (settings.model.image_size, settings.model.patch_size, settings.model.embed_dim) == ("32", 16, None)

@@ -96,7 +96,8 @@ def _choose(settings: PretrainSettings, own: Mapping[str, Any], parse: Parse, ra
 
     chosen, seconds, passes, larger = largest(networks, training, parse, measure)
     fitting = parse(chosen | {"epochs": passes})
-    chosen = chosen | auto.schedule(facts, fitting.run.epochs, asdict(fitting.masking))
+    parts = ranks.world_size * fitting.optim.accumulation
+    chosen = chosen | auto.schedule(facts, fitting.run.epochs, asdict(fitting.masking), parts)
     if steps := fitting.run.steps:  # the user's own
         passes = steps * parse(chosen).run.batch_size / len(images)
         chosen["optim"] |= {"warmup_epochs": float(f"{auto.WARM_UP * passes:.3g}")}

@@ -74,3 +74,8 @@ def test_schedule__steps_grow_with_the_run_within_bounds_and_rates_with_steps(ki
 
 def test_schedule__a_step_has_no_more_images_than_the_set():
     assert auto.schedule(facts(num_images=5), 1000.0, MASKING)["batch_size"] == 5
+
+
+@pytest.mark.parametrize(("num_images", "parts", "batch_size"), [(13, 2, 12), (13, 4, 12), (3, 8, 8), (50_000, 6, 60)])
+def test_schedule__a_step_is_shared_evenly_by_ranks_and_micro_batches(num_images, parts, batch_size):
+    assert auto.schedule(facts(num_images=num_images), 10.0, MASKING, parts)["batch_size"] == batch_size

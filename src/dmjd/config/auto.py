@@ -120,15 +120,15 @@ def epochs(facts: Facts, seconds: float, views: int) -> float:
     return float(f"{min(fit, MOST / views):.3g}")
 
 
-def schedule(facts: Facts, count: float, masking: Mapping[str, Any]) -> Chosen:
-    """Choose batch, learning rate and warm-up of a run of `count` epochs."""
+def schedule(facts: Facts, count: float, masking: Mapping[str, Any], parts: int = 1) -> Chosen:
+    """Choose batch, learning rate and warm-up of a run of `count` epochs, whose steps so many `parts` share evenly."""
     views = masking["num_views"]
     rows = views * count * facts.num_images
     fewest, most = ROWS[facts.kind]
     in_a_step = fewest
     while 2 * in_a_step <= most and rows / (2 * in_a_step) >= STEPS:
         in_a_step *= 2
-    batch_size = max(min(in_a_step // views, facts.num_images), 1)
+    batch_size = max(min(in_a_step // views, facts.num_images) // parts, 1) * parts
     # The square root is the rule for Adam (Malladi et al. 2022).
     rate = min(RATE * (in_a_step / 64) ** 0.5, HIGHEST_RATE)
     blr = rate * 256 / batch_size * masking["mask_ratio"] / masking["predict_ratio"]
