@@ -155,6 +155,24 @@ def test_decode__tiffs_and_arrays_of_any_channels_give_the_values_that_went_in(k
         assert np.array_equal(image.numpy(), first)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("float32", {"byteorder": ">", "compression": "zlib"}),
+        ("float32", {"compression": "lerc"}),
+        ("uint16", {"compression": "jpeg2000"}),
+        ("uint16", {"bitspersample": 14}),
+        ("uint8", {"photometric": "rgb", "planarconfig": "separate", "extrasamples": ["unspecified"]}),
+    ],
+)
+def test_decode__tiffs_that_pillow_misreads_or_does_not_know(kind: str, options: dict[str, Any]) -> None:
+    pytest.importorskip("imagecodecs")
+    channels = 4 if "extrasamples" in options else 1
+    array = np.random.default_rng(0).integers(0, 255, (channels, 32, 48)).astype(kind)
+    image = decode(tiff(array if channels > 1 else array[0], **options), Wanted(min(channels, 3)))
+    assert np.array_equal(image.numpy(), array[:3])
+
+
 def test_decode__types_that_are_no_depth_become_the_nearest_one() -> None:
     values = np.arange(12).reshape(3, 4)
     for kind, depth in (("int8", "int16"), ("uint32", "float32"), ("float64", "float32"), (">u2", "uint16")):

@@ -45,6 +45,7 @@ NUMPY = b"\x93NUMPY"
 DICM = b"DICM"  # after 128 bytes that say nothing
 ORIENTATION = 0x0112  # number of the tag of EXIF and of TIFF
 PLAIN = (2, 5, 6)  # RGB, CMYK and YCbCr among the photometric interpretations of a TIFF
+DIRECT = (1, 2)  # grey, of which 0 is black, and RGB: what is stored is what is shown
 DEPTHS = tuple(map(np.dtype, ("uint8", "uint16", "int16", "float32")))  # of the values that an image may have
 DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.float32)  # the same; prepared sets store the places
 
@@ -322,11 +323,21 @@ def _tiff(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
             return np.concatenate([_page(page) for page in pages], axis=-1)
         coloured = page.dtype == np.uint8 and page.photometric in PLAIN and wanted.in_chans in (1, 3)
         plain = (1, 3, 4) if coloured else (1,)
-        if page.samplesperpixel not in plain or page.dtype not in (np.uint8, np.uint16, np.float32, np.bool_):
+        swapped = page.dtype == np.float32 and tiff.byteorder == ">"  # twice by Pillow, if compressed
+        if (
+            page.samplesperpixel not in plain
+            or page.dtype not in (np.uint8, np.uint16, np.float32, np.bool_)
+            or swapped
+        ):
             return _page(page)
-    with open_picture(BytesIO(content), ("TIFF",)) as image:
-        image.seek(page.index)  # its place among all pages, smaller copies included
-        return _pillow(image, wanted)
+        try:
+            with open_picture(BytesIO(content), ("TIFF",)) as image:
+                image.seek(page.index)  # its place among all pages, smaller copies included
+                return _pillow(image, wanted)
+        except UnidentifiedImageError:  # LERC, JPEG 2000, channels apart, 14 bits
+            if page.photometric not in DIRECT:
+                raise
+            return _without_alpha(_page(page), wanted)
 
 
 def pages_of(tiff: tifffile.TiffFile) -> list[Any]:
