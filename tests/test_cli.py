@@ -136,6 +136,7 @@ BAD = {  # command line: what its error line has to say
     "pretrain --crop.scale 0.9 0.1": "crop.scale",
     "pretrain --crop.scale 0.5": "--crop.scale",
     "pretrain --crop.ratio 0 1": "crop.ratio",
+    "pretrain --crop.empty-scale": "Did you mean --crop.scale?",
     "pretrain --crop.variants 0": "crop.variants 0",
     "pretrain --teacher.cache kept --masked.target timm:x": "set crop.variants",
     "pretrain --masked.target hog+pixel": "did you mean pixels?",

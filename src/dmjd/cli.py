@@ -166,7 +166,7 @@ def application(
     app = App(
         name="dmjd",
         help="Masked image modelling: a folder of images in, a timm backbone out.",
-        default_parameter=Parameter(name_transform=lambda name: name),
+        default_parameter=Parameter(name_transform=lambda name: name, negative_iterable=()),  # no --empty-layers
         config=[
             Dict(dict(given or {}), use_commands_as_keys=False, source="what is given"),
             *files,
