@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import save_file
 
 import dmjd
-from dmjd.cli import VERBS, application, layers_of, main
+from dmjd.cli import VERBS, application, flag_value, layers_of, main
 from dmjd.cli import settings_of as resolved
 from dmjd.config import downstream
 from dmjd.config.pretrain import MonitorSettings, PretrainSettings
@@ -340,6 +340,11 @@ def test_settings__without_a_preset_auto_holds() -> None:
 def test_settings__flags_take_a_value_after_a_space_or_an_equals_sign() -> None:
     joined = settings_of("pretrain", "--data=d", "--preset=dm", "--seed=3")
     assert joined == settings_of("pretrain", "--data", "d", "--preset", "dm", "--seed", 3)
+
+
+@pytest.mark.parametrize("words", [["--model.image-size", "48"], ["--model.image-size=48"]])
+def test_settings__auto_hears_flags_that_are_spelt_with_hyphens(words: list[str]) -> None:
+    assert flag_value(["pretrain", "--data", "d", *words], "--model.image_size") == "48"
 
 
 def test_settings__a_section_given_in_part_keeps_the_defaults_of_its_verb(tmp_path: Path) -> None:

@@ -247,12 +247,11 @@ def is_set(arguments: Sequence[str], name: str) -> bool:
 
 
 def flag_value(arguments: Sequence[str], name: str) -> str | None:
-    """Find the value of `--flag VALUE` or `--flag=VALUE`."""
-    for flag, value in zip(arguments, [*arguments[1:], None], strict=True):
-        if flag == name:
-            return value
-        if flag.startswith(f"{name}="):
-            return flag.removeprefix(f"{name}=")
+    """Find the value of `--flag VALUE` or `--flag=VALUE`; like the parser, take hyphens in its name for underscores."""
+    for flag, following in zip(arguments, [*arguments[1:], None], strict=True):
+        spelt, equals, value = flag.partition("=")
+        if spelt.replace("-", "_") == name.replace("-", "_"):
+            return value if equals else following
     return None
 
 
