@@ -21,7 +21,7 @@ from dmjd.reports.pretraining import key_numbers, write_report
 from dmjd.reports.token_pictures import Samples, write_samples
 
 ALWAYS = ["Key numbers", "Curves", "Settings", "How to reproduce", "How to cite", "What next"]
-WITH_SAMPLES = ["Held-out images", "What is alike", "How often each token was predicted"]
+WITH_SAMPLES = ["Held-out images", "Nearest neighbours", "How often each token was predicted"]
 NUMBERS = {
     "untrained": {"knn_top1": 0.2714, "linear_top1": 0.3341},
     "trained": {"knn_top1": 0.6127, "linear_top1": 0.7253},
@@ -280,7 +280,7 @@ def test_write_report__says_what_the_standard_deviation_of_features_means(tmp_pa
     run = write_run(tmp_path / "run", metric_lines(), summary={"trained": {"feature_std": 0.8}})
     page = Page(write_report(run))
     assert "Standard deviation of features" in page.all("th")
-    assert any("vary 80.0% as much as directions that are spread evenly" in text for text in page.all("p"))
+    assert any("vary 80.0% as much in direction as features spread evenly" in text for text in page.all("p"))
 
 
 def test_write_report__names_broken_pictures(tmp_path: Path) -> None:
@@ -353,6 +353,11 @@ def test_write_report__stays_small_for_long_runs_and_many_pictures(tmp_path: Pat
 def test_write_report__same_run_same_bytes(tmp_path: Path) -> None:
     run = complete_run(tmp_path / "run")
     assert write_report(run).read_bytes() == write_report(run).read_bytes()
+
+
+def test_key_numbers__what_is_below_zero_has_a_minus_sign() -> None:
+    facts = {"untrained": {"explained": -1.25}, "trained": {"explained": 0.5}}
+    assert [row["untrained"] for row in key_numbers(facts, [])] == ["\u2212125.0%"]
 
 
 def test_key_numbers__a_loss_is_shown_as_a_loss() -> None:

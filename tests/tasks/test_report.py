@@ -130,4 +130,4 @@ def test_pretrain__an_image_alone_has_nothing_like_it(paint: object, tmp_path: P
     data = paint(tmp_path / "data", {"only": 1})
     run = pretrain(data, tmp_path / "run")
     assert not (run / "neighbours.safetensors").exists()
-    assert "What is alike" not in (run / "report.html").read_text()
+    assert "Nearest neighbours" not in (run / "report.html").read_text()

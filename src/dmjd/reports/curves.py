@@ -37,12 +37,12 @@ CURVES: dict[str, dict[str, str]] = {
         "visible, held out": "explained_visible",
     },
     "RankMe": {"RankMe": "rankme"},
-    "Standard deviation of features": {"standard deviation": "feature_std"},
+    "Standard deviation of features, percent": {"standard deviation": "feature_std"},
     "Images per second": {"images per second": "images_per_second"},
 }
 EXPLAINED = ("explained", "explained_train", "explained_visible")
-SHARES = frozenset(["top1", "knn_top1", "miou", "map", "mask_map", *EXPLAINED])  # shown in percent
-EVALUATED = frozenset(["rankme", "feature_std", *SHARES])  # drawn over epochs, the others over steps
+SHARES = frozenset(["top1", "knn_top1", "miou", "map", "mask_map", "feature_std", *EXPLAINED])  # shown in percent
+EVALUATED = frozenset(["rankme", *SHARES])  # drawn over epochs, the others over steps
 PIECES = 250  # of a long curve, each drawn by its extremes
 
 Line = dict[str, Any]  # of metrics.jsonl
