@@ -245,9 +245,7 @@ def put_head(model: nn.Module, architecture: Architecture, num_classes: int) -> 
                     nn.init.trunc_normal_(layer.weight, std=2e-5)
                     if layer.bias is not None:
                         nn.init.zeros_(layer.bias)
-        if (
-            isinstance(model, VisionTransformer) and arguments.get("fc_norm") is False
-        ):  # as pre-training here makes ViTs
+        if isinstance(model, VisionTransformer) and arguments.get("fc_norm") is False:  # as pre-training makes ViTs
             network.norm.reset_parameters()
             network.fc_norm, network.norm = network.norm, nn.Identity()
             arguments = {**arguments, "fc_norm": True}
