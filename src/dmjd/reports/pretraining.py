@@ -131,7 +131,8 @@ def key_numbers(facts: Line, lines: Sequence[Line]) -> list[Line]:
             continue
         scale, unit, points = (1, "", "") if key == "rankme" else (100, "%", "\u00a0points")
         untrained, trained = (
-            "\u2013" if value is None else f"{value * scale:.1f}{unit}".replace("-", "\u2212") for value in (before, after)
+            "\u2013" if value is None else f"{value * scale:.1f}{unit}".replace("-", "\u2212")
+            for value in (before, after)
         )
         gain = math.nan if before is None or after is None else round((after - before) * scale, 1)
         sign = "+" if gain > 0 else "\u2212" if gain < 0 else "\u00b1"
