@@ -132,7 +132,7 @@ def test_load_pretrained__knows_settings_statistics_and_the_running_mean(tmp_pat
     loaded = dmjd.load_pretrained(tmp_path / "pretrained.safetensors")
     assert same(network, loaded)
     assert torch.equal(loss(loaded), loss(network))
-    assert dmjd.load_backbone(tmp_path / "pretrained.safetensors").pretrained_cfg["value_range"] == [0.0, 4095.0]
+    assert dmjd.load_backbone(tmp_path / "pretrained.safetensors").value_range == [0.0, 4095.0]
 
 
 @pytest.mark.parametrize(

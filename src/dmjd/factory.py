@@ -101,7 +101,7 @@ def load_pretrained(path: str | Path) -> DMJD:
     network = from_settings(model_settings(sections_of(task["settings"])), (config["mean"], config["std"]))
     load_around(path, network)
     backbone: Any = network.encoder.backbone
-    backbone.pretrained_cfg["value_range"] = json.loads(metadata.get("value_range", "null"))
+    backbone.value_range = json.loads(metadata.get("value_range", "null"))
     return network
 
 

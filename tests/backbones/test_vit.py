@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from timm.models import save_for_hf
 
 import dmjd
 from dmjd.backbones.blocks import QueryBlock, transformer_blocks
@@ -163,6 +164,17 @@ def test_backbone_file__plain_timm_gives_the_same_features(tmp_path, class_token
         metadata["architecture"], **json.loads(metadata["model_args"]), checkpoint_path=str(path)
     ).eval()
     torch.testing.assert_close(timms(images), encoder.backbone(images), atol=1e-5, rtol=1e-5)
+
+
+def test_backbone_file__what_timm_saves_of_it_opens_again(tmp_path):
+    encoder = create_vit("tiny", image_size=32, patch_size=8, in_chans=1, **TINY).eval()
+    path, images = tmp_path / "backbone.safetensors", torch.randn(2, 1, 32, 32)
+    save_backbone(path, encoder.backbone, encoder.architecture, [0.5], [0.25], value_range=(0.0, 4095.0))
+    ours = dmjd.load_backbone(path)
+    assert ours.value_range == [0.0, 4095.0]
+    save_for_hf(ours, str(tmp_path / "hub"))
+    opened = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    torch.testing.assert_close(opened(images), encoder.backbone(images))
 
 
 def test_backbone_file__anything_else_is_a_clear_error(tmp_path):

@@ -65,7 +65,7 @@ def damaged(path: Path, count: int) -> Iterator[str]:
 
 
 def said_of(model: nn.Module) -> dict[str, object]:
-    default = model.pretrained_cfg
+    default = {**model.pretrained_cfg, "value_range": model.value_range}
     return {name: default[name] for name in ("input_size", "mean", "std", "value_range", "num_classes")}
 
 

@@ -126,7 +126,7 @@ def test_classifiers__learn_from_images_of_twelve_channels(verb, flags, backbone
     assert len(left_out) == (verb == "finetune")  # said once
     if verb == "finetune":
         model = dmjd.load_backbone(tmp_path / "run" / "last.safetensors")
-        assert list(model.pretrained_cfg["value_range"]) == [0, 4095]
+        assert model.value_range == [0, 4095]
 
 
 @pytest.mark.parametrize("policy", ["none", "rand-m9-mstd0.5-inc1"])

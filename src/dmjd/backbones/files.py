@@ -150,8 +150,8 @@ def load_around(path: str | Path, model: nn.Module) -> None:
 def load_backbone(path: str | Path) -> nn.Module:
     """Load a trained backbone as a timm model, in evaluation mode.
 
-    Its `pretrained_cfg` holds the input size, the mean and standard deviation to normalise images by, and the
-    `value_range` of these: what deep images had in training. Plain timm makes the same of the metadata:
+    Its `pretrained_cfg` holds the input size and the mean and standard deviation to normalise images by; its
+    `value_range` is what deep images had in training. Plain timm makes the same of the metadata:
     `timm.create_model(architecture, **model_args, pretrained_cfg_overlay=pretrained_cfg, checkpoint_path=path)`.
 
     Args:
@@ -301,7 +301,7 @@ def _read(
     except (RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"weights and metadata do not agree: {reason}; {path}; write the file again") from None
-    model.pretrained_cfg["value_range"] = value_range
+    model.value_range = value_range  # what is in `pretrained_cfg`, timm saves, and opens nothing with more than its own
     return model, (name, arguments)
 
 

@@ -134,7 +134,7 @@ class FeatureExtractor:
         wanted: Any = model.pretrained_cfg
         self.in_chans, *size = wanted["input_size"]
         self.image_hw: tuple[int, int] = (size[0], size[1])
-        known = value_range or wanted.get("value_range")
+        known = value_range or getattr(model, "value_range", None)
         levels = Levels(*map(float, known)) if known and tuple(known) != (0.0, 255.0) else None
         self.wanted = Wanted(self.in_chans, self.image_hw, levels, pages)
         self.statistics: tuple[list[float], list[float]] = (list(wanted["mean"]), list(wanted["std"]))

@@ -85,7 +85,7 @@ def open_original(path: Path) -> Original:
         kind=DENSE.get(task.get("name", ""), alone),
         classes=tuple(task.get("classes", map(str, range(model.num_classes)))),
         statistics=(list(config["mean"]), list(config["std"])),
-        value_range=tuple(config["value_range"] or (0.0, 255.0)),
+        value_range=tuple(model.value_range or (0.0, 255.0)),
         task=task,
     )
 
