@@ -295,6 +295,15 @@ def test_convvit__positions_are_interpolated_to_another_size_once_or_at_every_im
     assert not model.pos_embed.requires_grad  # as before
 
 
+@pytest.mark.parametrize("name", ["convvit_tiny", "vit_tiny_patch16_224"])
+def test_forward_intermediates__maps_come_from_the_first_to_the_last_and_each_once(name):
+    model, images = timm.create_model(name, img_size=32, num_classes=0).eval(), torch.randn(1, 3, 32, 32)
+    found = model.forward_intermediates(images, indices=[-1, 0, -2, -1], intermediates_only=True)
+    count = len(model.feature_info)
+    expected = model.forward_intermediates(images, indices=[0, count - 2, count - 1], intermediates_only=True)
+    torch.testing.assert_close(found, expected)
+
+
 def test_convvit__what_it_cannot_do_is_said():
     model = timm.create_model("convvit_tiny", img_size=64, num_classes=0)
     with pytest.raises(ValueError, match="no other pooling than 'avg'"):

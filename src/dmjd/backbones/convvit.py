@@ -277,7 +277,7 @@ class ConvViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Compute maps of strides 4, 8, 16 and 32 (for tokens of 16 px), the last by pooling; arguments as in timm.
+        """Compute maps of strides 4, 8, 16 and 32 (tokens of 16 px), the last by pooling; arguments and order as in timm.
 
         `norm` and `stop_early` change nothing: the norm comes after pooling, and the stages are one pass.
         """
@@ -294,7 +294,7 @@ class ConvViT(nn.Module):
             last,
             F.max_pool2d(last, 1, stride=2) if 3 in wanted else last,
         ]
-        found = [maps[index] for index in wanted]
+        found = [maps[index] for index in sorted({*wanted})]
         return found if intermediates_only else (last, found)
 
     def forward_head(self, x: Float[Tensor, "B D h w"], pre_logits: bool = False) -> Tensor:
