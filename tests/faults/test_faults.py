@@ -546,6 +546,16 @@ def test_pretrain__a_finished_run_goes_on_where_it_gets_more_steps(
     assert backbone(run) != backbone(unbroken)
 
 
+def test_pretrain__a_run_does_not_end_before_the_step_that_it_is_at(
+    data: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(run)
+    capsys.readouterr()
+    assert main([*resumption(data, run), "--steps", "5", "--allow_change", "steps"]) == 4
+    assert f"steps {STEPS} -> 5" in one_line(capsys)
+    assert contents(run) == before
+
+
 def test_pretrain__other_images_are_trained_on_where_that_is_allowed(data: Path, run: Path, tmp_path: Path) -> None:
     shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
     others = write_images(tmp_path / "others", 65)

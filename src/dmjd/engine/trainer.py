@@ -23,7 +23,7 @@ from dmjd.engine.progress import Progress
 from dmjd.engine.run import Run
 from dmjd.engine.signals import patiently, stopped, stopping
 from dmjd.engine.stopwatch import Stopwatch
-from dmjd.errors import NonFiniteError, Stopped
+from dmjd.errors import CheckpointError, NonFiniteError, Stopped
 from dmjd.random import mix
 
 IN_A_ROW = 3  # steps without a finite gradient after which a run goes back
@@ -89,8 +89,16 @@ class Trainer:
         self.model.begin(self.plan.steps)
 
     def take_up(self, newest: Path) -> None:
-        """Go on from a checkpoint, to a later end if the run is longer now."""
-        planned = checkpoint.read_state(newest).get("planned", self.plan.steps)
+        """Go on from a checkpoint, to a later end if the run is longer now.
+
+        Raises:
+            CheckpointError: If the run is to end before it, or is another one.
+        """
+        state = checkpoint.read_state(newest)
+        planned, done = state.get("planned", self.plan.steps), state["step"]
+        if done > self.plan.steps:
+            such = f"a run cannot go back: steps {done} -> {self.plan.steps}; {self.run.out}"
+            raise CheckpointError(f"{such}; give as many --steps or --epochs as it has had, or more")
         self.restore(newest, longer=self.plan.steps > planned)
         if self.plan.steps > planned and self.ranks.is_main:
             said = f"{self.plan.steps} steps instead of {planned}: from step {self.done} the learning rate follows the"
