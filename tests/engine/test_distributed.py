@@ -316,7 +316,8 @@ def test_sigterm_to_one_rank__all_save_and_leave_with_143(images, tmp_path, sign
     ],
 )
 def test_two_ranks__an_error_ends_both_with_its_code_and_a_line(images, tmp_path, broken, code, message):
-    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    if "--resume" in broken:
+        (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
     arguments = [
         "pretrain",
         "--preset",

@@ -425,6 +425,10 @@ def test_pretrain__an_existing_run_is_refused_and_left_as_it_is(
     assert main(flags(data, run)) == 2
     assert "--resume" in one_line(capsys)
     assert contents(run) == before
+    (run / "config.yaml").unlink()  # its checkpoints are worth as much without it
+    assert main(flags(data, run)) == 2
+    assert "--resume" in one_line(capsys)
+    assert contents(run / "checkpoints")
 
 
 @pytest.mark.parametrize("change", ["--optim.blr=1e-3", "--seed=1", "--batch_size=8", "--model.depth=1", "--steps=29"])

@@ -27,14 +27,13 @@ def claim(out: Path, *, resume: bool, ranks: Ranks) -> Iterator[None]:
     """
 
     def advice() -> str:
-        kept = any((out / "checkpoints").glob("step-*"))
-        return f"{out}; " + ("go on with --resume" if kept else "nothing was to be saved yet")
+        return f"{out}; " + ("go on with --resume" if has_checkpoints(out) else "nothing was to be saved yet")
 
     locks: list[IO[str]] = []
     missing = [folder for folder in (out, *out.parents) if ranks.is_main and not folder.exists()]
     ranks.on_main(lambda: locks.extend(_take(out, resume=resume)))
     try:
-        if ranks.on_main((out / "config.yaml").exists) and not resume:
+        if ranks.on_main(lambda: holds_run(out)) and not resume:
             raise ConfigError(f"there is a run already; {out}; add --resume to go on with it or choose another --out")
         with stop_signals(advice), losing_others():
             yield
@@ -50,13 +49,23 @@ def claim(out: Path, *, resume: bool, ranks: Ranks) -> Iterator[None]:
                 folder.rmdir()
 
 
+def has_checkpoints(out: Path) -> bool:
+    """Tell whether a directory has checkpoints of a run, whole or not."""
+    return any((out / "checkpoints").glob("step-*"))
+
+
+def holds_run(out: Path) -> bool:
+    """Tell whether a directory is a run's, also if its settings were lost."""
+    return (out / "config.yaml").exists() or has_checkpoints(out)
+
+
 def refuse_run(out: Path) -> None:
     """Keep a verb that writes its results at once from the directory of a run.
 
     Raises:
         ConfigError: If it holds one.
     """
-    if (out / "config.yaml").exists():
+    if holds_run(out):
         raise ConfigError(f"there is a run in it; {out}; choose another --out")
 
 
