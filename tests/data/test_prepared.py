@@ -19,7 +19,7 @@ from dmjd.data.folder import open_folder
 from dmjd.data.levels import Levels
 from dmjd.data.loader import read_batches
 from dmjd.data.prepared import SET, PreparedReader, open_prepared, verify
-from dmjd.data.source import Source, fingerprint, open_all, open_source
+from dmjd.data.source import Source, fingerprint, measure_levels, open_all, open_source
 from dmjd.errors import DataError
 
 SIZE = 16
@@ -35,9 +35,8 @@ def smaller(image: Tensor) -> Tensor:
     height, width = image.shape[1:]
     if min(height, width) <= SIZE:
         return image
-    if height < width:
-        return resize(image, (SIZE, round(width * SIZE / height)))
-    return resize(image, (round(height * SIZE / width), SIZE))
+    size = (SIZE, round(width * SIZE / height)) if height < width else (round(height * SIZE / width), SIZE)
+    return torch.from_numpy(resize(image, size).numpy().clip(image.numpy().min(), image.numpy().max()))
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +118,16 @@ def test_prepared__many_channels_keep_their_depth(tmp_path: Path) -> None:
     torch.testing.assert_close(images.read(3), smaller(torch.from_numpy(arrays[3])))
     scaled = open_prepared(str(out), Wanted(12, levels=Levels(0.0, 4095.0)))[""].read(0)
     assert torch.equal(scaled, Levels(0.0, 4095.0).scale(images.read(0)))
+
+
+def test_prepared__deep_images_have_the_range_that_they_had(tmp_path: Path) -> None:
+    edge = np.repeat([0, 4095], 20).astype(np.uint16) * np.ones((40, 1), np.uint16)
+    for kind, array in (("camera", edge), ("share", (edge / 4095).astype(np.float32))):
+        (tmp_path / kind).mkdir()
+        np.save(tmp_path / kind / "edge.npy", array)
+        folder = open_folder(str(tmp_path / kind), Wanted(1))[""]
+        packed = open_prepared(str(prepared(tmp_path / kind, tmp_path / f"{kind}-set", "--in_chans", "1")), Wanted(1))
+        assert measure_levels(packed[""]) == measure_levels(folder)
 
 
 @pytest.mark.parametrize(("has", "wanted"), [(3, 1), (1, 3)])

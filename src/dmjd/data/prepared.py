@@ -102,10 +102,18 @@ class PreparedReader:
 
 
 def shrink(image: Num[Tensor, "C H W"], size: int) -> Num[Tensor, "C h w"]:
-    """Resize an image until its short side has `size` pixels (bicubic, antialiased); smaller ones stay as they are."""
+    """Resize an image until its short side has `size` pixels (bicubic, antialiased); smaller ones stay as they are.
+
+    Deep images keep to the values that they had: at an edge of 4095 the cubic goes beyond, and 12 bits would be 13.
+    """
     height, width = image.shape[1:]
     short = min(height, width)
-    return image if short <= size else resize(image, (round(height * size / short), round(width * size / short)))
+    if short <= size:
+        return image
+    smaller = resize(image, (round(height * size / short), round(width * size / short)))
+    if image.dtype == torch.uint8:
+        return smaller
+    return torch.from_numpy(smaller.numpy().clip(image.numpy().min(), image.numpy().max()))
 
 
 def pack(images: Iterable[Num[Tensor, "C _ _"]]) -> tuple[UInt8[Tensor, " bytes"], list[list[int]]]:
