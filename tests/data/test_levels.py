@@ -34,6 +34,8 @@ def deep(*values: float, kind: torch.dtype = torch.uint16) -> Tensor:
         ([deep(0.2, 0.9, kind=torch.float32)], 0, 1),
         ([deep(0.2, 200, kind=torch.float32)], 0, 255),
         ([deep(-3.5, 12, kind=torch.float32)], -3.5, 12),
+        ([deep(0.25, 1.5, kind=torch.float32)], 0.25, 1.5),  # 0 to 255 would make all of it black
+        ([deep(0, 0.125, kind=torch.float32)], 0, 0.125),
         ([deep(7, kind=torch.uint8)], 0, 255),
     ],
 )

@@ -44,7 +44,8 @@ def levels_of(images: Iterable[Tensor]) -> Levels:
     """Find the range of a sample of images.
 
     Whole numbers use a number of bits, and the range ends there: 0..4095, or -1024..4095 of a scanner's Hounsfield
-    units. Floats that are neither within 0..1 nor within 0..255 range from their lowest to their highest.
+    units. Floats range to 1 or 255 where they stay within and use more than half of it, as a reflectance of 0..1.3 does
+    not use 255; others range from their lowest to their highest.
     """
     low, high, whole = math.inf, -math.inf, True
     for image in images:
@@ -55,7 +56,7 @@ def levels_of(images: Iterable[Tensor]) -> Levels:
         return BYTES
     if whole:
         return Levels(-_power(-low) if low < 0 else 0.0, max(_power(high + 1), 256.0) - 1)
-    ends = next((end for end in (1.0, 255.0) if low >= 0 and high <= end), None)
+    ends = next((end for end in (1.0, 255.0) if low >= 0 and end / 2 < high <= end), None)
     if ends is None and low == high:
         raise DataError(f"all values of the images are {low:g}; nothing can be learned; check --data")
     return Levels(0.0, ends) if ends else Levels(low, high)
