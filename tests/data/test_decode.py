@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageOps
 from dmjd.data.decode import BadImage, Wanted, decode, orientation
 from dmjd.data.folder import folder_images
 from dmjd.data.levels import Levels
+from dmjd.data.peek import peek
 from dmjd.errors import DataError
 
 SIDES = (24, 40)  # height, width
@@ -322,6 +323,18 @@ def test_decode__dicom_has_its_units() -> None:
         (dicom(signed, **inverse), -1 - signed),
     ):
         assert np.array_equal(decode(content, Wanted(1))[0].numpy(), expected)
+
+
+def test_decode__a_dicom_with_a_palette_has_its_colours(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).integers(0, 4, (9, 13), dtype=np.uint8)
+    colours = np.random.default_rng(1).integers(0, 255, (4, 3), dtype=np.uint8)
+    named = [f"{name}PaletteColorLookupTable" for name in ("Red", "Green", "Blue")]
+    palette = {f"{name}Data": column.tobytes() for name, column in zip(named, colours.T, strict=True)}
+    palette |= {f"{name}Descriptor": [4, 0, 8] for name in named}
+    path = tmp_path / "ultrasound.dcm"
+    path.write_bytes(dicom(numbers, PhotometricInterpretation="PALETTE COLOR", **palette))
+    assert np.array_equal(decode(path, Wanted(3)).permute(1, 2, 0).numpy(), colours[numbers])
+    assert peek(path).channels == 3
 
 
 def test_decode__frames_of_a_colour_dicom_are_images_or_bands() -> None:

@@ -376,6 +376,8 @@ def _dicom(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
     values = count * int(data.get("SamplesPerPixel", 1))  # of one place, over all frames
     refuse_bomb(data.Rows, data.Columns, values * math.ceil(data.BitsAllocated / 8))
     array = data.pixel_array
+    if data.get("PhotometricInterpretation") == "PALETTE COLOR":
+        array = pydicom.pixels.apply_color_lut(array, data)[..., :3]
     if count > 1:
         if wanted.pages is None:
             raise _Refused(f"{count} frames", "say --data_pages bands or frames")

@@ -83,4 +83,5 @@ def _dicom(file: Path) -> Peek:
 
     data = pydicom.dcmread(file, stop_before_pixels=True)
     dtype = f"{'int' if data.get('PixelRepresentation') else 'uint'}{data.BitsAllocated}"
-    return Peek(int(data.get("SamplesPerPixel", 1)), dtype, int(data.get("NumberOfFrames", 1) or 1))
+    colour = data.get("PhotometricInterpretation") == "PALETTE COLOR"
+    return Peek(3 if colour else int(data.get("SamplesPerPixel", 1)), dtype, int(data.get("NumberOfFrames", 1) or 1))
