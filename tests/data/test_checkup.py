@@ -45,6 +45,13 @@ FILES: dict[str, tuple[Callable[[Path], object], Peek]] = {
         ),
         Peek(5, "float32"),
     ),
+    "satellite.tif": (
+        lambda path: tifffile.imwrite(
+            path, np.zeros((9, 8, 4), np.uint8), photometric="rgb", extrasamples=["unspecified"]
+        ),
+        Peek(4, "uint8"),
+    ),
+    "clear.tif": (lambda path: Image.fromarray(scene(0)).convert("RGBA").save(path), Peek(3, "uint8")),
     "first.npy": (lambda path: np.save(path, np.zeros((12, 30, 40), np.int16)), Peek(12, "int16")),
     "last.npy": (lambda path: np.save(path, np.zeros((30, 40, 12), np.int16)), Peek(12, "int16")),
     "flat.npy": (lambda path: np.save(path, np.zeros((30, 40), np.float32)), Peek(1, "float32")),

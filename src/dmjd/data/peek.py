@@ -68,6 +68,7 @@ def _tiff(file: Path) -> Peek:
         page = pages[0]
         colour = page.photometric in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.SEPARATED)
         alpha = page.photometric == tifffile.PHOTOMETRIC.RGB and page.samplesperpixel == 4 and page.dtype == np.uint8
+        alpha = alpha and page.extrasamples != (tifffile.EXTRASAMPLE.UNSPECIFIED,)  # near infrared, as of a satellite
         return Peek(3 if colour or alpha else page.samplesperpixel, str(page.dtype), len(pages), orientation(file))
 
 
