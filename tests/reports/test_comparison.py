@@ -97,6 +97,11 @@ def test_write_comparison__shows_what_came_of_finished_and_unfinished_runs(tmp_p
     assert "not finished, step 8" in text
 
 
+def test_write_comparison__no_run_is_the_best_on_other_images(tmp_path: Path) -> None:
+    text, _ = compared(tmp_path, [write_run(tmp_path / "a"), write_run(tmp_path / "b", knn=0.75, data="others")])
+    assert 'class="best"' not in text
+
+
 def test_write_comparison__draws_losses_together_only_where_they_have_a_common_scale(tmp_path: Path) -> None:
     alike = [write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1)]
     text, tables = compared(tmp_path, alike)

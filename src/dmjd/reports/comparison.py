@@ -9,9 +9,8 @@ from dmjd.engine.run import MAY_CHANGE, by_flag
 from dmjd.errors import ConfigError
 from dmjd.reports.curves import HUES, SOLID, Line, overlay
 from dmjd.reports.page import compact, duration, write_page
-from dmjd.reports.pretraining import MEASURES, RunRecord, number, read_run
+from dmjd.reports.pretraining import DASH, MEASURES, RunRecord, number, read_run, text
 
-DASH = "\u2013"
 UNSHOWN = MAY_CHANGE - {"data", "preset", "device"}  # settings that make no difference worth a row
 BY_LABELS = ("knn_top1", "linear_top1")  # measures that compare any two runs on the same images
 
@@ -39,8 +38,9 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
     known = dict(zip(unique, records, strict=True))
     alike = same_losses(known)
     data = {str(record.settings.get("data", "")) for record in records}
+    same_data = len(data) == 1
     page = {
-        "data": data.pop() if len(data) == 1 else "",
+        "data": data.pop() if same_data else "",
         "runs": [
             {
                 "name": name,
@@ -51,7 +51,7 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
             }
             for place, (name, record) in enumerate(known.items())
         ],
-        "measures": measures(known),
+        "measures": measures(known, same_data),
         "effort": effort(known),
         "settings": differing(known),
         "alike": alike,
@@ -76,15 +76,15 @@ def measured(record: RunRecord, key: str) -> tuple[float | None, float | None]:
     return number(record.facts.get("untrained") or first, key), number(record.facts.get("trained") or latest, key)
 
 
-def measures(known: Mapping[str, RunRecord]) -> dict[str, list[dict[str, Any]]]:
-    """Write each measure that some run has for all runs; the best of those by labels is marked."""
+def measures(known: Mapping[str, RunRecord], same_data: bool) -> dict[str, list[dict[str, Any]]]:
+    """Write each measure that some run has for all runs; on the same images, the best of those by labels is marked."""
     table = {}
     for key, title in MEASURES.items():
         values = [measured(record, key) for record in known.values()]
         if all(after is None for _, after in values):
             continue
         trained = [after for _, after in values if after is not None]
-        best = max(trained) if key in BY_LABELS and len({*trained}) > 1 else math.inf
+        best = max(trained) if key in BY_LABELS and same_data and len({*trained}) > 1 else math.inf
         table[title] = [
             {
                 "before": "" if before is None else text(key, before),
@@ -94,11 +94,6 @@ def measures(known: Mapping[str, RunRecord]) -> dict[str, list[dict[str, Any]]]:
             for before, after in values
         ]
     return table
-
-
-def text(key: str, value: float | None) -> str:
-    """Write a measure for reading."""
-    return DASH if value is None else f"{value:.1f}" if key == "rankme" else f"{value:.1%}"
 
 
 def effort(known: Mapping[str, RunRecord]) -> dict[str, list[str]]:

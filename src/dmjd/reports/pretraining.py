@@ -17,6 +17,7 @@ from dmjd.reports.nearest_pictures import read_nearest
 from dmjd.reports.page import write_page
 from dmjd.reports.token_pictures import read_samples
 
+DASH = "\u2013"  # where there is no value
 MEASURES = {
     "explained": "Hidden tokens explained",
     "explained_visible": "Visible tokens explained",
@@ -129,17 +130,21 @@ def key_numbers(facts: Line, lines: Sequence[Line]) -> list[Line]:
         before, after = number(facts.get("untrained") or first, key), number(facts.get("trained") or latest, key)
         if before is None and after is None:
             continue
-        scale, unit, points = (1, "", "") if key == "rankme" else (100, "%", "\u00a0points")
-        untrained, trained = (
-            "\u2013" if value is None else f"{value * scale:.1f}{unit}".replace("-", "\u2212")
-            for value in (before, after)
-        )
+        scale, points = (1, "") if key == "rankme" else (100, "\u00a0points")
         gain = math.nan if before is None or after is None else round((after - before) * scale, 1)
         sign = "+" if gain > 0 else "\u2212" if gain < 0 else "\u00b1"
-        difference = "\u2013" if math.isnan(gain) else f"{sign}{abs(gain):.1f}{points}"
+        difference = DASH if math.isnan(gain) else f"{sign}{abs(gain):.1f}{points}"
+        untrained, trained = text(key, before), text(key, after)
         row = {"key": key, "name": name, "untrained": untrained, "trained": trained, "difference": difference}
         rows.append(row | {"gain": gain, "known": after is not None})
     return rows
+
+
+def text(key: str, value: float | None) -> str:
+    """Write a measure for reading."""
+    if value is None:
+        return DASH
+    return (f"{value:.1f}" if key == "rankme" else f"{value:.1%}").replace("-", "\u2212")
 
 
 def longer(settings: Mapping[str, Any]) -> str:
