@@ -45,16 +45,16 @@ def test_write_classification__leaves_numbers_a_table_a_picture_and_a_page(tmp_p
     with Image.open(out / "confusion.png") as image:
         assert min(image.size) > 200
     assert "Report of dmjd knn" in text
-    assert "75.0% of 1,234 held-out images (val) are classified right" in text
+    assert "75.0% of 1,234 held-out images (val) are classified correctly" in text
     assert "k: 20" in text
     assert "data:image/png;base64," in text
-    assert "Best on the way" not in text
+    assert "Best during training" not in text
 
 
 def test_write_classification__shows_the_best_and_the_hardest_first(tmp_path: Path) -> None:
     text = classify(tmp_path, best_top1=0.8)
     assert "80.0%" in text
-    assert "an optimistic one" in text
+    assert "its number is optimistic" in text
     assert text.index('<th scope="row">class 1</th>') < text.index('<th scope="row">$a$ &lt;b&gt;</th>')
 
 
@@ -79,11 +79,12 @@ def test_write_dense__shows_shares_pictures_and_colours(tmp_path: Path) -> None:
         "An average precision.",
         "<dt>AP</dt><dd>25.0%</dd>",
         "<dt>AP50</dt><dd>50.0%</dd>",
-        "<dt>mask AP</dt><dd>10.0%</dd>",
-        "<dt>best AP</dt><dd>30.0%</dd>",
-        "<dt>training images</dt><dd>5,678</dd>",
+        "<dt>Mask AP</dt><dd>10.0%</dd>",
+        "<dt>Best AP</dt><dd>30.0%</dd>",
+        "<dt>Training images</dt><dd>5,678</dd>",
         'alt="a&lt;b&gt;.png: prediction"',
         "background: #ff0000",
+        '<th scope="col">Objects</th><th scope="col">AP</th>',
         "<td>1,200</td><td>25.0%</td>",
         "<td>0</td><td>\u2013</td>",
         "AP, percent over epochs: boxes from 10 to 20",

@@ -1,5 +1,6 @@
 """The page of segmentation and detection: numbers, held-out images, a table by class."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def write_dense(
     """
     shares = {name: value for name, value in summary.items() if isinstance(value, float) and name != "seconds"}
     numbers = {measure(name): f"{value:.1%}" for name, value in shares.items()}
-    numbers |= {"training images": f"{summary['train_images']:,}"}
+    numbers |= {"Training images": f"{summary['train_images']:,}"}
     samples = [{"name": name, "pictures": [jpeg(each) for each in row]} for name, row in pictures.items()]
     write_results(
         out,
@@ -45,10 +46,17 @@ def write_dense(
         summary=summary,
         rows=rows,
         template="dense.html",
-        page={"lead": lead, "numbers": numbers, "samples": samples, "legend": legend},
+        page={
+            "lead": lead,
+            "numbers": numbers,
+            "columns": list(map(measure, rows[0])),
+            "samples": samples,
+            "legend": legend,
+        },
     )
 
 
 def measure(name: str) -> str:
     """Write the name of a number for reading, such as mIoU for miou and AP50 for map50."""
-    return name.replace("_", " ").replace("miou", "mIoU").replace("map", "AP")
+    words = re.sub(r"\bm?ap", "AP", name.replace("_", " ")).replace("iou", "IoU")
+    return words if words.startswith("mIoU") else words[0].upper() + words[1:]
