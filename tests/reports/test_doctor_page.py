@@ -85,6 +85,7 @@ def test_page__says_what_is_wrong_before_what_there_is(page: str) -> None:
     assert places == sorted(places)
     assert "a sample of 1,000 was decoded" in page
     assert "dmjd prepare --data photos --out SET" in page
+    assert not re.search(r"[a-z]\.[A-Z]", page)  # a space between sentences
 
 
 def test_page__shows_pairs_and_figures_and_escapes_names(page: str) -> None:
