@@ -71,6 +71,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 WITH_DATA = ("pretrain", "knn", "linear", "finetune", "embed")  # what a line leaves out, so that it is short
 BAD = {  # command line: what its error line has to say
     "pretrian": 'Did you mean "pretrain"?',
+    "--preset quick": 'Unknown command "--preset";',
     "pretrian --help": 'Did you mean "pretrain"?',
     "pretrain --epocs 3": "Did you mean --epochs?",
     "pretrain --model.image_sze 32": "Did you mean --model.image_size?",
@@ -511,6 +512,17 @@ def test_help__settings_stand_in_groups(capsys: pytest.CaptureFixture[str]) -> N
         assert main([verb, "--help"]) == 0
         heads = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("╭")]
         assert heads == names.split()
+
+
+def test_help__lists_the_verbs_in_the_order_of_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    listed = re.findall(r"^│ ([a-z]+) ", capsys.readouterr().out, flags=re.MULTILINE)
+    assert listed == NAMES
+
+
+def test_help__says_nothing_of_an_empty_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["linear", "--help"]) == 0
+    assert "[default: ()]" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("verb", ["", *NAMES])

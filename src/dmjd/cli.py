@@ -93,8 +93,8 @@ VERBS = (
     ),
     Verb("predict", PredictSettings, "Run a trained classifier, segmenter or detector on images."),
     Verb("embed", downstream.EmbedSettings, "Write the features of images to a file."),
-    Verb("search", SearchSettings, "Find the nearest images of others, or near-duplicates, by their features."),
-    Verb("export", ExportSettings, "Write a network of a run for timm, Hugging Face, ONNX or torch.export."),
+    Verb("search", SearchSettings, "Find the nearest neighbours of images, or near-duplicates, by their features."),
+    Verb("export", ExportSettings, "Export the network of a run to timm, Hugging Face, ONNX or torch.export."),
     Verb("plan", PlanSettings, "Estimate what a pre-training run will cost.", PRESETS),
     Verb("prepare", PrepareSettings, "Decode images once, make them smaller and pack them for the other verbs."),
     Verb("doctor", DoctorSettings, "Say what is in a set of images, a run or a backbone, and what is wrong with it."),
@@ -133,11 +133,11 @@ def command(verb: Verb) -> Callable[..., None]:
 
 
 def report(run: Path, /, *others: Path, out: Path | None = None, debug: bool = False) -> None:
-    """Write the page of a run anew from what the run has recorded, or that of several runs side by side.
+    """Write the report of a run anew from its records, or put several runs side by side on one page.
 
     Args:
         run: Directory of a pre-training run.
-        others: Those of other runs, to compare it with: seven at most.
+        others: Directories of other runs to compare it with, seven at most.
         out: Where the page goes. Default: RUN/report.html for one run, comparison.html for several.
         debug: Show the traceback of an error.
     """
@@ -176,8 +176,8 @@ def application(
         help_formatter=InForce(below),
         suppress_keyboard_interrupt=False,  # `main` says that it has stopped
     )
-    for verb in verbs() if known is None else known:
-        app.command(command(verb), name=verb.name)
+    for place, verb in enumerate(verbs() if known is None else known):
+        app.command(command(verb), name=verb.name, sort_key=place)
     app.command(report, name="report")
     app.register_install_completion_command(help="Make the shell complete verbs and flags.")
     return app
@@ -201,6 +201,8 @@ class InForce(DefaultFormatter):
             values |= by_flag(read_yaml(path)) | ({"preset": path.stem} if path.is_relative_to(PRESETS) else {})
         entries = []
         for entry in panel.entries:
+            if entry.default in ("()", '""'):
+                entry = entry.copy(default=None)  # its text says what nothing means
             name = next((name.removeprefix("--") for name in entry.positive_names), "")
             value = values.get(name)
             said = f"({', '.join(map(str, value))})" if isinstance(value, list) else str(value)
@@ -398,7 +400,7 @@ def usage(error: CycloptsError) -> str:
     if isinstance(error, UnusedCliTokensError):
         return f"not understood: {' '.join(error.unused_tokens or ())}; a flag of several values is given once for each"
     if isinstance(error, UnknownCommandError):
-        return message.partition(" Available commands:")[0]  # some of them
+        return message.partition(" Available commands:")[0].rstrip(".")  # some of them
     if isinstance(error, UnknownOptionError):
         names = [name for argument in error.argument_collection if argument.parse for name in argument.names]
         wrong = re.sub(r"[^\w-]+", ".", (error.token.keyword or error.token.value).partition("=")[0]).strip(".-")

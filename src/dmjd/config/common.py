@@ -55,15 +55,15 @@ class DeviceSettings:
     """Folder of images; list of them (FILE.csv, .tsv, .parquet, .txt); FILE.zip, FILE.tar or tar shards; FILE.npy;
     hf:NAME; or a built-in set: shapes, cifar10, fashion-mnist (NAME:DIR where you keep a copy)."""
     data_pages: Literal["bands", "frames"] | None = None
-    """What the pages of a TIFF are: channels of one image, or an image each. Default: files have one page."""
+    """What the pages of a TIFF are: bands of one image, or frames, each an image. Default: files have one page."""
     data_range: tuple[float, float] | None = None
     """Lowest and highest value of images deeper than 8 bits. Default: what the backbone was trained with, else what a
     sample of them uses."""
     workers: int | None = None
-    """Processes that load images. Default: none for sets in memory, else one per core of this rank but one, at most
-    16."""
+    """Processes that load images. If not given: none for sets in memory, else one per core of this rank less one, at
+    most 16."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes the best."""
+    """cpu, cuda, cuda:1, mps; auto takes the best one here."""
     precision: Precision = "auto"
     """Precision of the matrix products; auto is bf16 where the GPU has it, and where a network of 256 and wider is
     pre-trained on a CPU with matrix units (AMX)."""
@@ -113,20 +113,20 @@ class RunSettings(DeviceSettings):
     more in a step."""
     deterministic: bool = False
     """Take only algorithms that give the same bits at every call: a run on a GPU, repeated or resumed, is then the same
-    to the last bit, and slower. Training on a CPU is so by itself. Where torch has none, as for segment on a GPU, the
+    to the last bit, and slower. On a CPU this always holds. Where torch has none, as for segment on a GPU, the
     run ends and says so."""
     resume: bool = False
     """Go on with the run in --out."""
     allow_change: tuple[str, ...] = ()
-    """Setting that may differ from those of the run to resume, as optim.blr, or data for other images; give the flag
-    once for each. More epochs or steps need no leave."""
+    """Setting that may differ from that of the run to resume, such as optim.blr, or data for other images; give the
+    flag once for each. More epochs or steps are always allowed."""
     checkpoint_minutes: float = 15.0
     """Longest time between two checkpoints."""
     max_bad: float = 0.01
     """Share of the images that may fail to decode before the run stops."""
     log_to: tuple[LogTo, ...] = ()
-    """Program that shows the numbers of metrics.jsonl, too; give the flag once for each. It has to be installed, and
-    has its own ways to be told where: TensorBoard's file is in --out, wandb and the others have accounts or servers."""
+    """Program that also shows the numbers of metrics.jsonl; give the flag once for each. It has to be installed.
+    TensorBoard's files are in --out; for wandb, trackio and mlflow, their own settings say where."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -205,8 +205,8 @@ class PartSettings:
     """Which images a network is judged by."""
 
     part: str | None = None
-    """Part of the set that is judged by, such as test. Default: val, valid, validation or test, the first that there
-    is, else images held out by seed."""
+    """Part of the set to judge by, such as test. Default: the first that there is of val, valid, validation and test,
+    else images held out by seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +214,7 @@ class LabelSubset(PartSettings):
     """Which labels are used."""
 
     fraction: float = 1.0
-    """Share of the training images of every class whose labels are used, at least one; larger shares hold smaller."""
+    """Share of the training images of every class whose labels are used, at least one; smaller ones lie in larger."""
     shots: int | None = None
     """Training images of every class whose labels are used, instead of a share."""
 
@@ -242,7 +242,7 @@ class OptimSettings:
     blr: float = 6e-4
     """Base learning rate, for 256 images a step and predict_ratio = mask_ratio."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the moments."""
+    """Decay of the two moments."""
     weight_decay: float = 0.05
     """Weight decay of matrices; vectors have none."""
     warmup_epochs: float = 20.0
@@ -250,7 +250,7 @@ class OptimSettings:
     clip_grad: float = 0.0
     """Largest norm of the gradient; 0 does not clip."""
     accumulation: int = 1
-    """Parts of a step's batch that are computed one after the other."""
+    """Parts of a step's batch, computed one after the other (gradient accumulation)."""
 
     def __post_init__(self) -> None:
         within(0, 1000, self, "blr", "weight_decay", "clip_grad")

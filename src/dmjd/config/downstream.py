@@ -103,7 +103,7 @@ class LinearSettings:
     labels: Annotated[LabelSubset, flat("Labels")] = field(default_factory=LabelSubset)
     recipe: Annotated[Literal["features", "paper"], group("Task")] = "features"
     """features: logistic regression on features computed once, the penalty chosen by five folds of them.
-    paper: BatchNorm and a linear layer, trained by LARS on augmented images."""
+    paper: BatchNorm and a linear layer, trained by LARS on augmented images; flags of training are for it alone."""
     layers: Annotated[tuple[int, ...], group("Task")] = ()
     """Blocks whose mean-pooled tokens are joined, by number, negative ones from the end; give the flag once for each.
     Default: the pooled output."""
@@ -230,7 +230,7 @@ class FinetuneRun(RunSettings):
     preset: str = "quick"
     """Recipe to start from: quick, base, large."""
     epochs: float = 0.0
-    """Passes over the images; 0 goes by their number: as many as make 500 steps, at least 10 and at most 100."""
+    """Passes over the images; 0 takes as many as make 500 steps, at least 10 and at most 100."""
 
     def num_steps(self, count: int) -> int:
         """Count the steps of a run over `count` images."""
@@ -269,8 +269,8 @@ class DenseSettings(PartSettings):
     """What segmentation and detection have in common."""
 
     predict: Path | None = None
-    """An image or a folder of images: write what a trained --backbone RUN/last.safetensors sees in them to --out,
-    instead of training."""
+    """An image or a folder of images: write what a trained --backbone RUN/last.safetensors predicts for them to
+    --out, instead of training."""
     classes: Path | None = None
     """File with the name of a class in every line. Default: DATA/classes.txt, else what the annotations have."""
     crop_size: str = "512"

@@ -32,7 +32,7 @@ class ModelSettings:
     patch_size: int = 16
     """Side of a token in pixels; a ConvViT has tokens of 16, 8 or 4."""
     conv_mlp_ratio: float | None = None
-    """ConvViT: width of an MLP over the width in the convolution stages. Default: 8, as DMJD; ConvMAE has 4."""
+    """ConvViT: width of an MLP over the width in the convolution stages. If not given: 8, as DMJD; ConvMAE has 4."""
     in_chans: int = 3
     """Channels of an image: 3 (RGB), 1 (grey), or as many as all images have."""
     class_token: bool = False
@@ -131,7 +131,7 @@ class VisibleSettings:
     weight: float = 1.0
     """Weight theta of its loss; 0 leaves the branch out."""
     target: str | None = None
-    """What is predicted, as in masked.target. Default: the same."""
+    """What is predicted, as in masked.target. If not given: the same."""
     loss: LossName = "smooth_l1"
     """Loss on visible tokens: l2, l1, smooth_l1, cosine."""
     beta: float = 2.0
@@ -172,7 +172,7 @@ class TeacherSettings:
 
     layers: tuple[int, ...] | None = None
     """Maps whose mean is the target, by timm's numbers, negative ones from the end; give the flag once for each.
-    Default: the last one, of a ConvViT that of its tokens."""
+    If not given: the last one, of a ConvViT that of its tokens."""
     decay: tuple[float, float] = (0.996, 0.9999)
     """Share of the moving average (ema) that a step keeps, at the start and at the end of the run."""
     bf16: bool = False
@@ -229,9 +229,9 @@ class CropSettings:
     """Different crops of an image: epoch e shows crop e mod variants. Default: another crop every epoch."""
     progressive: tuple[float, ...] = ()
     """Shares of the side that crops have earlier in the run, in whole tokens, such as 0.5; give the flag once for each,
-    in their order. All parts of the run, the last with whole crops, have as many epochs, give or take one; in the step
-    in which one begins, ranks and micro-batches may differ in size. Not with networks among the targets. Memory is that
-    of whole crops, which `plan` takes all for."""
+    in their order. The parts of the run, of which the last has whole crops, are equally long, give or take an epoch; in
+    the step in which one begins, ranks and micro-batches may differ in size. Not with networks among the targets.
+    Memory is that of whole crops; `plan` counts all crops as whole."""
 
     def __post_init__(self) -> None:
         within(1, 1_000_000, self, "variants")
@@ -251,8 +251,8 @@ class MonitorSettings(LogSettings):
     channels: tuple[int, int, int] | None = None
     """Three channels of an image that the report shows as red, green and blue. Default: the first three."""
     max_share: float = 0.05
-    """Images that all evaluations during the run look at, over those that training reads: a short run has fewer
-    evaluations. One costs up to as much time as training on an image."""
+    """Most images that evaluations during the run look at, as a share of those that training reads: a short run has
+    fewer evaluations. To evaluate an image takes up to as long as to train on it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
