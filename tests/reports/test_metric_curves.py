@@ -21,7 +21,11 @@ def test_draw_curves__shows_what_was_logged_and_shares_in_percent() -> None:
     lines = [{"step": step, "epoch": step / 2, "loss": 1.0 / step, "loss_visible": 0.5} for step in range(1, 5)]
     lines += [{"step": 4, "epoch": 2.0, "top1": 0.25}, {"step": 8, "epoch": 4.0, "top1": 0.75, "feature_std": 0.31}]
     figures = draw_curves(lines)
-    assert [figure["title"] for figure in figures] == ["Loss", "Top-1, percent", "Standard deviation of features, percent"]
+    assert [figure["title"] for figure in figures] == [
+        "Loss",
+        "Top-1, percent",
+        "Standard deviation of features, percent",
+    ]
     assert "Loss over steps: total from 1 to 0.25; visible tokens from 0.5 to 0.5" in figures[0]["svg"]
     assert "Top-1, percent over epochs: top-1 from 25 to 75" in figures[1]["svg"]
     assert "standard deviation from 31 to 31" in figures[2]["svg"]

@@ -277,7 +277,7 @@ class ConvViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Compute maps of strides 4, 8, 16 and 32 (tokens of 16 px), the last by pooling; arguments and order as in timm.
+        """Compute maps of strides 4, 8, 16 and 32 (tokens of 16 px), the last by pooling; arguments as in timm.
 
         `norm` and `stop_early` change nothing: the norm comes after pooling, and the stages are one pass.
         """
