@@ -128,3 +128,12 @@ def test_windows__leave_stochastic_depth_to_whole_images():
 def test_windows__of_a_convolutional_network_are_refused():
     with pytest.raises(ValueError, match="windows need a ViT"):
         Pyramid(timm.create_model("resnet10t"), window=4)
+
+
+def test_pyramid__a_program_has_the_same_maps_and_no_pooling_that_onnx_lacks():
+    pyramid = Pyramid(create_vit("tiny", image_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2).backbone)
+    images = torch.randn(1, 3, 72, 104)  # 9 x 13 tokens, of which 5 x 7 and 3 x 4 are made
+    with torch.no_grad():
+        program = torch.export.export(pyramid.eval(), (images,))
+        torch.testing.assert_close(program.module()(images), pyramid(images))
+    assert "adaptive_max_pool2d" not in str(program.graph)

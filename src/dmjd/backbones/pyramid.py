@@ -3,6 +3,7 @@
 import math
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from timm.layers import Format, LayerNorm2d
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class Pyramid(nn.Module):
             features = make(by_layer[layer])
             full = (math.ceil((height + down) / stride), math.ceil((width + right) / stride))
             if features.shape[-2] > full[0]:
-                features = F.adaptive_max_pool2d(features, full)
+                features = pool(features, full)
             elif features.shape[-2:] != full:
                 features = F.interpolate(features, full, mode="bilinear")
             maps.append(features[..., : math.ceil(height / stride), : math.ceil(width / stride)])
@@ -87,6 +88,17 @@ def level(width: int, ups: int) -> nn.Module:
         layers.append(nn.ConvTranspose2d(width >> up, width >> (up + 1), 2, stride=2))
         layers += [LayerNorm2d(width >> (up + 1)), nn.GELU()] if up + 1 < ups else []
     return nn.Sequential(*layers, LayerNorm2d(width >> ups))
+
+
+def pool(maps: Float[Tensor, "B D H W"], size: tuple[int, int]) -> Float[Tensor, "B D h w"]:
+    """Make maps smaller: the maxima over windows that overlap where sides are no multiples."""
+    if not torch.compiler.is_exporting():
+        return F.adaptive_max_pool2d(maps, size)
+    for dim, count in zip((2, 3), size, strict=True):  # the same by operators that ONNX has
+        side = maps.shape[dim]
+        ends = [(place * side // count, -(-(place + 1) * side // count)) for place in range(count)]
+        maps = torch.stack([maps.narrow(dim, start, end - start).amax(dim) for start, end in ends], dim)
+    return maps
 
 
 def nearest(stride: int, reductions: list[int]) -> int:
