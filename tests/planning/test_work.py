@@ -59,9 +59,10 @@ def test_count__a_step_of_a_gpu_in_bf16_keeps_less_and_copies_of_weights() -> No
     assert again.footprint.image == full.footprint.image
 
 
-def test_count__blocks_that_are_computed_again_keep_less_and_work_more() -> None:
-    plain = count(parts("dm"), precision="fp32", on_gpu=False)
-    spared = count(parts("dm", activation_checkpointing=True), precision="fp32", on_gpu=False)
+@pytest.mark.parametrize(("precision", "on_gpu"), [("fp32", False), ("bf16", True)])
+def test_count__blocks_that_are_computed_again_keep_less_and_work_more(precision: str, on_gpu: bool) -> None:
+    plain = count(parts("dm"), precision=precision, on_gpu=on_gpu)
+    spared = count(parts("dm", activation_checkpointing=True), precision=precision, on_gpu=on_gpu)
     assert spared.footprint.image < 0.6 * plain.footprint.image
     assert spared.flops > 1.15 * plain.flops
 

@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import _get_current_function_mode
 from torch.utils.checkpoint import checkpoint
 
 from dmjd.engine.device import Float32Attention, choose_device, memory_errors
@@ -348,8 +349,9 @@ def recompute(module: nn.Module) -> None:
 def computed_again(forward: Callable[..., Tensor], *arguments: Any, **keywords: Any) -> Tensor:
     """Run a forward pass whose inside is not kept."""
     # Modes of torch functions are off in a backward pass; the compiler sees through this by itself.
-    if torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
-        keywords["context_fn"] = lambda: (nullcontext(), Float32Attention())
+    mode = None if torch.compiler.is_compiling() else _get_current_function_mode()
+    if mode is not None:
+        keywords["context_fn"] = lambda: (nullcontext(), mode)
     return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
 
 
