@@ -69,3 +69,10 @@ def test_measure__has_the_visible_tokens_where_there_is_a_visible_branch(preset:
     monitor = Monitor(parts, (32, 32), masks, max_images=8, workers=0)
     found = monitor.measure(ParallelModel(model, Ranks(torch.device("cpu"))), nullcontext)
     assert ("explained_visible" in found) == (preset == "dmjd")
+
+
+def test_measure__a_set_of_one_image_has_no_spread(model: ParallelModel) -> None:
+    alone = ReadImages(1)
+    masks = partial(seeded_masks, grid=(4, 4), block=1, num_views=1, mask_ratio=0.75, predict_ratio=0.75)
+    found = Monitor(Parts(alone, alone), (32, 32), masks, max_images=10, workers=0).measure(model, nullcontext)
+    assert found.keys() == {"explained", "explained_train"}

@@ -35,6 +35,11 @@ def test_explained__of_constant_targets_is_zero():
     assert share(torch.full((3, 2, 4), 0.7), torch.full((3, 2, 4), 0.7)) == 0
 
 
+def test_judge__a_single_image_is_not_said_to_be_like_all_others():
+    alone = {key: value for key, value in GOOD.items() if key.startswith("explained")}
+    assert judge({**alone, "explained": -1.0}, alone).kind == "learned"
+
+
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [

@@ -66,10 +66,10 @@ class Monitor:
     def measure(self, model: ParallelModel, autocast: Autocast, *, probe: bool = False) -> dict[str, float]:
         """Measure, on all ranks together.
 
-        Always: how much of the hidden tokens is explained, of training and of held-out images (`Explained`), and RankMe
-        and standard deviation of the features of held-out ones, which show a collapse. With a visible branch also how
-        much of the visible tokens of held-out images is explained; with labels also k-NN accuracy on held-out images
-        and, with `probe`, that of a linear classifier.
+        Always: how much of the hidden tokens is explained, of training and of held-out images (`Explained`). Of several
+        images also RankMe and standard deviation of their features, which show a collapse; with a visible branch how
+        much of the visible tokens of held-out images is explained; with labels k-NN accuracy on held-out images and,
+        with `probe`, that of a linear classifier.
         """
         network, ranks = model.whole(), model.ranks
         assert isinstance(network, DMJD)
@@ -90,7 +90,9 @@ class Monitor:
         pairs = (bank, labels_of(train, bank_at), shown, labels_of(held_out, shown_at)) if self.labelled else None
 
         def numbers() -> dict[str, float]:
-            found = predicted | {"rankme": rankme(spread), "feature_std": feature_std(spread)}
+            found = dict(predicted)
+            if len(spread) > 1:
+                found |= {"rankme": rankme(spread), "feature_std": feature_std(spread)}
             if pairs:
                 found["knn_top1"] = knn_top1(*pairs)
             if pairs and probe and len(pairs[1].unique()) > 1:

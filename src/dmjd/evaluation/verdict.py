@@ -70,8 +70,8 @@ def judge(untrained: Mapping[str, float], trained: Mapping[str, float], *, longe
     if stuck and visible < PREDICTED:
         rate = "another --optim.blr, lower where the loss jumps and higher where it hardly falls"
         return Verdict("nothing", said, f"{rate}; look at the targets in the report; more {longer}")
-    before, after = untrained.get("rankme", 0.0), trained["rankme"]
-    if trained["feature_std"] < COLLAPSED or after < FEWER * before:
+    before, after = untrained.get("rankme", 0.0), trained.get("rankme")  # not of a single image
+    if after is not None and (trained["feature_std"] < COLLAPSED or after < FEWER * before):
         return Verdict(
             "collapsed",
             f"features are much alike for all images (spread {trained['feature_std']:.2g}, RankMe {before:.3g} -> "
