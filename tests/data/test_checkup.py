@@ -10,7 +10,17 @@ import torch
 from PIL import Image
 
 from dmjd.data.builtin import ArrayImages
-from dmjd.data.checkup import Look, chosen, file_of, find_copies, headers, look_at, measure_speed, measure_values
+from dmjd.data.checkup import (
+    Look,
+    chosen,
+    file_of,
+    find_copies,
+    headers,
+    look_at,
+    measure_speed,
+    measure_values,
+    open_as_most,
+)
 from dmjd.data.decode import BadImage, Wanted
 from dmjd.data.duplicates import exact_copies, near_copies, outline
 from dmjd.data.folder import open_folder
@@ -147,6 +157,14 @@ def test_chosen__is_a_sample_by_seed_over_all_parts(tmp_path: Path, write: Calla
 
 def test_exact_copies__are_groups_in_order_of_their_first() -> None:
     assert exact_copies([b"a", b"b", b"a", b"c", b"b", b"a"]) == [[0, 2, 5], [1, 4]]
+
+
+@pytest.mark.parametrize(("shape", "channels"), [((4, 9, 8, 5), 5), ((4, 5, 9, 8), 5), ((4, 9, 8), 1)])
+def test_open_as_most__knows_the_channels_of_an_array(shape: tuple[int, ...], channels: int, tmp_path: Path) -> None:
+    np.save(tmp_path / "cubes.npy", np.zeros(shape, np.uint16))
+    parts, wanted = open_as_most(str(tmp_path / "cubes.npy"), None, None)
+    assert wanted.in_chans == channels
+    assert parts[""].read(0).shape == (channels, 9, 8)
 
 
 @pytest.mark.parametrize("depth", [torch.uint8, torch.uint16, torch.float32])

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float64
+from numpy.lib.format import open_memmap
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,7 +28,7 @@ from dmjd.data.duplicates import Outline, exact_copies, near_copies, outline
 from dmjd.data.levels import BYTES, levels_of
 from dmjd.data.peek import Peek, peek
 from dmjd.data.prepared import SET, read_set
-from dmjd.data.source import Source, evenly, open_parts
+from dmjd.data.source import Source, evenly, is_file_name, open_parts
 from dmjd.data.statistics import Statistics, statistics_of
 from dmjd.data.workers import usable_cores
 from dmjd.errors import DataError
@@ -92,6 +93,18 @@ def headers(parts: Mapping[str, Source]) -> list[Peek]:
     return found
 
 
+def stored_channels(data: str) -> int:
+    """Look up the channels of a set that says so as a whole, a prepared one or an array; 3 for any other."""
+    if (Path(data) / SET).is_file():
+        channels: int = read_set(Path(data))["in_chans"]
+        return channels
+    if is_file_name(data, ".npy"):
+        with suppress(OSError, ValueError, EOFError):  # opening it says what is wrong
+            shape = open_memmap(data, mode="r").shape
+            return int(min(shape[1], shape[3])) if len(shape) == 4 else 1
+    return 3
+
+
 def open_as_most(
     data: str, in_chans: int | None, pages: Literal["bands", "frames"] | None, *, look: bool = False
 ) -> tuple[dict[str, Source], Wanted]:
@@ -106,7 +119,7 @@ def open_as_most(
     Raises:
         DataError: If there is nothing of the name, or no image in it.
     """
-    stored = read_set(Path(data))["in_chans"] if (Path(data) / SET).is_file() else 3
+    stored = stored_channels(data)
     wanted = Wanted(in_chans=in_chans or stored, pages=pages)
     parts = open_parts(data, wanted)
     seen = headers(parts)
