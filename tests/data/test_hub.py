@@ -77,6 +77,15 @@ def test_hub__labels_that_are_kept_secret_are_none_and_numbers_of_any_sign_are_l
     assert (only(f"{data}?label=sign").classes, labels(only(f"{data}?label=sign"))) == (("-1", "1"), [1, 0])
 
 
+@pytest.mark.parametrize(
+    ("column", "kind", "classes"), [([10, 9, 10], "int64", ("9", "10")), ([*"bab"], "string", ("a", "b"))]
+)
+def test_hub__a_plain_column_of_a_usual_name_has_the_labels(column, kind, classes, tmp_path):
+    cells = [cell(tmp_path, value) for value in (10, 20, 30)]
+    source = only(saved(tmp_path / "set", {"image": cells, "label": column}, label=datasets.Value(kind)))
+    assert (source.classes, labels(source)) == (classes, [1, 0, 1])
+
+
 def test_hub__an_empty_cell_is_a_bad_image(tmp_path):
     source = only(saved(tmp_path / "set", {"image": [None, cell(tmp_path, 3)]}))
     with pytest.raises(BadImage, match="an empty cell"):

@@ -147,14 +147,14 @@ def _image_column(data: str, features: Any, given: str | None) -> str:
 
 
 def _classes(data: str, rows: Any, given: str | None) -> Classes:
-    """Find the classes: of the column that is given, else of a column of classes with a usual name, or the only one."""
+    """Find the classes: of the column that is given, else of one with a usual name, or the only column of classes."""
     import datasets
 
     if given is not None:
         column = _known(data, rows.features, given)
     else:
         columns = [name for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)]
-        usual = [name for name in LABELS if name in columns]
+        usual = [name for name in LABELS if isinstance(rows.features.get(name), datasets.ClassLabel | datasets.Value)]
         if not usual and len(columns) != 1:
             return (), None
         column = (usual or columns)[0]
