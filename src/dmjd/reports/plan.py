@@ -111,7 +111,7 @@ def _surroundings(found: Mapping[str, Any]) -> list[str]:
     }
     shards = "; on a shared file system rather from tar shards than from files" if reads >= MANY_READS else ""
     lines = [
-        "AROUND THE DEVICES, in files and after dmjd prepare --size " + str(found["prepared_size"]),
+        "AROUND THE DEVICES: from files as they are; after dmjd prepare --size " + str(found["prepared_size"]),
         f"  storage     {storage['files']}, by {found['image_bytes'] / 1e3:,.0f} kB an image; {storage['prepared']}",
         f"  on disk     {short(disk['files'] / 1e9)} GB; {short(disk['prepared'] / 1e9)} GB",
         f"  decoding    {cores['files']:,.1f} cores; {cores['prepared']:,.1f} cores",
