@@ -3,19 +3,27 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from dmjd.data.annotated import AnnotatedSamples
 from dmjd.data.decode import Wanted
 from dmjd.data.folder import folder_images
+from dmjd.data.labelled import LabelledSamples
 from dmjd.data.levels import BYTES, Levels, levels_of
+from dmjd.data.loader import read_batches
 from dmjd.data.memory import PackedImages, stack_of
+from dmjd.data.segmentation import open_segmentation
 from dmjd.data.source import Scaled, measure_levels
 from dmjd.data.statistics import Statistics, statistics_of
+from dmjd.engine.distributed import Ranks
 from dmjd.errors import ConfigError, DataError
+from dmjd.evaluation.dense import decodable
 
 
 def deep(*values: float, kind: torch.dtype = torch.uint16) -> Tensor:
@@ -72,6 +80,30 @@ def test_measure_levels__none_where_there_is_nothing_to_scale(tmp_path: Path) ->
     scaled = Scaled(images, Levels(0.0, 1023.0))
     assert (scaled.read(0).dtype, scaled.read(1).dtype) == (torch.uint8, torch.float32)
     assert torch.allclose(scaled.read(1), torch.tensor(255 * 1000 / 1023))
+
+
+def test_refuse_deep__wherever_unscaled_images_go_to_a_network(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for name, kind in (("a/0", np.uint8), ("b/1", np.uint16)):
+            for folder in ("images", "annotations"):
+                (tmp_path / folder / part / name).parent.mkdir(parents=True)
+            values = np.arange(64).reshape(8, 8).astype(kind) * (3 if kind is np.uint8 else 300)
+            Image.fromarray(values).save(tmp_path / "images" / part / f"{name}.png")
+            Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 2).save(
+                tmp_path / "annotations" / part / f"{name}.png"
+            )
+    images = folder_images(tmp_path / "images" / "train", Wanted(1))
+    train, held_out = open_segmentation(str(tmp_path), Wanted(1))
+    options: dict[str, Any] = {"batch_size": 2, "workers": 0, "pin_memory": False}
+    for read in (
+        lambda: [*read_batches(images, [0, 1], Tensor.float, **options)],
+        lambda: LabelledSamples(images, Tensor.float, 0)[0, 1],
+        lambda: AnnotatedSamples(train, lambda *both: both, 0)[0, 1],
+        lambda: [*decodable(held_out, Ranks(torch.device("cpu")))],
+    ):
+        with pytest.raises(DataError, match=r"more than 8 bits, where most have 8; b/1\.png; .*--data_range"):
+            read()
+    assert AnnotatedSamples(train, lambda *both: both, 0)[0, 0][0].dtype == torch.uint8
 
 
 def test_statistics_of__are_those_of_all_pixels_whatever_the_depth() -> None:

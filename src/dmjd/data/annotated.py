@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dmjd.data.decode import Wanted, orientation
+from dmjd.data.levels import refuse_deep
 from dmjd.data.source import Readable, join_skipped, read_or_substitute
 from dmjd.errors import DataError
 from dmjd.random import mix, seeded
@@ -50,7 +51,8 @@ class AnnotatedSamples(Dataset[AnnotatedSample]):
             DataError: If neither it nor the images after it decode.
         """
         epoch, index = key
-        (image, annotation), _, skipped = read_or_substitute(self.images, index)
+        (image, annotation), read, skipped = read_or_substitute(self.images, index)
+        refuse_deep(image, self.images.name(read))
         with seeded(mix(self.seed, epoch, index)):
             return *self.augment(image, annotation), skipped
 

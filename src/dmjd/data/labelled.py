@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
+from dmjd.data.levels import refuse_deep
 from dmjd.data.source import Parts, Source, Subset, has_labels, join_skipped, labels_of, read_or_substitute
 from dmjd.data.table import ENDINGS
 from dmjd.data.transfer import transfer
@@ -61,6 +62,7 @@ class LabelledSamples(Dataset[LabelledSample]):
         """
         epoch, index = key
         image, read, skipped = read_or_substitute(self.images, index)
+        refuse_deep(image, self.images.name(read))
         label = self.images.label(read)
         assert label is not None
         with seeded(mix(self.seed, epoch, index)):

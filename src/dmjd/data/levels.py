@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dmjd.errors import DataError
 
+DEEP = (torch.uint16, torch.int16)
+
 
 @dataclass(frozen=True)
 class Levels:
@@ -60,6 +62,16 @@ def levels_of(images: Iterable[Tensor]) -> Levels:
     if ends is None and low == high:
         raise DataError(f"all values of the images are {low:g}; nothing can be learned; check --data")
     return Levels(0.0, ends) if ends else Levels(low, high)
+
+
+def refuse_deep(image: Tensor, name: str) -> None:
+    """Refuse values of more than 8 bits where none of the images that the range was measured on has as many.
+
+    Raises:
+        DataError: If there are some: they would be white, or worse.
+    """
+    if image.dtype in DEEP and image.numpy().max() > BYTES.high:
+        raise DataError(f"more than 8 bits, where most have 8; {name}; say what values range over: --data_range")
 
 
 def _power(value: float) -> float:

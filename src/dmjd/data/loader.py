@@ -9,6 +9,7 @@ from jaxtyping import Num
 from torch import Generator, Tensor
 
 from dmjd.data.decode import BadImage
+from dmjd.data.levels import refuse_deep
 from dmjd.data.sampler import StepSampler
 from dmjd.data.source import Readable, Source
 from dmjd.data.workers import load_batches, usable_cores
@@ -101,9 +102,11 @@ class _Reading:
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, int]:
         try:
-            return self.transform(self.source.read(index)), index
+            image = self.source.read(index)
         except BadImage:
             return None, index
+        refuse_deep(image, self.source.name(index))
+        return self.transform(image), index
 
 
 def _stack(read: list[tuple[Tensor | None, int]]) -> tuple[Tensor, list[int]]:

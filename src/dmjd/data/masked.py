@@ -13,15 +13,13 @@ from torch.utils.data import Dataset
 
 from dmjd.data.crops import RandomCrop
 from dmjd.data.lent import borrow, is_lent, room
-from dmjd.data.levels import BYTES, Levels
+from dmjd.data.levels import BYTES, Levels, refuse_deep
 from dmjd.data.memory import Stack
 from dmjd.data.source import Source, join_skipped, read_or_substitute
 from dmjd.data.transfer import transfer
-from dmjd.errors import DataError
 from dmjd.random import mix_all
 
 CROP, MASKS = 0, 1  # what a seed is for
-DEEP = (torch.uint16, torch.int16)
 
 
 class MaskedBatch(NamedTuple):
@@ -100,14 +98,13 @@ class MaskedSamples(Dataset[MaskedBatch]):
         """Read an image, or the next one that decodes, no larger than its crop needs.
 
         Raises:
-            DataError: If it is deep, and none of those by which the range was measured was: it would be white.
+            DataError: If it is deep, and none of those by which the range was measured was.
         """
         image, read, skipped = read_or_substitute(
             self.images, index, lambda height, width: crop.factor(draws, height, width)
         )
-        if self.levels == BYTES and image.dtype in DEEP and image.numpy().max() > BYTES.high:
-            name = self.images.name(read)
-            raise DataError(f"more than 8 bits, where most have 8; {name}; say what values range over: --data_range")
+        if self.levels == BYTES:
+            refuse_deep(image, self.images.name(read))
         return crop.of_one(image, draws), read, skipped
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmjd.data.decode import BadImage
+from dmjd.data.levels import refuse_deep
 from dmjd.data.single import open_all_or_one
 from dmjd.data.source import Readable
 from dmjd.engine.claim import refuse_input
@@ -62,6 +63,7 @@ def decodable(images: Readable, ranks: Ranks) -> Iterator[tuple[int, Any]]:
         except BadImage as reason:
             bad[images.name(index)] = str(reason)
             continue
+        refuse_deep(item[0], images.name(index))
         yield index, item
     bad = {name: reason for each in ranks.gather(bad) for name, reason in each.items()}
     if bad:
@@ -106,10 +108,13 @@ def images_to_predict(path: Path, backbone: FeatureExtractor) -> Iterator[tuple[
     for images, index in ((part, index) for part in parts for index in range(len(part))):
         name = images.name(index)
         try:
-            yield name, images.read(index)
+            image = images.read(index)
         except BadImage as reason:
             bad[name] = str(reason)
             yield name, None
+        else:
+            refuse_deep(image, name)
+            yield name, image
         seen.update()
     if len(bad) == len(names):
         name, why = next(iter(bad.items()))
