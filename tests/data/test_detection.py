@@ -102,6 +102,17 @@ def test_coco__boxes_are_corners_and_classes_are_in_order_of_their_numbers(tmp_p
     assert objects.masks is None
 
 
+def test_coco__a_byte_order_mark_is_none_of_it_and_categories_of_one_name_are_a_class(tmp_path):
+    root = write_coco(tmp_path, [annotation(1, [5, 6, 10, 10], 7), annotation(1, [0, 0, 4, 5], 3)])
+    for file in (root / "annotations").iterdir():
+        content = json.loads(file.read_text())
+        for category in content["categories"]:
+            category["name"] = "cat"
+        file.write_text(json.dumps(content), "utf-8-sig")
+    train, _ = found(root)
+    assert (train.classes, train.counts, train.read(1)[1].labels.tolist()) == (("cat",), (2,), [0, 0])
+
+
 def test_coco__an_image_without_boxes_has_none(tmp_path):
     _, objects = found(write_coco(tmp_path, [annotation(1, [5, 6, 10, 10])]))[0].read(0)
     assert objects.boxes.shape == (0, 4)

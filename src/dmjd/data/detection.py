@@ -253,13 +253,13 @@ def coco_images(root: Path, names: Sequence[str], found: Sequence[Record]) -> Pa
 
 
 def read_coco(file: Path) -> tuple[tuple[str, ...], list[Record]]:
-    """Read a file of COCO: names of its categories by their numbers, and its images.
+    """Read a file of COCO: names of its categories by their numbers, each once, and its images.
 
     Raises:
         DataError: If it is broken, has an annotation for an image that it does not list, or one id twice.
     """
     try:
-        content = json.loads(file.read_text("utf-8"))
+        content = json.loads(file.read_text("utf-8-sig"))
         for kind, key in UNIQUE:
             counts = Counter(each[key] for each in content[kind] if each.get(key) is not None)
             if twice := [value for value, count in counts.items() if count > 1]:
@@ -284,7 +284,7 @@ def read_coco(file: Path) -> tuple[tuple[str, ...], list[Record]]:
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"not a COCO file ({type(error).__name__}: {error}); {file}; correct it") from None
-    return tuple(categories.values()), list(images.values())
+    return tuple(dict.fromkeys(categories.values())), list(images.values())
 
 
 # -- Pascal VOC --------------------------------------------------------------------------------------------------------
