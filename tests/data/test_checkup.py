@@ -232,6 +232,7 @@ def test_measure_values__knows_range_means_and_shares(tmp_path: Path) -> None:
     assert values.histograms.shape == (12, 64)
     assert values.histograms.sum(axis=1) == pytest.approx(np.ones(12))
     assert (values.histograms[0, 0], values.histograms[0, 62], values.histograms[11, 0]) == (0.75, 0.25, 1)
+    assert values.filled == 2
 
 
 def test_measure_speed__is_of_decoding_and_cropping(mixed: Path) -> None:

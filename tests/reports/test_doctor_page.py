@@ -40,6 +40,7 @@ FOUND: dict[str, Any] = {
     "mean": (0.5, 0.4, 0.3),
     "std": (0.2, 0.2, 0.2),
     "value_range": [0.0, 255.0],
+    "filled": 64,
     "in_chans": 3,
     "image_size": 64,
     "patch_size": 8,
@@ -113,6 +114,10 @@ def test_page__of_a_set_in_order_says_so(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"leaked": 3}, "Leakage: 3 of 150 held-out images are in the training part too"),
+        (
+            {"value_range": [-9999.0, 200.0], "filled": 2},
+            "all values lie in 2 of 64 steps of their range, -9999 to 200",
+        ),
         ({"broken": 20}, "20 of 1,000 files do not decode (2.00%). Pre-training stops above 1%."),
         ({"broken": 1}, "Training leaves them out"),
         ({"refused": 1}, "1 of 1,000 files does not fit the others, which are read as images of 3 channels"),

@@ -188,6 +188,11 @@ class Values(NamedTuple):
     statistics: Statistics
     histograms: Float64[np.ndarray, "C bins"]
 
+    @property
+    def filled(self) -> int:
+        """Steps that have a thousandth of the values or more, in the channel where they are most."""
+        return int((self.histograms > 0.001).sum(axis=1).max())
+
 
 def measure_values(parts: Mapping[str, Source], looks: Sequence[Look]) -> Values:
     """Measure a sample of the images that decode.

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float64
 from markupsafe import Markup
 
-from dmjd.data.checkup import Copies, Look, Values
+from dmjd.data.checkup import BINS, Copies, Look, Values
 from dmjd.data.levels import BYTES, Levels
 from dmjd.data.source import Source
 from dmjd.reports.curves import HUES, MUTED, add_legend, plain_axes, svg
@@ -18,6 +18,7 @@ from dmjd.reports.page import jpeg, write_page
 SHOWN_FAULTS = 20
 SHOWN_PAIRS = 8
 MOST_KINDS = 8  # in a list
+CROWDED = 4  # steps of the range of values, up to which most of it is empty
 UNEVEN = 10  # times as many images in the largest class as in the smallest, from which that is worth a line
 
 Problem = tuple[str, str]  # what is wrong, and what to do
@@ -74,6 +75,7 @@ def problems(found: Mapping[str, Any]) -> list[Problem]:
         refused,
         classes,
         depths,
+        empty_range,
     )
     return [problem for check in checks if (problem := check(found))]
 
@@ -144,6 +146,18 @@ def depths(found: Mapping[str, Any]) -> Problem | None:
         "ones over one common range."
     )
     return what, "If they come from different instruments, bring them to one type first."
+
+
+def empty_range(found: Mapping[str, Any]) -> Problem | None:
+    """A range that a few values far from all others make."""
+    low, high = found.get("value_range", (0, 255))
+    if (low, high) == (0, 255) or found["filled"] > CROWDED:
+        return None
+    what = (
+        f"Nearly all values lie in {found['filled']} of {BINS} steps of their range, {low:g} to {high:g}: a value that "
+        "stands for missing pixels, or a few bright ones, makes it so wide. Training sees little of what is within."
+    )
+    return what, "Fill missing pixels, or say --data_range LOW HIGH."
 
 
 def notes(found: Mapping[str, Any]) -> list[Problem]:

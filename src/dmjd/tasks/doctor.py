@@ -79,7 +79,7 @@ def examine_set(settings: DoctorSettings) -> dict[str, Any]:
     try:
         values = measure_values(parts, good)
         found |= {"mean": values.statistics.mean, "std": values.statistics.std}
-        found |= {"value_range": [values.statistics.levels.low, values.statistics.levels.high]}
+        found |= {"value_range": [values.statistics.levels.low, values.statistics.levels.high], "filled": values.filled}
     except DataError:  # all values are the same
         values = None
     found |= advise(found, wanted, parts, good, settings)
