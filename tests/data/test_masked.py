@@ -1,5 +1,6 @@
 """Samples of pretraining are a function of seed, epoch and index."""
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dmjd.data.folder import folder_images
 from dmjd.data.levels import Levels
 from dmjd.data.masked import MaskedBatch, MaskedSamples
 from dmjd.data.memory import in_memory, stack_of
+from dmjd.data.sampler import StepKeys
 from dmjd.errors import DataError
 
 CROP = RandomCrop((16, 16), (0.3, 1.0), (0.75, 1.33), flip=True)
@@ -52,6 +54,8 @@ def test_samples__crops_have_the_size_of_their_epoch(folder: Path, memory: bool)
     assert torch.equal(one(samples, 2, 0).images, one(replace(samples, sizes=()), 2, 0).images)
     mixed = samples.__getitems__([(1, 0), (2, 1)])
     assert mixed.images.shape[2:] == (8, 8), "a batch has the size of its first epoch"
+    late = pickle.loads(pickle.dumps(StepKeys([(2, 1)], begun=1)))  # on its way to a worker
+    assert samples.__getitems__(late).images.shape[2:] == (8, 8), "one of a step that of all others in the step"
 
 
 def test_samples__are_a_function_of_seed_epoch_and_index_alone(folder: Path) -> None:

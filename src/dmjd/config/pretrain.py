@@ -229,9 +229,8 @@ class CropSettings:
     """Different crops of an image: epoch e shows crop e mod variants. Default: another crop every epoch."""
     progressive: tuple[float, ...] = ()
     """Shares of the side that crops have earlier in the run, in whole tokens, such as 0.5; give the flag once for each,
-    in their order. The parts of the run, of which the last has whole crops, are equally long, give or take an epoch; in
-    the step in which one begins, ranks and micro-batches may differ in size. Not with networks among the targets.
-    Memory is that of whole crops; `plan` counts all crops as whole."""
+    in their order. The parts of the run, of which the last has whole crops, are equally long, give or take an epoch.
+    Not with networks among the targets. Memory is that of whole crops; `plan` counts all crops as whole."""
 
     def __post_init__(self) -> None:
         within(1, 1_000_000, self, "variants")

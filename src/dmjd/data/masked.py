@@ -69,14 +69,16 @@ class MaskedSamples(Dataset[MaskedBatch]):
         return replace(self.crop, size=begun[-1]) if begun else self.crop
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> MaskedBatch:
-        """Crop the images of these (epoch, index), all to the size of the first one's epoch.
+        """Crop the images of these (epoch, index), all to the size of the epoch in which their step begins.
+
+        Without a step (see `StepKeys`) that is the epoch of the first one.
 
         Raises:
             DataError: If neither one nor the images after it decode.
         """
         epochs, indices = torch.tensor(keys).unbind(dim=1)
         shown = epochs % self.variants if self.variants else epochs
-        crop, of_masks = self.crop_at(int(epochs[0])), self.mask_seeds(epochs, indices)
+        crop, of_masks = self.crop_at(getattr(keys, "begun", keys[0][0])), self.mask_seeds(epochs, indices)
         draws = crop.draws(mix_all(self.seed, shown, indices, CROP))
         if self.stack is not None:
             rows = transfer(self.stack.rows[indices], self.stack.pixels.device)

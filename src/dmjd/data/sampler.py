@@ -4,7 +4,7 @@ The images of a run are one endless stream: position p is image order(epoch)[p m
 positions s*B ... s*B + B-1, so every batch is full, whatever the size of the set.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,8 +22,21 @@ def order(seed: int, epoch: int, count: int) -> Int[Tensor, " n"]:
     return torch.randperm(count, generator=Generator().manual_seed(mix(seed, epoch)))
 
 
+class StepKeys(list[tuple[int, int]]):
+    """The (epoch, index) of a micro-batch.
+
+    Args:
+        keys: These.
+        begun: Epoch in which its step begins, the same for all micro-batches of all ranks.
+    """
+
+    def __init__(self, keys: Iterable[tuple[int, int]] = (), begun: int = 0):
+        super().__init__(keys)
+        self.begun = begun
+
+
 @dataclass(frozen=True)
-class StepSampler(Sampler[list[tuple[int, int]]]):
+class StepSampler(Sampler[StepKeys]):
     """The (epoch, index) of every micro-batch of one rank, from a step to the end of the run.
 
     A step's batch is cut into accumulation * world_size micro-batches; rank r takes number r, r + world_size, ...
@@ -51,12 +64,12 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return (self.steps - self.start) * self.accumulation
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[StepKeys]:
         micro = self.batch_size // (self.accumulation * self.world_size)
         for step in range(self.start, self.steps):
             for part in range(self.accumulation):
                 first = step * self.batch_size + (part * self.world_size + self.rank) * micro
-                yield [*self._positions(first, first + micro)]
+                yield StepKeys(self._positions(first, first + micro), step * self.batch_size // self.count)
 
     def _positions(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Look up the (epoch, index) of positions `first` ... `last` - 1, epoch by epoch."""
