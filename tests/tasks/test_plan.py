@@ -134,6 +134,7 @@ def test_plan__a_script_has_the_run_as_it_was_planned(
     assert main(["pretrain", *TINY, *flags, "--resume", "--print_config"]) == 0
     assert of_script == capsys.readouterr().out
     assert "--nproc-per-node 8" in script
+    assert f"\nmkdir -p {tmp_path}/run" in script, "without it, there is nothing to resume"
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
     if kind == "slurm":
         assert all(words in script for words in ("--nodes=2", "B:USR1@", 'scontrol requeue "$SLURM_JOB_ID"'))

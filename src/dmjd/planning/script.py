@@ -28,11 +28,11 @@ def machines(devices: int) -> tuple[int, int]:
     return nodes, devices // nodes
 
 
-def torchrun(command: Sequence[str], devices: int) -> str:
-    """Write the script for one machine, or to be started on each of several."""
+def torchrun(command: Sequence[str], devices: int, *, out: str) -> str:
+    """Write the script for one machine, or to be started on each of several; arguments as those of `slurm`."""
     nodes, each = machines(devices)
     launch = ["torchrun", "--nproc-per-node", str(each)]
-    head = ["#!/bin/bash", "set -e"]
+    head = ["#!/bin/bash", "set -e", f"mkdir -p {shlex.quote(out)}  # --resume wants it"]
     if nodes > 1:
         head += [f"# Start this on each of {nodes} machines; FIRST is the name of one of them."]
         launch += ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-id", "dmjd"]

@@ -306,12 +306,12 @@ def script(settings: PlanSettings, outlook: Outlook) -> str:
     if not outlook.fits:
         wanted = "give --activation_checkpointing, more --devices or another --device"
         raise ConfigError(f"not one image of {settings.run.preset} fits; --device {settings.run.device}; {wanted}")
-    words = ["dmjd", "pretrain", *command(settings, outlook)]
+    words, out = ["dmjd", "pretrain", *command(settings, outlook)], str(settings.run.out)
     if settings.script == "torchrun":
-        return torchrun(words, settings.devices)
+        return torchrun(words, settings.devices, out=out)
     nodes, each = machines(settings.devices)
     cores = math.ceil(outlook.cores["files"] / nodes) + each
-    return slurm(words, settings.devices, hours=outlook.hours, cores=cores, out=str(settings.run.out))
+    return slurm(words, settings.devices, hours=outlook.hours, cores=cores, out=out)
 
 
 def command(settings: PlanSettings, outlook: Outlook) -> list[str]:
