@@ -489,10 +489,17 @@ def test_pretrain__a_line_of_zeros_as_after_a_power_cut_is_left_out(data: Path, 
     assert curve(run) == curve(unbroken)
 
 
-def test_pretrain__a_report_that_was_not_written_is_written_when_the_run_is_resumed(data: Path, run: Path) -> None:
-    (run / "report.html").unlink()
+@pytest.mark.parametrize("missing", [["report.html"], ["report.html", "summary.json"]], ids=str)
+def test_pretrain__a_report_that_was_not_written_is_written_when_the_run_is_resumed(
+    data: Path, unbroken: Path, run: Path, capsys: pytest.CaptureFixture[str], missing: list[str]
+) -> None:
+    for name in missing:
+        (run / name).unlink()
+    capsys.readouterr()
     assert main(resumption(data, run)) == 0
     assert (run / "report.html").is_file()
+    assert "training: steps" not in capsys.readouterr().err, "there are none"
+    assert (run / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
 
 
 def test_pretrain__a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(

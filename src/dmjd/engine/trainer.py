@@ -177,9 +177,9 @@ class Trainer:
             return measured
 
     def introduce(self) -> None:
-        """Say on stderr what the run is: device, images, steps, parameters; and what of it is unlikely to be meant."""
+        """Say on stderr what is trained, if anything is left to: device, images, steps; and what is hardly meant."""
         run, plan, device = self.run, self.plan, self.ranks.device
-        if not self.ranks.is_main:
+        if not self.ranks.is_main or self.done == plan.steps:
             return
         if plan.batch_size > run.count:
             said = f"a step has {plan.batch_size} images, the set only {run.count}"
