@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dmjd.errors import CheckpointError, ConfigError
 from dmjd.reports.nearest_pictures import NearestPictures, write_nearest
-from dmjd.reports.pretraining import key_numbers, write_report
+from dmjd.reports.pretraining import RunRecord, key_numbers, write_report
 from dmjd.reports.token_pictures import Samples, write_samples
 
 ALWAYS = ["Key numbers", "Curves", "Settings", "How to reproduce", "How to cite", "What next"]
@@ -357,12 +357,12 @@ def test_write_report__same_run_same_bytes(tmp_path: Path) -> None:
 
 def test_key_numbers__what_is_below_zero_has_a_minus_sign() -> None:
     facts = {"untrained": {"explained": -1.25}, "trained": {"explained": 0.5}}
-    assert [row["untrained"] for row in key_numbers(facts, [])] == ["\u2212125.0%"]
+    assert [row["untrained"] for row in key_numbers(RunRecord("run", [], facts, {}))] == ["\u2212125.0%"]
 
 
 def test_key_numbers__a_loss_is_shown_as_a_loss() -> None:
     facts = {"untrained": {"knn_top1": 0.5}, "trained": {"knn_top1": 0.45}}
-    assert [row["difference"] for row in key_numbers(facts, [])] == ["\u22125.0\u00a0points"]
+    assert [row["difference"] for row in key_numbers(RunRecord("run", [], facts, {}))] == ["\u22125.0\u00a0points"]
 
 
 # -- in a real browser -------------------------------------------------------------------------------------------------

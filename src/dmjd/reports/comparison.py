@@ -9,7 +9,7 @@ from dmjd.engine.run import MAY_CHANGE, by_flag
 from dmjd.errors import ConfigError
 from dmjd.reports.curves import HUES, SOLID, Line, overlay
 from dmjd.reports.page import compact, duration, write_page
-from dmjd.reports.pretraining import DASH, MEASURES, RunRecord, number, read_run, text
+from dmjd.reports.pretraining import DASH, MEASURES, RunRecord, read_run, text
 
 UNSHOWN = MAY_CHANGE - {"data", "preset", "device"}  # settings that make no difference worth a row
 BY_LABELS = ("knn_top1", "linear_top1")  # measures that compare any two runs on the same images
@@ -69,18 +69,11 @@ def state(record: RunRecord) -> str:
     return f"not finished, step {record.now['step']:,.0f}" if "step" in record.now else "not begun"
 
 
-def measured(record: RunRecord, key: str) -> tuple[float | None, float | None]:
-    """Look a measure up: untrained, and trained or so far."""
-    first = next((line for line in record.lines if line["step"] == 0 and key in line), {})
-    latest = next((line for line in reversed(record.lines) if line["step"] > 0 and key in line), {})
-    return number(record.facts.get("untrained") or first, key), number(record.facts.get("trained") or latest, key)
-
-
 def measures(known: Mapping[str, RunRecord], same_data: bool) -> dict[str, list[dict[str, Any]]]:
     """Write each measure that some run has for all runs; on the same images, the best of those by labels is marked."""
     table = {}
     for key, title in MEASURES.items():
-        values = [measured(record, key) for record in known.values()]
+        values = [record.measured(key) for record in known.values()]
         if all(after is None for _, after in values):
             continue
         trained = [after for _, after in values if after is not None]

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +49,12 @@ class RunRecord(NamedTuple):
         training = [line for line in self.lines if "loss" in line]
         found = (training[-1] if training else {}) | self.facts
         return {key: value for key in found if (value := number(found, key)) is not None}
+
+    def measured(self, key: str) -> tuple[float | None, float | None]:
+        """Look a measure up: untrained, and trained; of an unfinished run at step 0, and so far."""
+        first = next((line for line in self.lines if line["step"] == 0 and key in line), {})
+        latest = next((line for line in reversed(self.lines) if line["step"] > 0 and key in line), {})
+        return number(self.facts.get("untrained") or first, key), number(self.facts.get("trained") or latest, key)
 
 
 def read_run(run: Path) -> RunRecord:
@@ -102,7 +108,7 @@ def write_report(run: Path, path: Path | None = None) -> Path:
         "settings": config.read_text("utf-8") if config.is_file() else "",
         "verdict": facts.get("verdict") or {},
         "broken": [int(step) for step in steps[~np.isfinite(losses)]],
-        "numbers": key_numbers(facts, lines),
+        "numbers": key_numbers(record),
         "curves": draw_curves(lines),
         "environment": facts.get("environment") or {},
         "citation": CITATION,
@@ -118,16 +124,11 @@ def write_report(run: Path, path: Path | None = None) -> Path:
     return path
 
 
-def key_numbers(facts: Line, lines: Sequence[Line]) -> list[Line]:
-    """Make a row for each measure that is known: untrained, trained and difference, as text.
-
-    Without a summary, the evaluation at step 0 counts as untrained and the latest one as trained.
-    """
-    first = {key: value for line in lines if line["step"] == 0 for key, value in line.items()}
-    latest = {key: value for line in lines if line["step"] > 0 for key, value in line.items()}
+def key_numbers(record: RunRecord) -> list[Line]:
+    """Make a row for each measure that is known: untrained, trained and difference, as text."""
     rows = []
     for key, name in MEASURES.items():
-        before, after = number(facts.get("untrained") or first, key), number(facts.get("trained") or latest, key)
+        before, after = record.measured(key)
         if before is None and after is None:
             continue
         scale, points = (1, "") if key == "rankme" else (100, "\u00a0points")
