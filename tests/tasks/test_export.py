@@ -216,8 +216,9 @@ def test_card__of_a_run_whose_backbone_lies_in_its_own_folder_describes_it_once(
     assert described["title"] == "Fine-tuning"
 
 
-def test_export__a_network_of_convolutions_goes_to_the_hub_too(tmp_path):
-    model, architecture = put_head(timm.create_model("test_resnet"), ("test_resnet", {}), 3)
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
+def test_export__a_network_of_convolutions_goes_to_the_hub_too(name, tmp_path):
+    model, architecture = put_head(timm.create_model(name), (name, {}), 3)
     path = tmp_path / "network.safetensors"
     save_backbone(path, model, architecture, *STATISTICS, task={"name": "finetune", "classes": CLASSES})
     export(ExportSettings(path, to="hf", out=tmp_path / "hub"))

@@ -77,8 +77,8 @@ def configuration(original: Original) -> dict[str, Any]:
             "classifier": model.pretrained_cfg["classifier"],
         },
     }
-    if isinstance(model.global_pool, str):  # of networks of convolutions it is a module
-        config["global_pool"] = model.global_pool
+    if isinstance(pooling := getattr(model, "global_pool", None), str):  # many have a module, or theirs in the head
+        config["global_pool"] = pooling
     return config | ({"label_names": list(original.classes)} if model.num_classes else {})
 
 
