@@ -27,6 +27,12 @@ def test_shapes__is_made_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
         assert parts.train.in_memory
 
 
+def test_shapes__in_grey_has_the_brightness_of_its_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtin, "SHAPES_SIZES", {"train": 4, "val": 2})
+    colour, grey = (open_source("shapes", Wanted(in_chans, (16, 16))).train.read(3).float() for in_chans in (3, 1))
+    assert torch.allclose(grey[0], torch.tensordot(torch.tensor([0.299, 0.587, 0.114]), colour, 1), atol=0.51)
+
+
 def test_shapes__has_5000_and_1000_images() -> None:
     assert builtin.SHAPES_SIZES == {"train": 5000, "val": 1000}
 

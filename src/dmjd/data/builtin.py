@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from dmjd.data.decode import Reduce, Wanted
+from dmjd.data.decode import Reduce, Wanted, fit_channels
 from dmjd.data.shapes import CLASSES, scene
 from dmjd.data.source import Opener, Source, register_source
 from dmjd.errors import DataError
@@ -124,16 +124,13 @@ def _array_images(
     address: str, array: np.ndarray, labels: Sequence[int], classes: Sequence[str], in_chans: int
 ) -> ArrayImages:
     """Make a set of an array N H W (grey) or N H W 3."""
-    pixels = torch.from_numpy(array).unsqueeze(-1) if array.ndim == 3 else torch.from_numpy(array)
-    pixels = pixels.permute(0, 3, 1, 2)
     if in_chans not in (1, 3):
         advice = "pretrain a backbone for such images with --model.in_chans 3 or 1"
-        raise DataError(f"{pixels.shape[1]} channels, not {in_chans}; {address}; {advice}")
-    if in_chans == 1 and pixels.shape[1] == 3:
-        pixels = pixels.float().mean(dim=1, keepdim=True).round().byte()
+        raise DataError(f"{3 if array.ndim == 4 else 1} channels, not {in_chans}; {address}; {advice}")
+    pixels = np.stack([fit_channels(image, in_chans) for image in array])
     return ArrayImages(
         address=address,
-        pixels=pixels.expand(-1, in_chans, -1, -1).contiguous(),  # resizing rounds other layouts differently
+        pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),  # resizing rounds other layouts differently
         labels=torch.tensor([int(label) for label in labels]),
         classes=tuple(classes),
     )
