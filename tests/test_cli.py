@@ -222,7 +222,7 @@ def test_main__without_data_it_says_so_and_how_to_see_the_demo(verb: str, capsys
 
 
 BAD_FILES = {  # content of --config: what the error line has to say
-    "epocs: 3": "Did you mean --epochs?",
+    "epocs: 3": 'Unknown option: "epocs" from ',
     "model: {pach_size: 8}": "Did you mean --model.patch_size?",
     "batch_size: many": "batch_size",
     "model: {patch_size: 0}": "model.patch_size 0",
@@ -622,7 +622,7 @@ def test_settings_of__python_gives_what_the_command_line_gives() -> None:
     [
         ({"modl__size": "tiny"}, "Did you mean --model.size"),
         ({"preset": "dmj"}, "did you mean dmjd"),
-        ({"steps": 1.5}, "steps"),
+        ({"steps": 1.5}, "Invalid value for steps from the call"),
         ({"data": None}, "--data shapes for the built-in demo"),
         ({"model": {"depth": 0}}, "model.depth 0"),
         ({"preset": "quick", "model__size": "tiny"}, "has a size of its own"),

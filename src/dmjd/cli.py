@@ -168,7 +168,7 @@ def application(
         help="Masked image modelling: a folder of images in, a timm backbone out.",
         default_parameter=Parameter(name_transform=lambda name: name, negative_iterable=()),  # no --empty-layers
         config=[
-            Dict(dict(given or {}), use_commands_as_keys=False, source="what is given"),
+            Dict(dict(given or {}), use_commands_as_keys=False, source="the call"),
             *files,
             words,
             whole_numbers,
@@ -393,7 +393,7 @@ def usage(error: CycloptsError) -> str:
     if isinstance(error, MissingArgumentError) and error.argument and error.argument.name == "*":
         # A group without a section has no name that a user could type: say which of its flags is missing.
         error.argument = next(flag for flag in error.argument.children if flag.required and not flag.has_tokens)
-    message = re.sub(r"\[(\w+)\]\[(\w+)\]", r"\1.\2", " ".join(str(error).split())).rstrip(".")
+    message = re.sub(r"\[([\w.]+)\]", r"\1", " ".join(str(error).split()).replace("][", ".")).rstrip(".")
     if isinstance(error, MissingArgumentError) and error.argument and error.argument.name == "--data":
         stray = f"not understood: {' '.join(error.unused_tokens)}; " if error.unused_tokens else ""
         return f"{stray}no data; --data; give a folder of images, or --data shapes for the built-in demo"
