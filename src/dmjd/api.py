@@ -163,7 +163,7 @@ def predict(backbone: str | Path, data: str | Path, out: str | Path, **settings:
 
 
 def search(features: str | Path, out: str | Path, **settings: Any) -> Outcome:
-    """Find the nearest images of others, or near-duplicates, by their features.
+    """Find the nearest neighbours of images, or near-duplicates, by their features.
 
     Args:
         features: What `embed` has written.
@@ -174,7 +174,7 @@ def search(features: str | Path, out: str | Path, **settings: Any) -> Outcome:
 
 
 def export(run: str | Path, out: str | Path, to: str = "timm", **settings: Any) -> Outcome:
-    """Write a network of a run for timm, Hugging Face, ONNX or torch.export.
+    """Export the network of a run to timm, Hugging Face, ONNX or torch.export.
 
     Args:
         run: Directory of a run, or a file of one.

@@ -177,7 +177,7 @@ def notes(found: Mapping[str, Any]) -> list[Problem]:
         (found["long"] > 0, f"Images more than five times as long as wide: {found['long']:,}.",
          "A square crop shows little of them: cut them into pieces."),
         (max(largest) > UNEVEN * min(smallest), f"The largest class has {max(largest):,} images, the smallest "
-         f"{min(smallest):,}.", "This is no matter for pre-training; judge classifiers by their mean over classes."),
+         f"{min(smallest):,}.", "This does not matter for pre-training; judge classifiers by their mean over classes."),
         (bool(found["passed_over"]), f"Other files were passed over: {listed(found['passed_over'])}.",
          "If some are images, give them one of the usual endings; put images in the place of links to folders."),
         (found["turned"] > 0, f"Photographs stored turned (EXIF): {found['turned']:,}.", "They are turned back."),

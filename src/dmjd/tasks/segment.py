@@ -78,7 +78,7 @@ def segment(settings: SegmentSettings) -> dict[str, Any] | None:
             verb="segment",
             settings=to_yaml(settings),
             lead=f"A mean IoU of {summary['miou']:.1%} over the classes of {summary['images']:,} held-out images; "
-            f"{summary['pixel_accuracy']:.1%} of their pixels are classified right.",
+            f"{summary['pixel_accuracy']:.1%} of their pixels are classified correctly.",
             summary=summary,
             rows=judged.rows,
             pictures={
