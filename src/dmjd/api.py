@@ -39,7 +39,8 @@ class TrainingOutcome(Outcome):
     Attributes:
         numbers: Its final numbers, by name.
         backbone: File of the network, for the `backbone` of other verbs; segmenters, detectors and classifiers have
-            their heads in it. A linear classifier of several layers' features has none.
+            their heads in it. It is the best of a run, with `best_top1`, `best_miou` or `best_map` in `numbers`; those
+            without `best_` are of the last. A linear classifier of several layers' features has none.
         report: The page of the run.
     """
 
@@ -91,7 +92,7 @@ def linear(backbone: str | Path, data: str | Path, out: str | Path | None = None
 
 
 def finetune(backbone: str | Path, data: str | Path, out: str | Path | None = None, **settings: Any) -> TrainingOutcome:
-    """Train a backbone and a classifier on labelled images; `numbers["top1"]` is its accuracy.
+    """Train a backbone and a classifier on labelled images; `numbers["top1"]` is its accuracy in the end.
 
     Args:
         backbone: A backbone.safetensors, or timm:NAME.
