@@ -94,9 +94,9 @@ def decode(
 ) -> Num[Tensor, "C H W"]:
     """Read an image at its depth, uint8, uint16, int16 or float32, the way up that its EXIF data say.
 
-    An animated image gives its first frame, and a PPM of more than 8 bits its colours at 8. What a file is, its content
-    says, not its name. Only regular files are opened, and none of more than `MAX_BYTES` bytes, or whose header says
-    more than `MAX_PIXELS` pixels, is decoded.
+    An animated image gives its first frame, PPM and JPEG 2000 of more than 8 bits their colours at 8. What a file is,
+    its content says, not its name. Only regular files are opened, and none of more than `MAX_BYTES` bytes, or whose
+    header says more than `MAX_PIXELS` pixels, is decoded.
 
     Args:
         file: Its path, or what it holds.
