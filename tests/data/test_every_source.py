@@ -185,7 +185,7 @@ def to_embedded_parquet_with_labels(images: Path, out: Path) -> str:
 
 
 KINDS = [value for name, value in globals().items() if name.startswith("to_")]
-WITHOUT_LABELS = (to_text, to_channels_first_array, to_embedded_parquet)
+WITHOUT_LABELS = (to_text, to_channels_first_array)
 WITH_PARTS = (
     *(to_csv, to_tsv, to_absolute_csv, to_urls, to_list_parquet, to_zip, to_stored_zip_with_a_top_folder),
     *(to_tar, to_tar_with_a_top_folder, to_array, to_saved_set, to_parquet_folder),
