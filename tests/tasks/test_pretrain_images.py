@@ -58,6 +58,17 @@ def test_pretrain__range_and_statistics_are_measured_said_and_kept(
     assert (tmp_path / "run" / "report.html").exists()
 
 
+def test_pretrain__measures_statistics_of_deep_colours_and_not_of_bytes(bands: Path, tmp_path: Path) -> None:
+    for name, dtype, most in (("deep", np.uint16, 4095), ("bytes", np.uint8, 255)):
+        (tmp_path / name).mkdir()
+        for path in bands.iterdir():
+            colours = np.load(path)[..., :3] / 4095 * most
+            np.save(tmp_path / name / path.name, colours.astype(dtype))
+        assert pretrain(tmp_path / name, tmp_path / f"{name}-run") == 0
+    assert np.allclose(about(tmp_path / "deep-run")[0]["mean"], 0.5 / np.array([1, 2, 4]), rtol=0.05)
+    assert about(tmp_path / "bytes-run")[0]["mean"] == [0.485, 0.456, 0.406]
+
+
 def test_pretrain__is_not_resumed_on_images_that_measure_otherwise(
     bands: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -272,7 +272,7 @@ class PretrainRun(RunSettings):
     """Time that --preset auto plans for, unless --epochs or --steps are given. Default: 30."""
     data_statistics: str = "auto"
     """Mean and standard deviation that images are normalised by: imagenet, or a JSON file as dmjd doctor writes it;
-    auto takes ImageNet's for 3 channels and measures those of a sample for any other number."""
+    auto takes ImageNet's for 3 channels of 8 bits, and measures those of a sample of any others."""
     data_on_device: Literal["auto", "yes", "no"] = "auto"
     """Keep a small set of images of one size where the network is, and crop whole batches there; auto where that
     fits a quarter of a GPU's memory, or on a CPU images of at most 128 pixels."""

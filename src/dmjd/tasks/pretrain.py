@@ -138,7 +138,7 @@ def find_statistics(run: PretrainRun, images: Source, in_chans: int) -> Statisti
         print(f"values of {levels.low:g} to {levels.high:g} become 0 to 1; {images.address}", file=sys.stderr)
     if given:
         known = replace(given, levels=levels)
-    elif asked == "imagenet" or in_chans == 3:
+    elif asked == "imagenet" or (in_chans == 3 and levels == BYTES):  # deep colours are far from ImageNet's
         known = Statistics(*STATISTICS[3], levels)
     else:
         known = statistics_of(sample(images), levels)
