@@ -204,7 +204,7 @@ def fails(command: list[str], code: int) -> str:
 
 
 CASES = {  # exit code, flags that are wrong, how the line begins
-    "settings": (2, {"--epochs": "nan"}, "error: epochs nan is out of range; choose 0 to 1000000"),
+    "settings": (2, {"--epochs": "nan"}, "error: epochs nan is out of range; choose 1e-06 to 1000000"),
     "names": (2, {"--size": "tiny"}, "error: Unknown option: --size."),
     "data": (3, {"--data": "nowhere"}, "error: no such data"),
     "directory": (2, {"--out": "taken"}, "error: there is a run already; taken"),
@@ -234,4 +234,4 @@ def test_error__of_another_rank_alone_is_said_with_its_number(colours: Path, tmp
         f"sys.exit(main([*{right!r}, *bad]))\n"
     )
     line = fails(torchrun(2, str(script)), 2)
-    assert line == "error (process 1): epochs nan is out of range; choose 0 to 1000000"
+    assert line == "error (process 1): epochs nan is out of range; choose 1e-06 to 1000000"
