@@ -139,6 +139,15 @@ def test_convvit__features_only_has_the_strides_it_claims(size):
         assert found.shape == (1, channels, -(-size[0] // stride), -(-size[1] // stride))
 
 
+def test_convvit__features_only_keeps_no_weights_that_no_map_needs():
+    model = timm.create_model("convvit_tiny", features_only=True, img_size=64)
+    sum(found.sum() for found in model(torch.randn(1, 3, 64, 64))).backward()
+    unused = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
+    assert not unused  # DDP waits for gradients of all
+
+
 def test_convvit__small_images_have_as_many_tokens():
     for image_size, patch_size in ((32, 4), (64, 8)):
         assert create_convvit("tiny", image_size=image_size, patch_size=patch_size).grid == (8, 8)

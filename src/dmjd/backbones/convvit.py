@@ -297,6 +297,15 @@ class ConvViT(nn.Module):
         found = [maps[index] for index in sorted({*wanted})]
         return found if intermediates_only else (last, found)
 
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Take off what no map needs, norm and head (`features_only=True`); the stages are one pass, and stay."""
+        if prune_head:
+            self.fc_norm = nn.LayerNorm(self.embed_dim, eps=NORM_EPS, elementwise_affine=False)
+            self.reset_classifier(0, "")
+        return [*feature_take_indices(4, indices)[0]]
+
     def forward_head(self, x: Float[Tensor, "B D h w"], pre_logits: bool = False) -> Tensor:
         """Pool a map over its tokens, norm and, unless `pre_logits`, classify; without a pooling, token by token."""
         pooled = self.fc_norm(x.mean(dim=(2, 3)) if self.global_pool else x.movedim(1, -1))
