@@ -48,6 +48,14 @@ def test_summary__an_interval_stays_within_0_and_1() -> None:
     assert (wrong["top1_low"], wrong["top1_high"]) == (0.0, 0.6576)
 
 
+def test_summary__of_equal_scores_the_first_class_wins_as_in_the_table() -> None:
+    result = ClassificationResult(torch.ones(20, 7), torch.arange(20) % 7, CLASSES)  # a collapsed backbone's votes
+    ant, *others = result.by_class()
+    assert (ant["accuracy"], {each["accuracy"] for each in others}) == (1.0, {0.0})
+    summary = result.summary()
+    assert (summary["top1"], summary["top5"]) == (0.15, 0.75)  # 3 ants of 20; 15 up to the elks
+
+
 def test_confusion__rows_are_true_classes() -> None:
     confusion = by_hand().confusion
     assert confusion.shape == (7, 7)

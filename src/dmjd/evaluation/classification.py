@@ -41,7 +41,8 @@ class ClassificationResult:
 
     def summary(self) -> dict[str, Any]:
         """Accuracies from 0 to 1, with Wilson's 95 % interval of the first; the mean is over classes with images."""
-        best = self.scores.topk(min(5, self.scores.shape[1]), dim=1).indices == self.labels[:, None]
+        # Of equal scores the first class wins, as in the confusion matrix; `topk` takes any.
+        best = self.scores.argsort(dim=1, descending=True, stable=True)[:, :5] == self.labels[:, None]
         right, count = int(best[:, 0].sum()), len(self.labels)
         low, high = binomtest(right, count).proportion_ci(method="wilson")
         present = self.confusion.sum(axis=1) > 0
