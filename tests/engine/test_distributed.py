@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from dmjd.cli import main
 from dmjd.engine.device import choose_device
-from dmjd.engine.distributed import Ranks, join_ranks
+from dmjd.engine.distributed import Ranks, device_of, join_ranks
 from dmjd.errors import ConfigError
 
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -266,6 +266,30 @@ def test_join_ranks__a_gpu_that_is_named_is_the_current_one_meanwhile(monkeypatc
         assert ranks.device == torch.device(device)
         assert found == current
     assert not found
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "said"),
+    [
+        ("cuda", "auto", "more processes than GPUs on this machine, which has 4; --device auto; start one process for"),
+        ("mps", "auto", "8 processes cannot meet on mps; --device auto; choose cpu"),
+        ("cuda", "cuda:1", "8 processes cannot share a device; --device cuda:1"),
+    ],
+)
+def test_device_of__ranks_that_have_no_device_of_their_own_are_told_so(monkeypatch, kind, device, said):
+    monkeypatch.setattr(torch, "empty", lambda _, device: SimpleNamespace(device=torch.device(kind)))  # a GPU
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        device_of(4, 8, device)
+
+
+def test_device_of__every_rank_has_the_gpu_of_its_place_on_the_machine(monkeypatch):
+    monkeypatch.setattr(torch, "empty", lambda _, device: SimpleNamespace(device=torch.device("cuda:0")))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device_of(11, 16, "auto") == torch.device("cuda:3")
+    assert device_of(0, 1, "auto") == torch.device("cuda:0")
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation", "world_size"), [(7, 1, 2), (6, 2, 2), (10, 4, 1)])

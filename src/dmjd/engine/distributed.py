@@ -150,8 +150,8 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         device: As `choose_device` takes it. Of several GPUs every rank has that of its place on the machine.
 
     Raises:
-        ConfigError: If the device is unknown, absent, or one for all ranks; if srun has started several processes
-            without torchrun; from within, if there is no memory left.
+        ConfigError: If the device is none for these ranks; if srun has started several processes without torchrun; from
+            within, if there is no memory left.
         Stopped: If another rank has ended before its time.
     """
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # of srun alone; that of a job is in every batch script
@@ -160,11 +160,7 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         how = "start torchrun in one task a node (see dmjd plan --script slurm), or set WORLD_SIZE=1 for runs apart"
         raise ConfigError(f"{such}; {how}")
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if world_size > 1 and ":" in device:
-        raise ConfigError(f"{world_size} processes cannot share a device; --device {device}; leave its number out")
-    chosen = choose_device(device)
-    if world_size > 1 and chosen.type == "cuda":
-        chosen = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', rank)}")
+    chosen = device_of(rank, world_size, device)
     current = torch.cuda.device(chosen) if chosen.type == "cuda" else nullcontext()  # for events and pinned memory
     ours = world_size > 1 and not dist.is_initialized()  # a script that runs several verbs may have begun, and keeps it
     if ours and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
@@ -188,6 +184,27 @@ def join_ranks(device: str) -> Iterator[Ranks]:
             yield ranks
     if ours:
         dist.destroy_process_group()  # not after an error: others may still wait for this rank, and would be waited for
+
+
+def device_of(rank: int, world_size: int, device: str) -> torch.device:
+    """Choose where a rank computes: of several GPUs, on that of its place on the machine.
+
+    Raises:
+        ConfigError: If the device is unknown, absent, one for all ranks, or of a kind on which they cannot meet; if
+            the machine has fewer GPUs than ranks.
+    """
+    if world_size > 1 and ":" in device:
+        raise ConfigError(f"{world_size} processes cannot share a device; --device {device}; leave its number out")
+    chosen = choose_device(device)
+    if world_size == 1 or chosen.type == "cpu":
+        return chosen
+    if chosen.type != "cuda":
+        raise ConfigError(f"{world_size} processes cannot meet on {chosen.type}; --device {device}; choose cpu")
+    place, count = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
+    if place >= count:
+        such = f"more processes than GPUs on this machine, which has {count}"
+        raise ConfigError(f"{such}; --device {device}; start one process for each GPU")
+    return torch.device("cuda", place)
 
 
 @cache
