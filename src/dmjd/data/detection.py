@@ -365,6 +365,9 @@ class LargeScaleJitter(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Resize one input; labels have no size."""
+        if isinstance(inpt, tv_tensors.Mask):  # torchvision takes corners of pixels, half a pixel off the image's
+            exact = v2.InterpolationMode.NEAREST_EXACT
+            return tv_tensors.Mask(v2.functional.resize_image(inpt.as_subclass(Tensor), params["size"], exact))
         return self._call_kernel(v2.functional.resize, inpt, size=params["size"])
 
 
