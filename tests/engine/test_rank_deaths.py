@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from dmjd.engine import checkpoint
-from dmjd.engine.watch import this_process
+from dmjd.engine.watch import _stop, this_process
 
 GONE = 30.0  # seconds after which nobody is left
 STARTED = 240.0  # of a busy machine
@@ -235,3 +235,16 @@ def test_error__of_another_rank_alone_is_said_with_its_number(colours: Path, tmp
     )
     line = fails(torchrun(2, str(script)), 2)
     assert line == "error (process 1): epochs nan is out of range; choose 1e-06 to 1000000"
+
+
+def test_stop__spares_a_process_that_only_has_the_number_of_a_rank() -> None:
+    """Of a rank that has ended, or of one on another host of the same name."""
+    command = [sys.executable, "-c", "input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as other, subprocess.Popen(command, stdin=-1) as rank:
+        started = Path(f"/proc/{rank.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        ranks = [this_process(0)._replace(pid=other.pid, started="1")]
+        _stop([*ranks, this_process(1)._replace(pid=rank.pid, started=started)])
+        assert rank.wait(10) == -signal.SIGTERM
+        assert other.poll() is None
+        other.communicate(b"\n", 10)
+    assert other.returncode == 0

@@ -106,9 +106,12 @@ def _watch(rank: int, torchrun: int, ranks: Sequence[RankProcess], over: threadi
 
 
 def _stop(ranks: Sequence[RankProcess]) -> None:
-    """Send the signal that torchrun would have sent, unless it has: a second one would not let them save."""
+    """Send the signal that torchrun would have sent, unless it has: a second one would not let them save.
+
+    Hosts may have one name, and numbers of processes are used again: only what is a rank is sent it.
+    """
     if not stopping():
-        for each in ranks:
+        for each in (rank for rank in ranks if rank.runs):
             with suppress(ProcessLookupError):
                 os.kill(each.pid, signal.SIGTERM)
 
