@@ -1,5 +1,7 @@
 """Images with a class for every pixel: what is read, what is refused, what augmentation keeps."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +149,19 @@ def test_open__parts_may_be_called_training_and_validation_as_in_ade20k(root, pa
 def test_read__takes_numbers_of_every_kind_of_png(root, mode):
     write(root, "train", "0", stripes(2, 0, 1), mode)
     assert (found(root)[0].read(0).labels == torch.from_numpy(stripes(2, 0, 1))).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_read__takes_numbers_of_fewer_bits_as_they_are(root, bits):
+    numbers = stripes(*range(2**bits))
+    rows = ["".join(f"{number:0{bits}b}" for number in row) for row in numbers]
+    lines = b"".join(b"\0" + int(row.ljust(-(-len(row) // 8) * 8, "0"), 2).to_bytes(-(-len(row) // 8)) for row in rows)
+    head = struct.pack(">IIBBBBB", WIDTH, HEIGHT, bits, 0, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", head), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    (root / "annotations" / "val" / "0.png").write_bytes(content)
+    assert (open_segmentation(str(root), Wanted(3))[1].labels(0).numpy() == numbers).all()
 
 
 def test_read__with_zero_reduced_the_first_class_is_label_1(root):

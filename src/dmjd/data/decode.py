@@ -19,7 +19,7 @@ import simplejpeg
 import tifffile
 import torch
 from jaxtyping import Num
-from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, _imaging
 from torch import Tensor
 
 from dmjd.data.levels import Levels
@@ -152,7 +152,7 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would wait for someone to write
 
 
-def open_picture(file: BinaryIO | BytesIO, formats: tuple[str, ...] | None = None) -> Image.Image:
+def open_picture(file: BinaryIO | BytesIO, formats: tuple[str, ...] | None = None) -> ImageFile.ImageFile:
     """Let Pillow read the header of an image, in one of the known formats; no other of its decoders sees the file.
 
     Raises:

@@ -26,6 +26,7 @@ from dmjd.data.source import evenly
 from dmjd.errors import DataError
 
 PARTS = (("train", "training"), ("val", "valid", "validation", "test"))
+SCALED = {"L;2": 85, "L;4": 17}  # grey of 2 and 4 bits, which Pillow multiplies by so much, to be shown
 LOOKED_AT = 256  # annotations at most, to see whether there are classes of these names
 LONGEST = 4  # times the shorter side that an image is seen at: what its longer side has at most, as 2048 is to 512
 
@@ -78,7 +79,8 @@ class SegmentationSet(FolderFiles):
         try:
             path = self.annotations / Path(self.names[index]).with_suffix(".png")
             with open_regular(path) as file, open_picture(file, ("PNG",)) as picture:
-                numbers = np.array(picture)
+                scale = SCALED.get(str(picture.tile[0][3]), 1)
+                numbers = np.array(picture) // scale
         except BadImage as bad:
             raise BadImage(f"annotation: {bad}") from None
         except Exception as error:  # decoders fail in every way there is
