@@ -7,8 +7,9 @@
 A study trains every **arm** (settings of `dmjd pretrain`) at some **budgets** (effective epochs: rows over images of
 the set) and seeds. Every arm gets the same rows (views of an image) a step, so equal budgets are equal steps.
 First the arm's peak learning rate is searched: among `rates.values` and beyond the edge that wins, at `rates.budget`,
-judged by a linear probe on images of the training part that are never trained on. Only then come the runs that count,
-and only they see the test part. The arm `untrained` takes one step at rate 0. The protocol is docs/results/protocol.md.
+or that of the arm in `rates.budgets`, judged by a linear probe on images of the training part that are never trained
+on. Only then come the runs that count, and only they see the test part. The arm `untrained` takes one step at rate 0.
+The protocol is docs/results/protocol.md.
 
 `run` goes on with what is missing below docs/results/NAME, one JSON file a run; a study that is `like` another takes
 what that one has of the same settings. A run that was cut off resumes in --work, or begins again on another machine.
@@ -142,7 +143,7 @@ class Study:
     def rate_jobs(self, arm: str) -> list[Job]:
         """List the runs of an arm's search that are known to be needed: beside the best rate, both neighbours."""
         search = self.asked["rates"]
-        budget, seed = search["budget"], search.get("seed", 100)
+        budget, seed = search.get("budgets", {}).get(arm, search["budget"]), search.get("seed", 100)
         values = sorted(search["values"])
 
         def jobs() -> list[Job]:

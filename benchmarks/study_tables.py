@@ -171,7 +171,9 @@ def table_of_rates(study: Study) -> str:
         found = [(job, study.result(job)) for job in jobs]
         scores = [f"{job.rate:g}: {top1(result, 'linear'):.1f}" for job, result in found if result]
         if len(jobs) > 1 and scores:
-            rows.append([arm, ", ".join(scores)])
+            budget = jobs[0].budget
+            named = arm if budget == study.asked["rates"]["budget"] else f"{arm}, at {budget:g}"
+            rows.append([named, ", ".join(scores)])
     head = ["arm", f"linear probe at {study.asked['rates']['budget']:g} effective epochs, by peak rate"]
     return markdown(head, rows) if rows else "No rates were searched.\n"
 

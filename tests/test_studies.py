@@ -128,6 +128,17 @@ def test_rate_jobs__go_on_past_an_edge_that_wins_until_both_neighbours_are_there
     assert tried == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 
 
+def test_rate_jobs__of_an_arm_may_have_a_budget_of_their_own_which_the_table_names(toy: Path) -> None:
+    rates = {"values": [1e-3, 2e-3, 4e-3], "budget": 1, "budgets": {"two": 2}}
+    toy.write_text(yaml.safe_dump(TOY | {"rates": rates}))
+    study = studies.Study(toy)
+    for job in study.rate_jobs("two"):
+        assert job.budget == 2
+        put(study, job, 0.5 - abs(job.rate - 2e-3))
+    assert study.rate("two") == 2e-3
+    assert "| two, at 2 | 0.001: 49.9" in study_tables.table_of_rates(study)
+
+
 def test_missing__is_the_search_first_and_then_what_counts_without_what_is_there(toy: Path) -> None:
     toy.write_text(yaml.safe_dump(TOY | {"rates": {"values": [1e-3, 2e-3, 4e-3], "budget": 1}}))
     study = studies.Study(toy)
