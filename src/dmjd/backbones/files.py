@@ -301,7 +301,8 @@ def _read(
     except (RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"weights and metadata do not agree: {reason}; {path}; write the file again") from None
-    model.value_range = value_range  # what is in `pretrained_cfg`, timm saves, and opens nothing with more than its own
+    # Not an entry of `pretrained_cfg`: timm saves that, and refuses to open it with entries that it does not know.
+    model.value_range = value_range
     return model, (name, arguments)
 
 

@@ -177,7 +177,7 @@ class Trainer:
             return measured
 
     def introduce(self) -> None:
-        """Say on stderr what is trained, if anything is left to: device, images, steps; and what is hardly meant."""
+        """Say on stderr what is trained, if anything is left to, and warn of a batch larger than the set."""
         run, plan, device = self.run, self.plan, self.ranks.device
         if not self.ranks.is_main or self.done == plan.steps:
             return
