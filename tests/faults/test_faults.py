@@ -502,6 +502,15 @@ def test_pretrain__a_report_that_was_not_written_is_written_when_the_run_is_resu
     assert (run / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
 
 
+def test_pretrain__a_summary_that_a_power_cut_spoilt_is_written_anew(data: Path, unbroken: Path, run: Path) -> None:
+    for spoilt in (b'{"trained": {"loss"', bytes(100), b""):
+        (run / "summary.json").write_bytes(spoilt)
+        assert main(["report", str(run)]) == 0
+    assert main(resumption(data, run)) == 0
+    ours, theirs = (json.loads((each / "summary.json").read_text()) for each in (run, unbroken))
+    assert ours["trained"] == theirs["trained"]
+
+
 def test_pretrain__a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(
     data: Path, unbroken: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

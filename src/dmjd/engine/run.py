@@ -282,6 +282,13 @@ def read_lines(metrics: Path) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
+def read_facts(path: Path) -> dict[str, Any]:
+    """Read what a run came to, one of `RESULTS`; nothing where a power cut has lost or spoilt the file."""
+    with suppress(FileNotFoundError, ValueError):
+        return {**json.loads(path.read_text("utf-8"))}
+    return {}
+
+
 def one_cell(name: str) -> str:
     """Write a file's name so that it stays in its cell of a table: tabs and line breaks as in Python's strings."""
     return plain_cell(name.translate({ord(character): repr(character)[1:-1] for character in "\t\n\r"}))

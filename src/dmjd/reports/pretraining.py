@@ -1,6 +1,5 @@
 """The page of a pre-training run: what was trained, how good it is, what it predicts."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import yaml
 
 from dmjd.citation import CITATION
-from dmjd.engine.run import read_metrics
+from dmjd.engine.run import read_facts, read_metrics
 from dmjd.errors import ConfigError
 from dmjd.reports.curves import Line, draw_curves, series
 from dmjd.reports.nearest_pictures import read_nearest
@@ -63,18 +62,17 @@ def read_run(run: Path) -> RunRecord:
     Raises:
         ConfigError: If it holds neither settings nor metrics, or is a run of another verb.
     """
-    config, summary = run / "config.yaml", run / "summary.json"
+    config = run / "config.yaml"
     lines = read_metrics(run / "metrics.jsonl")
     if not lines and not config.is_file():
         raise ConfigError(f"not a run directory; {run}; give the directory that `dmjd pretrain --out` wrote")
-    facts: Line = json.loads(summary.read_text("utf-8")) if summary.is_file() else {}
     settings: Line = yaml.safe_load(config.read_text("utf-8")) or {} if config.is_file() else {}
     if (run / "result.json").is_file() or "backbone" in settings:
         stands = (
             "stands as the verb wrote it" if (run / "report.html").is_file() else "is written by the verb at its end"
         )
         raise ConfigError(f"not a pre-training run; {run}; its page report.html {stands}")
-    return RunRecord(run.resolve().name, lines, facts, settings)
+    return RunRecord(run.resolve().name, lines, read_facts(run / "summary.json"), settings)
 
 
 def write_report(run: Path, path: Path | None = None) -> Path:

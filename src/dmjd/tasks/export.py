@@ -1,6 +1,5 @@
 """`dmjd export`: a network of ours in the formats of other programs."""
 
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
@@ -17,6 +16,7 @@ from dmjd.config.load import by_flag
 from dmjd.config.pretrain import PretrainSettings
 from dmjd.config.rules import PRESETS, to_dict
 from dmjd.engine.checkpoint import flush
+from dmjd.engine.run import read_facts
 from dmjd.errors import CheckpointError, ConfigError
 from dmjd.formats.hub_folder import AUTO, write_hub
 from dmjd.formats.network import Original, open_original
@@ -189,14 +189,13 @@ def differing(settings: Mapping[str, Any], key: str | None) -> str:
 def results(folder: Path, views: int) -> dict[str, Any]:
     """Read what a run has measured, by what the model card calls it; `views` of an image are seen at a time."""
     found: dict[str, Any] = {}
-    if (folder / "summary.json").is_file():  # of pre-training
-        summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    if summary := read_facts(folder / "summary.json"):  # of pre-training
         effective = summary["images"] * views / summary["num_images"]
         found = {"images": summary["num_images"], "effective epochs": f"{effective:.4g}", "seconds": summary["seconds"]}
         for key, value in summary.get("trained", {}).items():
             before = summary.get("untrained", {}).get(key)
             found[RESULTS.get(key, key)] = f"{value:.4g}" + (f" (untrained: {before:.4g})" if before else "")
-    elif (folder / "result.json").is_file():
-        result = json.loads((folder / "result.json").read_text("utf-8"))
+    else:
+        result = read_facts(folder / "result.json")
         found = {RESULTS.get(key, key): value for key, value in result.items()}
     return found

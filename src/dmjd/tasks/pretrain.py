@@ -35,7 +35,7 @@ from dmjd.engine.device import choose_precision, computes_in_bf16, environment, 
 from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
 from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_optimizer
-from dmjd.engine.run import Run
+from dmjd.engine.run import Run, read_facts
 from dmjd.engine.stopwatch import Stopwatch
 from dmjd.engine.target_cache import cache_targets
 from dmjd.engine.trainer import Trainer
@@ -93,11 +93,11 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any] | None:
         trainer = make_trainer(settings, model, parts.train, monitor)
         trainer.begin(resume=run.resume)
         keep_statistics(trainer.run, statistics)
-        if trainer.done == trainer.plan.steps and (out / "summary.json").exists():
+        if trainer.done == trainer.plan.steps and (summary := read_facts(out / "summary.json")):
             if not ranks.is_main:
                 return None
             print(f"this run is done; look at {write_report(out)}")
-            return json.loads((out / "summary.json").read_text("utf-8"))
+            return summary
         name_broken(trainer.run, parts)
         if ranks.is_main:  # now, since a folder may be gone at the end
             trainer.run.summary["ignored"] = sum(ignored_files(run.data).values())
