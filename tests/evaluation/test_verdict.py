@@ -111,4 +111,11 @@ def test_judge__names_the_flag_that_makes_the_run_longer():
 
 def test_verdict__of_a_bad_run_is_about_what_went_wrong():
     verdict = judge(UNTRAINED, GOOD | {"rankme": 5.0})
-    assert verdict.knowing(300, 1.0, longer="--epochs") == verdict
+    assert verdict.knowing(300, 50.0, longer="--epochs") == verdict
+
+
+def test_verdict__of_a_run_that_was_short_does_not_blame_the_learning_rate_first():
+    verdict = judge(UNTRAINED, GOOD | {"rankme": 5.0}).knowing(5000, 5.0, longer="--minutes")
+    assert verdict.kind == "collapsed"
+    assert verdict.advice.startswith("more --minutes first: each image was seen 5 times")
+    assert "--optim.blr" in verdict.advice

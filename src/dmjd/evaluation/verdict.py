@@ -10,6 +10,7 @@ PREDICTED = 0.05  # share of the tokens of a branch that has to be explained for
 STUCK = (-0.02, 0.01)  # what predictions explain that are the mean target, or close to it
 GAP = 0.2  # between what is explained of training and of held-out images, where a run has learned them by heart
 FEW_LOOKS = 100  # times that an image was seen; published runs have 200 to 1600
+EARLY = 20  # looks up to which RankMe falls in runs that end well, too
 FEW_IMAGES = 1000  # below which weights of others are the better start
 
 
@@ -27,13 +28,18 @@ class Verdict(NamedTuple):
     advice: str = ""
 
     def knowing(self, num_images: int, looks: float, *, longer: str) -> "Verdict":
-        """Say of a good run from random weights what else could be better.
+        """Say what a run from random weights gains by more looks or more images, where either is short.
 
         Args:
             num_images: That it was trained on.
             looks: How often its views have shown each of them.
             longer: The flag that makes it longer.
         """
+        if self.kind == "collapsed" and looks < EARLY:
+            first = (
+                f"more {longer} first: each image was seen {looks:.3g} times, and RankMe also falls early in good runs"
+            )
+            return self._replace(advice=f"{first}; then {self.advice}")
         if self.kind != "learned":
             return self
         advice = []
@@ -76,7 +82,7 @@ def judge(untrained: Mapping[str, float], trained: Mapping[str, float], *, longe
             "collapsed",
             f"features are much alike for all images (spread {trained['feature_std']:.2g}, RankMe {before:.3g} -> "
             f"{after:.3g})",
-            f"a lower --optim.blr; more {longer}; look at the images (dmjd doctor)",
+            "a lower --optim.blr; look at the images (dmjd doctor)",
         )
     if stuck:
         said += f", but those of visible tokens explain {visible:.0%}"
