@@ -9,14 +9,16 @@ import jaxtyping
 import pytest
 import torch
 from timm.data import resolve_model_data_config
+from timm.models.vision_transformer import Block
 
 import dmjd
 from dmjd.backbones import Latents
+from dmjd.backbones.positions import resample_positions
 from dmjd.config import pretrain
 from dmjd.config.rules import PRESETS
 from dmjd.heads import Decoder
 from dmjd.losses import LOSSES, LossName, regression_loss
-from dmjd.masking import TokenIds
+from dmjd.masking import TokenIds, gather_tokens, token_ids
 
 SOURCE = Path(dmjd.__file__).parent
 SMALL = {"backbone": "vit", "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "image_size": 32}
@@ -245,6 +247,23 @@ def test_build__every_model_setting_changes_the_loss(overrides):
     model, other = small(), small(**overrides)
     loss = model(*batch(model)).total
     assert loss != other(*batch(other)).total
+
+
+@pytest.mark.parametrize("grid", [(3, 4), (4, 6)])
+def test_decoder__is_maes_on_all_tokens_in_raster_order(grid):
+    """As the paper has it: mask tokens in the places of hidden ones, positions added to all, whole blocks."""
+    decoder = Decoder(24, 6, (3, 4), embed_dim=16, depth=2, num_heads=2)
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokens = token_ids(dmjd.disjoint_masks(2, grid[0] * grid[1], num_views=2, mask_ratio=0.75))
+    latents = Latents(torch.randn(4, 2, 24), torch.randn(*tokens.visible.shape, 24), None)
+    places = tokens.visible[..., None].expand(-1, -1, 16)
+    x = decoder.mask_token.expand(4, grid[0] * grid[1], -1).scatter(1, places, decoder.embed(latents.visible))
+    x = torch.cat([decoder.embed(latents.prefix), x + resample_positions(decoder.pos_embed, (3, 4), grid)], dim=1)
+    for block in decoder.blocks:
+        x = Block.forward(block, x)
+    expected = gather_tokens(decoder.pred(decoder.norm(x))[:, 2:], tokens.hidden)
+    torch.testing.assert_close(decoder(latents, tokens, grid), expected)
 
 
 @pytest.mark.parametrize("cross", [True, False])
