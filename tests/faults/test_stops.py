@@ -280,6 +280,17 @@ def test_pretrain__three_in_a_row_go_back_to_a_good_checkpoint_and_the_run_ends(
     assert_finite(out)
 
 
+def test_pretrain__made_longer_it_goes_back_to_a_checkpoint_of_the_shorter_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(flags(data, out, steps=4)) == 0
+    poison(monkeypatch, lambda number: number <= 3, float("nan"))
+    assert main([*flags(data, out, steps=8, monitor__saves=1), "--resume"]) == 0
+    assert "at step 7; back to step 4, other images from there (rollback 1 of 2)" in capsys.readouterr().err
+    assert json.loads((out / "summary.json").read_text())["steps"] == 8
+
+
 @pytest.mark.parametrize(("saves", "tried"), [(3, "after 2 rollbacks"), (1, "there is no checkpoint to go back to")])
 @pytest.mark.parametrize("factor", [float("nan"), 1e30])
 def test_pretrain__where_going_back_does_not_help_it_ends_with_exit_code_5(

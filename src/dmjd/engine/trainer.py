@@ -85,34 +85,29 @@ class Trainer:
         if newest is None:
             self.run.begin()
         else:
-            self.take_up(newest)
+            self.restore(newest)
         self.model.begin(self.plan.steps)
 
-    def take_up(self, newest: Path) -> None:
-        """Go on from a checkpoint, to a later end if the run is longer now.
+    def restore(self, path: Path) -> None:
+        """Be where a checkpoint was, with a later end if the run is longer now.
 
         Raises:
             CheckpointError: If the run is to end before it, or is another one.
         """
-        state = checkpoint.read_state(newest)
-        planned, done = state.get("planned", self.plan.steps), state["step"]
-        if done > self.plan.steps:
-            such = f"a run cannot go back: steps {done} -> {self.plan.steps}; {self.run.out}"
+        state, steps = checkpoint.read_state(path), self.plan.steps
+        planned, done = state.get("planned", steps), state["step"]
+        if done > steps:
+            such = f"a run cannot go back: steps {done} -> {steps}; {self.run.out}"
             raise CheckpointError(f"{such}; give as many --steps or --epochs as it has had, or more")
-        self.restore(newest, longer=self.plan.steps > planned)
-        if self.plan.steps > planned and self.ranks.is_main:
-            said = f"{self.plan.steps} steps instead of {planned}: from step {self.done} the learning rate follows the"
-            print(f"{said} longer schedule, to zero at the new end", file=sys.stderr)
-
-    def restore(self, path: Path, *, longer: bool = False) -> None:
-        """Be where a checkpoint was."""
-        state = checkpoint.read_state(path)
-        self.run.restore(state, longer=longer)
+        self.run.restore(state, longer=steps > planned)
+        if steps > planned and self.ranks.is_main:
+            said = f"{steps} steps instead of {planned}: from step {done} the learning rate follows the longer schedule"
+            print(f"{said}, to zero at the new end", file=sys.stderr)
         if self.run.settings.get("precision") == "auto":  # what it came to is the run's, wherever that goes on
             before = "fp32" if self.ranks.device.type == "cpu" else "auto"
             self.autocast = choose_precision(state.get("precision", before), self.ranks.device)
         checkpoint.load(path, model=self.checkpointed, trained=self.model.module, optimizer=self.optimizer)
-        self.done, self.logged, self.in_a_row = int(state["step"]), None, 0
+        self.done, self.logged, self.in_a_row = done, None, 0
         self.finite.clear()
 
     def fit(
