@@ -99,6 +99,7 @@ def test_export__onnx_takes_any_number_of_images_of_0_to_1(network, tmp_path):
     path, classes = network
     export(ExportSettings(path, to="onnx", out=tmp_path / "network.onnx"))
     session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
+    assert session.get_inputs()[0].shape[0] == session.get_outputs()[0].shape[0] == "batch"
     for count in (1, 5):
         (found,) = session.run(None, {"images": pixels(count).numpy()})
         torch.testing.assert_close(torch.from_numpy(found), truth(path, pixels(count)), rtol=0, atol=1e-4)

@@ -27,6 +27,7 @@ def write_onnx(original: Original, path: Path) -> None:
     graph: Any = torch.onnx.export(
         program,
         input_names=["images"],
+        dynamic_shapes=({0: "batch"},),  # the name of the axis; the program has it for any number already
         output_names=["features" if original.kind == "backbone" else "logits"],
         opset_version=OPSET,
         dynamo=True,

@@ -80,7 +80,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
             flush(path)
         for path in Path(folder).iterdir():  # a graph of over 2 GB has its weights beside it
             path.replace(out.parent / path.name)
-    print(f"wrote {out}, compared with {original.path}: {usage(settings.to, original, out)}")
+    print(f"wrote {out}, with the outputs of {original.path}; {usage(settings.to, original, out)}")
     return {"out": str(out), "network": str(original.path), "kind": original.kind}
 
 
@@ -108,20 +108,18 @@ def usage(to: str, original: Original, out: Path) -> str:
         beside = f"the backbone alone, for the format has no {original.kind}s; "
     match to:
         case "timm":
-            return f"{beside}in Python\n\n{how_to_load(original, out)}"
+            return f"{beside}in Python:\n\n{how_to_load(original, out)}"
         case "hf":
             model = AUTO[original.kind == "classifier"][0]
             return (
-                f"{beside}in Python\n\n{imports(original)}model = timm.create_model({f'local-dir:{out}'!r}, "
+                f"{beside}in Python:\n\n{imports(original)}model = timm.create_model({f'local-dir:{out}'!r}, "
                 f"pretrained=True).eval()\n\nor transformers.{model}.from_pretrained({str(out)!r}); "
-                "see README.md there, the model card, before it is published"
+                "read README.md there, the model card, before you publish it"
             )
         case "onnx":
-            return (
-                f"images, float32 of 0 to 1, any number at a time; opset {OPSET}; what else is in the graph's metadata"
-            )
+            return f"it takes any number of float32 images of 0 to 1 (opset {OPSET}); its metadata say more"
         case _:
-            return f"in Python\n\nimport torch\n\nmodel = torch.export.load({str(out)!r}).module()  # images of 0 to 1"
+            return f"in Python:\n\nimport torch\n\nmodel = torch.export.load({str(out)!r}).module()  # images of 0 to 1"
 
 
 def find_file(run: Path) -> Path:
