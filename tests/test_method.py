@@ -79,6 +79,22 @@ def test_dmjd__every_trainable_weight_gets_a_gradient(preset, backbone):
         if parameter.requires_grad:
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
+        assert parameter.requires_grad != name.endswith("pos_embed"), name
+
+
+def test_dmjd__targets_get_no_gradient():
+    model = small(masked_target="ema")
+    model.target.maps.requires_grad_(True)
+    model(*batch(model)).total.backward()
+    assert all(parameter.grad is None for parameter in model.target.parameters())
+
+
+def test_dmjd__oblong_images_have_the_rows_and_columns_of_the_decoder():
+    model = small(image_size=(32, 64)).eval()
+    images, masked = batch(model)
+    tokens = token_ids(masked)
+    expected = model.decoder(model.encoder(model.normalize(images), tokens), tokens)
+    torch.testing.assert_close(model.predict(images, masked).masked, expected)
 
 
 def test_dmjd__an_image_is_scored_alone():
