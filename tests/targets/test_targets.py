@@ -172,3 +172,12 @@ def test_pixels__standardised_patches_have_mean_0_and_unbiased_variance_1():
 def test_pixels__a_flat_patch_is_zero_not_a_division_by_zero():
     flat = torch.full((1, 3, 8, 8), 7, dtype=torch.uint8)
     assert Pixels(8, mean=(0.5,) * 3, std=(0.25,) * 3, standardize=True)(flat).abs().max() < 1e-2
+
+
+def test_pixels__a_patch_flat_but_for_one_pixel_has_a_millionth_added_to_its_variance():
+    spot = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    spot[..., 0, 0] = 1
+    (token,) = Pixels(8, mean=(0.0,), std=(1.0,), standardize=True)(spot)[0]
+    value = 1 / 255  # and its variance among 64 pixels is value^2 / 64
+    expected = (value - value / 64) / (value**2 / 64 + 1e-6) ** 0.5  # 7.9 without it
+    assert token[0].item() == pytest.approx(expected, rel=1e-4)
