@@ -29,6 +29,7 @@ from dmjd.data.levels import BYTES
 from dmjd.data.loader import spare_cores
 from dmjd.data.masked import MaskedSamples
 from dmjd.data.memory import MEMORY_LIMIT, PackedImages, stack_of
+from dmjd.data.sampler import StepKeys
 from dmjd.data.source import HELD_OUT_PARTS, Source, Subset, View, evenly, hold_out, measure_levels
 from dmjd.engine.device import choose_precision, is_memory_error, memory_errors
 from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
@@ -283,7 +284,7 @@ def time_image(settings: PretrainSettings, images: PackedImages, device: torch.d
         grid = height // settings.model.patch_size, width // settings.model.patch_size
         for step in range(TIMED + 1):
             began = time.perf_counter()
-            batch = sized.__getitems__([(step, index % len(images)) for index in range(count)])
+            batch = sized.__getitems__(StepKeys(((step, index % len(images)) for index in range(count)), step))
             with autocast():
                 loss = model(sized.pixels(batch, device), masks_of(settings, batch.seeds.to(device), grid)).total
             loss.backward()

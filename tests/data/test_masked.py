@@ -26,8 +26,12 @@ def samples_of(folder: Path, *, seed: int = 0, memory: bool = False) -> MaskedSa
     return MaskedSamples(in_memory(images) if memory else images, CROP, seed)
 
 
+def batch_of(samples: MaskedSamples, keys: list[tuple[int, int]], epoch: int = 0) -> MaskedBatch:
+    return samples.__getitems__(StepKeys(keys, epoch))
+
+
 def one(samples: MaskedSamples, epoch: int, index: int) -> MaskedBatch:
-    return samples.__getitems__([(epoch, index)])
+    return batch_of(samples, [(epoch, index)], epoch)
 
 
 def stacked(samples: MaskedSamples) -> MaskedSamples:
@@ -52,10 +56,9 @@ def test_samples__crops_have_the_size_of_their_epoch(folder: Path, memory: bool)
     samples = replace(stacked(whole) if memory else whole, sizes=((0, (8, 8)), (2, (16, 16))))
     assert [one(samples, epoch, 0).images.shape[2:] for epoch in (0, 1, 2, 9)] == [(8, 8), (8, 8), (16, 16), (16, 16)]
     assert torch.equal(one(samples, 2, 0).images, one(replace(samples, sizes=()), 2, 0).images)
-    mixed = samples.__getitems__([(1, 0), (2, 1)])
-    assert mixed.images.shape[2:] == (8, 8), "a batch has the size of its first epoch"
-    late = pickle.loads(pickle.dumps(StepKeys([(2, 1)], begun=1)))  # on its way to a worker
-    assert samples.__getitems__(late).images.shape[2:] == (8, 8), "one of a step that of all others in the step"
+    assert batch_of(samples, [(1, 0), (2, 1)], epoch=1).images.shape[2:] == (8, 8), "all have that of their step"
+    late = pickle.loads(pickle.dumps(StepKeys([(2, 1)], epoch=1)))  # on its way to a worker
+    assert samples.__getitems__(late).images.shape[2:] == (8, 8)
 
 
 def test_samples__are_a_function_of_seed_epoch_and_index_alone(folder: Path) -> None:
@@ -74,7 +77,7 @@ def test_samples__are_a_function_of_seed_epoch_and_index_alone(folder: Path) -> 
 def test_samples__of_a_batch_are_those_of_its_members(folder: Path) -> None:
     keys = [(0, 5), (2, 3), (1, 0)]
     for samples in (samples_of(folder), stacked(samples_of(folder))):
-        batch, alone = samples.__getitems__(keys), [one(samples, *key) for key in keys]
+        batch, alone = batch_of(samples, keys), [one(samples, *key) for key in keys]
         together = torch.cat([each.images for each in alone])
         assert torch.allclose(batch.images.float(), together.float(), atol=1.0)  # the last bit of a sum may round
         assert torch.equal(batch.seeds, torch.cat([each.seeds for each in alone]))
@@ -84,7 +87,7 @@ def test_samples__of_a_batch_are_those_of_its_members(folder: Path) -> None:
 def test_samples__cropped_from_one_tensor_they_are_within_a_level_of_those_cropped_one_by_one(folder: Path) -> None:
     samples = samples_of(folder)
     keys = [(epoch, index) for epoch in range(8) for index in range(11)]
-    alone, together = samples.__getitems__(keys), stacked(samples).__getitems__(keys)
+    alone, together = batch_of(samples, keys), batch_of(stacked(samples), keys)
     assert (alone.images.int() - together.images.int()).abs().max() <= 1
     assert torch.equal(alone.indices, together.indices)
     assert torch.equal(alone.seeds, together.seeds)
@@ -100,12 +103,12 @@ def test_samples__neither_read_nor_move_the_global_generator(folder: Path) -> No
 
 def test_samples__of_a_bad_file_show_the_next_image_and_say_so(folder: Path) -> None:
     samples = samples_of(folder)
-    batch = samples.__getitems__([(0, 5), (0, 6)])
+    batch = batch_of(samples, [(0, 5), (0, 6)])
     assert batch.images.shape == (2, 3, 16, 16)
     assert batch.indices.tolist() == [5, 7]
     assert list(batch.skipped) == ["006.png"]
     assert batch.skipped["006.png"]
-    assert torch.equal(batch.images, samples.__getitems__([(0, 5), (0, 6)]).images)
+    assert torch.equal(batch.images, batch_of(samples, [(0, 5), (0, 6)]).images)
 
 
 def write_arrays(root: Path, pixels: np.ndarray) -> Path:
@@ -121,14 +124,14 @@ def test_samples__of_16_bits_are_those_of_8_where_the_values_are_the_same(tmp_pa
     ranges = [Levels(0.0, 65535.0), Levels(-100.0, 665.0)]
     wanted, keys = Wanted(5), [(epoch, index) for epoch in range(2) for index in range(6)]
     narrow = stacked(MaskedSamples(folder_images(write_arrays(tmp_path / "8", pixels), wanted), CROP, 0))
-    expected = narrow.pixels(narrow.__getitems__(keys), CPU).float()
+    expected = narrow.pixels(batch_of(narrow, keys), CPU).float()
     for number, (values, levels) in enumerate(zip(wide, ranges, strict=True)):
         images = folder_images(write_arrays(tmp_path / str(number), values), wanted)
         samples = stacked(MaskedSamples(images, CROP, 0, levels=levels))
-        found = samples.pixels(samples.__getitems__(keys), CPU)
+        found = samples.pixels(batch_of(samples, keys), CPU)
         assert (found - expected).abs().max() <= 0.501  # deep images are not rounded
         alone = MaskedSamples(images, CROP, 0, levels=levels)
-        batch = alone.__getitems__(keys)
+        batch = batch_of(alone, keys)
         assert batch.images.dtype == (torch.uint16, torch.float32)[number]  # deep until the device
         assert (alone.pixels(batch, CPU) - expected).abs().mean() < 2  # no clipping between rows and columns
 
@@ -140,7 +143,7 @@ def test_samples__of_16_bits_uncropped_are_those_of_8_to_the_last_bit(tmp_path: 
     for name, values in (("8", pixels), ("16", pixels.astype(np.uint16) * 257)):
         images = folder_images(write_arrays(tmp_path / name, values), Wanted(4))
         samples = stacked(MaskedSamples(images, whole, 0, levels=Levels(0.0, 65535.0)))
-        shown.append(samples.pixels(samples.__getitems__(keys), CPU))
+        shown.append(samples.pixels(batch_of(samples, keys), CPU))
     assert torch.equal(shown[0].float(), shown[1])
 
 
@@ -150,7 +153,7 @@ def test_samples__of_8_and_of_16_bits_in_one_batch_share_a_range(tmp_path: Path)
     np.save(root / "1.npy", pixels[1].astype(np.uint16) * 16)
     narrow = MaskedSamples(folder_images(root, Wanted(3)), CROP, 0)  # as if no deep one had been looked at
     with pytest.raises(DataError, match=r"more than 8 bits, where most have 8; 1\.npy; .*--data_range"):
-        narrow.__getitems__([(0, 1)])
+        batch_of(narrow, [(0, 1)])
     samples = MaskedSamples(folder_images(root, Wanted(3)), CROP, 0, levels=Levels(0.0, 255.0 * 16))
-    shown = samples.pixels(samples.__getitems__([(0, 0), (0, 1)]), CPU)
+    shown = samples.pixels(batch_of(samples, [(0, 0), (0, 1)]), CPU)
     assert torch.allclose(shown, torch.full_like(shown, 100.0), atol=1e-3)

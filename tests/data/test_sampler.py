@@ -56,7 +56,7 @@ def test_sampler__ranks_and_accumulation_partition_the_batch_of_one_process(
         mine = [each for part in parts for each in part[step * accumulation : (step + 1) * accumulation]]
         assert all(len(each) == micro for each in mine)
         assert Counter(key for each in mine for key in each) == Counter(expected)
-        assert {each.begun for each in mine} == {expected[0][0]}
+        assert {each.epoch for each in mine} == {expected[0][0]}
 
 
 @pytest.mark.parametrize(("start", "accumulation"), [(0, 1), (2, 1), (6, 1), (1, 3)])

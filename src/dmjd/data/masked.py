@@ -15,6 +15,7 @@ from dmjd.data.crops import RandomCrop
 from dmjd.data.lent import borrow, is_lent, room
 from dmjd.data.levels import BYTES, Levels, refuse_deep
 from dmjd.data.memory import Stack
+from dmjd.data.sampler import StepKeys
 from dmjd.data.source import Source, join_skipped, read_or_substitute
 from dmjd.data.transfer import transfer
 from dmjd.random import mix_all
@@ -68,17 +69,15 @@ class MaskedSamples(Dataset[MaskedBatch]):
         begun = [size for first, size in self.sizes if epoch >= first]
         return replace(self.crop, size=begun[-1]) if begun else self.crop
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> MaskedBatch:
+    def __getitems__(self, keys: StepKeys) -> MaskedBatch:
         """Crop the images of these (epoch, index), all to the size of the epoch in which their step begins.
-
-        Without a step (see `StepKeys`) that is the epoch of the first one.
 
         Raises:
             DataError: If neither one nor the images after it decode.
         """
         epochs, indices = torch.tensor(keys).unbind(dim=1)
         shown = epochs % self.variants if self.variants else epochs
-        crop, of_masks = self.crop_at(getattr(keys, "begun", keys[0][0])), self.mask_seeds(epochs, indices)
+        crop, of_masks = self.crop_at(keys.epoch), self.mask_seeds(epochs, indices)
         draws = crop.draws(mix_all(self.seed, shown, indices, CROP))
         if self.stack is not None:
             rows = transfer(self.stack.rows[indices], self.stack.pixels.device)

@@ -23,16 +23,11 @@ def order(seed: int, epoch: int, count: int) -> Int[Tensor, " n"]:
 
 
 class StepKeys(list[tuple[int, int]]):
-    """The (epoch, index) of a micro-batch.
+    """The (epoch, index) of a micro-batch, and `epoch`, in which its step begins: the same on all ranks."""
 
-    Args:
-        keys: These.
-        begun: Epoch in which its step begins, the same for all micro-batches of all ranks.
-    """
-
-    def __init__(self, keys: Iterable[tuple[int, int]] = (), begun: int = 0):
+    def __init__(self, keys: Iterable[tuple[int, int]], epoch: int):
         super().__init__(keys)
-        self.begun = begun
+        self.epoch = epoch
 
 
 @dataclass(frozen=True)
