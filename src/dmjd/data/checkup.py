@@ -7,7 +7,6 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from dmjd.data.crops import RandomCrop
 from dmjd.data.decode import BadImage, Wanted
 from dmjd.data.duplicates import Outline, exact_copies, near_copies, outline
 from dmjd.data.levels import BYTES, levels_of
+from dmjd.data.memory import in_threads
 from dmjd.data.peek import Peek, peek
 from dmjd.data.prepared import SET, read_set
 from dmjd.data.source import Source, evenly, is_file_name, open_parts
@@ -143,11 +143,12 @@ def look_at(parts: Mapping[str, Source], images: list[tuple[str, int]], workers:
     threads = workers or min(usable_cores(), 16)
     chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
     looks: list[Look] = []
-    with (
-        tqdm(total=len(images), desc="looking at images", unit=" images", leave=False, disable=None) as bar,
-        ThreadPoolExecutor(threads) as pool,
-    ):
-        for found in pool.map(lambda chunk: [look(parts[part], part, index) for part, index in chunk], chunks):
+
+    def look_at_all(chunk: list[tuple[str, int]]) -> list[Look]:
+        return [look(parts[part], part, index) for part, index in chunk]
+
+    with tqdm(total=len(images), desc="looking at images", unit=" images", leave=False, disable=None) as bar:
+        for found in in_threads(look_at_all, chunks, threads):
             looks += found
             bar.update(len(found))
     return looks

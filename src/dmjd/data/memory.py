@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ CHUNK = 256  # images that a thread decodes at a time
 THREADED = 2**16  # bytes of an image from which threads pay: for smaller ones they mostly wait for Python's lock
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class PackedImages(View):
 
     Args:
         source: What to decode; not empty.
-        threads: That decode.
+        threads: That decode; 0 to decode here.
 
     Attributes:
         pixels: All images one after the other, each H W C.
@@ -77,7 +78,7 @@ class PackedImages(View):
     offsets: Int[Tensor, " n"]
     bad: dict[int, str]
 
-    def __init__(self, source: Source, threads: int = 1):
+    def __init__(self, source: Source, threads: int = 0):
         super().__init__(source)
         self.bad = {}
         content, shapes = bytearray(), np.zeros((len(source), 4), dtype=np.int64)
@@ -153,25 +154,34 @@ def _decoded(source: Source, threads: int) -> Iterator[Tensor | BadImage]:
 
     starts = range(0, len(source), CHUNK)
     with tqdm(total=len(source), desc="reading images", unit=" images", leave=False, disable=None) as bar:
-        for images in map(read, starts) if threads == 1 else _in_threads(read, starts, threads):
+        for images in in_threads(read, starts, threads):
             yield from images
             bar.update(len(images))
 
 
-def _in_threads(read: Callable[[int], T], starts: Iterable[int], threads: int) -> Iterator[T]:
-    """Do what `map` does in threads, which are only a little ahead."""
-    waiting: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for start in starts:
-                waiting.append(pool.submit(read, start))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
+def in_threads(work: Callable[[T], U], items: Iterable[T], threads: int, **options: Any) -> Iterator[U]:
+    """Do what `map` does in threads, which are only a little ahead, or in none.
+
+    Args:
+        work: Done with each item.
+        items: In order.
+        threads: How many; 0 to work here.
+        options: Of the `ThreadPoolExecutor`.
+    """
+    if not threads:
+        yield from map(work, items)
+        return
+    waiting: deque[Future[U]] = deque()
+    pool = ThreadPoolExecutor(threads, **options)
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 2 * threads:
                 yield waiting.popleft().result()
-        finally:  # also where nobody asks for the rest
-            for each in waiting:
-                each.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # also where nobody asks for the rest
+        pool.shutdown(cancel_futures=True)
 
 
 def in_memory(source: Source) -> Source:
@@ -188,7 +198,7 @@ def in_memory(source: Source) -> Source:
     if not sizes or max(sizes) * len(source) > MEMORY_LIMIT:
         return source
     try:
-        return PackedImages(source, threads=min(usable_cores(), 16) if max(sizes) > THREADED else 1)
+        return PackedImages(source, threads=min(usable_cores(), 16) if max(sizes) > THREADED else 0)
     except _TooLarge:  # others are larger than those few
         return source
 

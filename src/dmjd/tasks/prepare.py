@@ -10,9 +10,7 @@ import os
 import shlex
 import shutil
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +22,7 @@ from tqdm import tqdm
 
 from dmjd.config.prepare import PrepareSettings
 from dmjd.data.decode import BadImage, Wanted
+from dmjd.data.memory import in_threads
 from dmjd.data.prepared import (
     FORMAT,
     JOURNAL,
@@ -159,9 +158,6 @@ class PackedChunk:
     skipped: dict[int, str]
 
 
-Read = tuple[list[Key], PackedChunk]
-
-
 def fill(writer: "SetWriter", parts: Mapping[str, Source], size: int, workers: int | None) -> None:
     """Decode, shrink and write all images that are not written yet.
 
@@ -169,45 +165,25 @@ def fill(writer: "SetWriter", parts: Mapping[str, Source], size: int, workers: i
         DataError: If images have other channels than the wanted ones, or pages of which nothing is said.
     """
 
-    def read(keys: list[Key]) -> PackedChunk:
+    def read(keys: list[Key]) -> tuple[list[Key], PackedChunk]:
         images, skipped = [], dict[int, str]()
         for part, index in keys:
             try:
                 images.append(shrink(parts[part].read(index), size))
             except BadImage as bad:
                 skipped[index] = str(bad)
-        return PackedChunk(*pack(images), skipped)
+        return keys, PackedChunk(*pack(images), skipped)
 
     done = {part: progress.listed for part, progress in writer.parts.items()}
     total, before = sum(map(len, parts.values())), sum(done.values())
     workers = min(usable_cores(), 16) if workers is None else workers
+    # Threads begin at once and share memory, and decoding and resizing let others run. Processes would take seconds to
+    # start, and as long again to send the pixels of small images as it takes to decode them.
+    one_core: Any = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with tqdm(total=total, initial=before, desc="preparing", unit=" images", leave=False, disable=None) as bar:
-        for keys, chunk in in_order(read, chunks(parts, done), workers):
+        for keys, chunk in in_threads(read, chunks(parts, done), workers, **one_core):
             writer.append(keys[0][0], chunk)
             bar.update(len(keys))
-
-
-def in_order(read: Callable[[list[Key]], PackedChunk], keys: Iterable[list[Key]], workers: int) -> Iterator[Read]:
-    """Read chunks on some threads, a few ahead; decoding and resizing let other threads run.
-
-    Threads begin at once and share memory. Processes would take seconds to start, and as long again to send the pixels
-    of small images as it takes to decode them.
-    """
-    if not workers:
-        yield from ((each, read(each)) for each in keys)
-        return
-    waiting: deque[tuple[list[Key], Future[PackedChunk]]] = deque()
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        for each in keys:
-            waiting.append((each, pool.submit(read, each)))
-            if len(waiting) > 2 * workers:
-                first, chunk = waiting.popleft()
-                yield first, chunk.result()
-        for first, chunk in waiting:
-            yield first, chunk.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def chunks(parts: Mapping[str, Source], done: Mapping[str, int]) -> Iterator[list[Key]]:
