@@ -30,7 +30,7 @@ from dmjd.data.loader import spare_cores
 from dmjd.data.masked import MaskedSamples
 from dmjd.data.memory import MEMORY_LIMIT, PackedImages, stack_of
 from dmjd.data.sampler import StepKeys
-from dmjd.data.source import HELD_OUT_PARTS, Source, Subset, View, evenly, hold_out, measure_levels
+from dmjd.data.source import Source, Subset, View, evenly, measure_levels, split
 from dmjd.engine.device import choose_precision, is_memory_error, memory_errors
 from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
 from dmjd.engine.optim import create_optimizer
@@ -238,13 +238,7 @@ def find(settings: PretrainSettings, in_chans: int | None = None) -> tuple[Sourc
     """Find the images to train on, with the channels that most of them have, or with so many."""
     run = settings.run
     parts, wanted = open_as_most(run.data, in_chans, run.data_pages)
-    train = parts.get("train", parts.get(""))
-    if train is None:
-        raise DataError(
-            f"no part to train on; {run.data}; the set needs a part called train, and has {', '.join(parts)}"
-        )
-    brings_own = any(part in parts for part in HELD_OUT_PARTS)
-    return (train if brings_own else hold_out(train, run.seed).train), wanted.in_chans
+    return split(parts, run.data, seed=run.seed).train, wanted.in_chans
 
 
 def make(settings: PretrainSettings, device: torch.device | None = None) -> tuple[DMJD, Optimizer]:

@@ -6,7 +6,7 @@ images; from any other set a twentieth, drawn by seed, is held out.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +140,15 @@ def open_source(data: str, wanted: Wanted = Wanted(), *, seed: int = 0, part: st
     Raises:
         DataError: If there is nothing of the name, or no image in it.
     """
-    parts = open_parts(data, wanted)
+    return split(open_parts(data, wanted), data, seed=seed, part=part)
+
+
+def split(parts: Mapping[str, Source], data: str, *, seed: int, part: str | None = None) -> Parts:
+    """Choose what is trained on and what is held out, as `open_source` does, of a set that is open.
+
+    Raises:
+        DataError: If there is no part to train on, or none of the name that is to be held out.
+    """
     train = parts.get("train", parts.get(""))
     if train is None:
         raise DataError(f"no part to train on; {data}; the set needs a part called train, and has {', '.join(parts)}")
