@@ -1,4 +1,4 @@
-"""Weights of one network in the shapes of another of its kind: other channels, another size of tokens, another grid."""
+"""Adapt weights to a network of the same kind with other channels, another patch size or another grid."""
 
 import math
 from collections.abc import Mapping
@@ -12,27 +12,27 @@ from torch import Tensor, nn
 
 from dmjd.backbones.positions import resample_positions
 
-# What one of two networks may have alone: what belongs to a task, and tokens that are no part of an image.
+# Parts that only one of the two networks may have: those of a task, and tokens that are not patches.
 OPTIONAL = ("cls_token", "reg_token", "mask_token", "norm", "fc_norm", "head")
 
 
 class Adapted(NamedTuple):
-    """Weights that fit a network; it keeps its own where there are none."""
+    """Weights that fit a network; parameters missing here keep the network's own values."""
 
     weights: dict[str, Tensor]
-    changes: list[str]  # what had another shape, and both shapes
+    changes: list[str]  # what was resized, from which size to which
 
 
 def adapt(weights: Mapping[str, Tensor], network: nn.Module, grid: tuple[int, int] | None = None) -> Adapted:
-    """Bring weights into the shapes of a network of the same kind, width and depth.
+    """Resize weights to the shapes of a network of the same kind, width and depth.
 
     Args:
-        weights: By the names of the network; those of a head and of tokens that it has not are left out.
+        weights: Weights under the network's names; a head, and tokens that the network lacks, are left out.
         network: A ViT or a ConvViT.
-        grid: Rows and columns of the weights' positions; None where they make a square.
+        grid: Rows and columns of the weights' position embeddings; None if they form a square.
 
     Raises:
-        ValueError: If they are another architecture's; the message names the first keys.
+        ValueError: If the weights are of another architecture; the message names the first keys.
     """
     ours, changes = network.state_dict(), []
     found = {name: value for name, value in weights.items() if name in ours}
@@ -61,13 +61,15 @@ def adapt(weights: Mapping[str, Tensor], network: nn.Module, grid: tuple[int, in
 def adapt_positions(
     given: Float[Tensor, "1 _ D"], ours: Float[Tensor, "1 _ D"], before: tuple[int, int], after: tuple[int, int]
 ) -> Float[Tensor, "1 _ D"]:
-    """Bring positions to another grid; those of prefix tokens are kept where their number is the same, else ours are.
+    """Resample position embeddings to another grid.
+
+    Positions of prefix tokens come from `given` if both have the same number of them, otherwise from `ours`.
 
     Args:
-        given: Positions of prefix tokens, if they have any, and of the tokens of a grid.
-        ours: Those to replace.
-        before: Rows and columns of the given ones.
-        after: Rows and columns of ours.
+        given: Positions of prefix tokens, if any, followed by those of the tokens of a grid.
+        ours: The positions to replace.
+        before: Rows and columns of `given`.
+        after: Rows and columns of `ours`.
     """
     prefix, tokens = given.tensor_split([given.shape[1] - math.prod(before)], dim=1)
     own = ours[:, : ours.shape[1] - math.prod(after)]
@@ -76,17 +78,17 @@ def adapt_positions(
 
 
 def grid_of(network: nn.Module) -> tuple[int, int]:
-    """Read the rows and columns of a network's positions."""
+    """Return the rows and columns of a network's position embeddings."""
     known: Any = network
     rows, columns = known.grid if hasattr(known, "grid") else known.patch_embed.grid_size
     return rows, columns
 
 
 def square(positions: Float[Tensor, "1 _ D"], weights: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Find the side of the square that positions make, with or without those of prefix tokens.
+    """Find the square grid of position embeddings, whether or not they include those of prefix tokens.
 
     Raises:
-        ValueError: If they make none.
+        ValueError: If they do not form a square.
     """
     prefix = sum(weights[name].shape[1] for name in ("cls_token", "reg_token") if name in weights)
     for count in (positions.shape[1] - prefix, positions.shape[1]):

@@ -1,4 +1,4 @@
-"""Transformer parts that encoders and decoder share: timm's block, MAE's initialisation."""
+"""Transformer parts shared by encoders and decoder: timm's block, MAE's initialisation."""
 
 from collections.abc import Iterable
 from itertools import islice, repeat
@@ -15,20 +15,20 @@ NORM_EPS = 1e-6  # of every LayerNorm in timm's and MAE's transformers
 def transformer_blocks(
     dim: int, depth: int, num_heads: int, mlp_ratio: float, drop_path: Iterable[float] = repeat(0.0)
 ) -> nn.ModuleList:
-    """Stack pre-norm transformer blocks with qkv bias (timm's `Block`), each with its rate of stochastic depth."""
+    """Stack pre-norm transformer blocks with qkv bias (timm's `Block`), each with its own stochastic depth rate."""
     rates = islice(drop_path, depth)
     return nn.ModuleList(Block(dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True, drop_path=rate) for rate in rates)
 
 
 class QueryBlock(Block):
-    """A block that computes M tokens, which attend to S tokens: their own among them or not.
+    """A block that updates only M query tokens, which attend to S tokens that may or may not include them.
 
-    Of the last M of S tokens it is `Block.forward(tokens)[:, -M:]`, without the queries, the projection and the MLP of
-    the others; of tokens outside it is cross-attention.
+    If the queries are the last M of the S tokens, the result is `Block.forward(tokens)[:, -M:]`, without computing the
+    queries, the projection and the MLP of the others; otherwise this is cross-attention.
     """
 
     def forward(self, queries: Float[Tensor, "N M D"], tokens: Float[Tensor, "N S D"]) -> Float[Tensor, "N M D"]:
-        """Compute the tokens `queries`, by attention to `tokens`."""
+        """Update `queries` by attention to `tokens`."""
         attn, width = self.attn, tokens.shape[-1]
         query = F.linear(self.norm1(queries), attn.qkv.weight[:width], attn.qkv.bias[:width])
         key, value = F.linear(self.norm1(tokens), attn.qkv.weight[width:], attn.qkv.bias[width:]).chunk(2, dim=-1)
@@ -39,7 +39,7 @@ class QueryBlock(Block):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialise linear layers and patch convolutions by Xavier's uniform rule and biases by zero (MAE, appendix A)."""
+    """Initialise linear layers and patch convolutions with Xavier uniform and biases with zero (MAE, appendix A)."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         with torch.no_grad():
             nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))

@@ -1,9 +1,9 @@
-"""A depthwise convolution of maps of which only some positions are there, the rows of a matrix, in two forms.
+"""Depthwise convolution of sparse maps, whose present positions are the rows of a matrix, in two implementations.
 
-On maps: rows are scattered over maps of zeros, which are convolved and read where the rows lie.
-On rows, by Triton on a GPU: a table says which row lies at a place, and only rows that are there are read.
+On maps: rows are scattered into maps of zeros, which are convolved; the result is gathered at the same positions.
+On rows, with Triton on a GPU: a table maps each place to its row, and only rows that exist are read.
 
-The second sums in float32, float64 in itself, and in the same order at every call.
+The second accumulates in float32 (float64 for float64 input), in the same order at every call.
 """
 
 import sys
@@ -24,20 +24,20 @@ try:
 except ImportError:  # on a Mac, or with torch for CPUs alone
     triton = None
 
-BORDER = 2  # of maps in a table: as far as a 5 x 5 window looks
-ROWS, BLOCK = 32, 64  # rows and channels that a program of the kernels sums; 64 in bf16 are one line of the cache
-PARTS = 512  # of the rows, at most, that are summed apart for the gradient of the weights
+BORDER = 2  # around each map in a table: the reach of a 5 x 5 window
+ROWS, BLOCK = 32, 64  # rows and channels per Triton program; 64 channels of bf16 fill one cache line
+PARTS = 512  # maximum number of partial sums over the rows, for the gradient of the weights
 
 
 class Table(NamedTuple):
-    """Which row lies where, for kernels that look around a row.
+    """A look-up from places to rows, for kernels that read the neighbours of a row.
 
-    Every map has a border without rows. A window that leaves a map would else see its other edge, or the next map.
+    Every map has an empty border; without it, a window that leaves a map would wrap to its other edge or the next map.
     """
 
-    rows: Int[Tensor, " P"]  # number of the row at a place, or -1
-    places: Int[Tensor, " S"]  # of the rows
-    width: int  # of a map, border included
+    rows: Int[Tensor, " P"]  # index of the row at each place, or -1
+    places: Int[Tensor, " S"]  # place of each row
+    width: int  # of a map, including the border
 
 
 @dataclass(frozen=True)
@@ -45,47 +45,47 @@ class Layout:
     """Where the rows of a stage lie in the maps of N views; map positions without a row are zero."""
 
     places: Int[Tensor, " S"]
-    num_maps: int | torch.SymInt  # a symbol while a graph is made of the network
+    num_maps: int | torch.SymInt  # symbolic while the network is exported or compiled
     height: int
     width: int
-    table: Table | None = None  # of the form on rows
+    table: Table | None = None  # present for the implementation on rows
 
     def for_its_device(self) -> "Layout":
-        """Choose how rows are convolved: on rows where Triton runs, which reads and writes less at any mask ratio.
+        """Choose the implementation: on rows if Triton works, which needs less memory traffic at any mask ratio.
 
-        Nothing is measured: two runs of one command would be two runs, since the forms round differently.
+        The choice does not depend on timings: the two round differently, so runs of one command could differ.
         """
         device = self.places.device
-        if triton is None or device.type != "cuda":  # programs for others are exported on a CPU
+        if triton is None or device.type != "cuda":  # exports to other formats are traced on a CPU
             return self
-        runs = torch.compiler.is_compiling() or _runs(device)  # what compiles for a GPU is Triton itself
+        runs = torch.compiler.is_compiling() or _runs(device)  # torch.compile itself needs Triton on a GPU
         return self.on_rows() if runs else self
 
     def on_rows(self, border: int = BORDER) -> "Layout":
-        """Make the table, for windows that look no further than the border."""
+        """Add the table, for windows that reach no further than the border."""
         height, width = self.height + 2 * border, self.width + 2 * border
-        line = self.places // self.width  # counted through all maps
+        line = self.places // self.width  # numbered across all maps
         places = (line + line // self.height * 2 * border + border) * width + self.places % self.width + border
         rows = torch.arange(len(places), dtype=torch.int32, device=places.device)
         rows = rows.new_full((self.num_maps * height * width,), -1).index_copy(0, places, rows)
         return replace(self, table=Table(rows, places.int(), width))
 
     def to_map(self, rows: Float[Tensor, "S D"]) -> Float[Tensor, "N D H W"]:
-        """Scatter rows over maps of zeros (channels last in memory)."""
+        """Scatter rows into maps of zeros (channels last in memory)."""
         empty = rows.new_zeros(self.num_maps * self.height * self.width, rows.shape[1])
         full = empty.index_copy(0, self.places, rows)
         return full.view(self.num_maps, self.height, self.width, -1).permute(0, 3, 1, 2)
 
     def to_rows(self, maps: Float[Tensor, "N D H W"]) -> Float[Tensor, "S D"]:
-        """Gather the rows again."""
+        """Gather the rows from maps."""
         return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1]).index_select(0, self.places)
 
 
 def nested_positions(grid: tuple[int, int], side: int, device: torch.device | None = None) -> Int[Tensor, "L s"]:
-    """Number the side x side positions of every token, nested, by their place in the raster of the whole map."""
+    """Return the raster index, in the whole map, of each token's side x side positions in nested order."""
     rows, columns = grid
     numbers = torch.arange(rows * columns * side * side, device=device).view(rows, side, columns, side).transpose(1, 2)
-    if side == 4:  # rows and columns of a token in halves: (2, 2, 2, 2) -> (half row, half column, row, column)
+    if side == 4:  # (half row, row, half column, column) -> (half row, half column, row, column)
         numbers = numbers.reshape(rows, columns, 2, 2, 2, 2).transpose(3, 4)
     return numbers.reshape(rows * columns, side * side)
 
@@ -100,13 +100,13 @@ def layout_of(tokens: Int[Tensor, "N K"], grid: tuple[int, int], side: int) -> L
 
 
 def depthwise(rows: Tensor, weight: Tensor, bias: Any, layout: Layout) -> Float[Tensor, "S D"]:
-    """Convolve rows; without gradients by torch's own operators, for torch.jit and vmap know no others."""
+    """Convolve rows; without gradients, use only torch's own operators, because torch.jit and vmap know no others."""
     form = DepthwiseOnRows.apply if torch.is_grad_enabled() else convolve
     return form(rows, weight, bias, layout)
 
 
 def convolve(rows: Tensor, weight: Tensor, bias: Tensor, layout: Layout) -> Float[Tensor, "S D"]:
-    """Convolve in the form of the layout; the padding keeps the size of the maps."""
+    """Convolve with the layout's implementation; the padding preserves the size of the maps."""
     if layout.table:
         return convolved(rows, weight, bias, layout.table)
     weight, bias = weight.to(rows.dtype), bias.to(rows.dtype)
@@ -115,10 +115,10 @@ def convolve(rows: Tensor, weight: Tensor, bias: Tensor, layout: Layout) -> Floa
 
 
 class DepthwiseOnRows(torch.autograd.Function):
-    """A depthwise convolution of the maps that rows lie in, read at the same rows.
+    """A depthwise convolution of the maps that the rows lie in, evaluated at those rows.
 
-    Its backward pass on maps lays them out again instead of keeping them, and computes the weights' gradient in their
-    own precision: that is more exact, and on CPUs twice as fast as the kernel for bf16.
+    On maps, the backward pass rebuilds the maps instead of saving them, and computes the gradient of the weights in
+    the weights' own precision: that is more accurate, and on CPUs twice as fast as the bf16 kernel.
     """
 
     @staticmethod
@@ -149,7 +149,7 @@ class DepthwiseOnRows(torch.autograd.Function):
 
 @cache
 def _runs(device: torch.device) -> bool:
-    """Try whether Triton runs on a GPU, which needs a C compiler, and computes there what the form on maps does."""
+    """Test whether Triton works on a GPU (it needs a C compiler) and agrees with the implementation on maps."""
     wave = torch.arange(300, dtype=torch.float32, device=device).sin()
     maps = Layout(torch.arange(0, 40, 3, device=device), 2, 4, 5)  # 14 rows
     found = []
@@ -160,7 +160,7 @@ def _runs(device: torch.device) -> bool:
                 out = DepthwiseOnRows.apply(*given, wave[:3], layout)
                 found.append([out, *torch.autograd.grad(out.square().sum(), given)])
         torch.testing.assert_close(*found, rtol=0.02, atol=0.02)  # maps are rounded to TF32
-    except Exception as error:  # Triton's are of many kinds
+    except Exception as error:  # Triton raises many types
         reason = " ".join(str(error).split())[:200]
         print(f"warning: no Triton on {device} ({reason}); convolutions compute hidden tokens, too", file=sys.stderr)
         return False
@@ -168,11 +168,11 @@ def _runs(device: torch.device) -> bool:
 
 
 def convolved(rows: Tensor, weight: Tensor, bias: Tensor | None, table: Table) -> Tensor:
-    """Convolve rows (S, D) with weights (D, 1, side, side) by Triton."""
+    """Convolve rows (S, D) with weights (D, 1, side, side), in Triton."""
     rows, (count, dim), side = rows.contiguous(), rows.shape, weight.shape[-1]
     taps = weight.flatten(1).t().to(torch.promote_types(weight.dtype, torch.float32)).contiguous()
     out, grid = torch.empty_like(rows), (-(-count // ROWS), -(-dim // BLOCK))
-    with torch.cuda.device(rows.get_device()):  # Triton goes to the current one, wherever the tensors are
+    with torch.cuda.device(rows.get_device()):  # Triton launches on the current device, wherever the tensors are
         _convolve[grid](
             rows, taps, bias, table.rows, table.places, out, count, dim, table.width, SIDE=side, ROWS=ROWS, BLOCK=BLOCK
         )
@@ -180,7 +180,7 @@ def convolved(rows: Tensor, weight: Tensor, bias: Tensor | None, table: Table) -
 
 
 def correlated(rows: Tensor, gradient: Tensor, weight: Tensor, table: Table) -> Tensor:
-    """Compute the gradient of weights (D, 1, side, side) from rows and their outputs' gradient (S, D), by Triton."""
+    """Compute the gradient of weights (D, 1, side, side) from rows and the output gradient (S, D), in Triton."""
     rows, gradient, (count, dim), side = rows.contiguous(), gradient.contiguous(), rows.shape, weight.shape[-1]
     each, lanes = -(-count // PARTS), 1 << (side * side - 1).bit_length()
     parts = rows.new_empty(-(-count // each), side * side, dim, dtype=torch.promote_types(weight.dtype, torch.float32))
@@ -209,7 +209,7 @@ if triton:
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """Sum the taps of some rows and channels."""
+        """Sum all taps for a block of rows and channels."""
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         is_row, is_channel = row < count, channel < dim
@@ -217,10 +217,10 @@ if triton:
         total = tl.full((ROWS, BLOCK), 0, taps.dtype.element_ty)
         if bias is not None:
             total += tl.load(bias + channel, is_channel, other=0)
-        for y in range(SIDE):  # a loop: unrolled, the loads of 25 taps fill all registers
+        for y in range(SIDE):  # not unrolled: the loads of 25 taps would use up the registers
             for x in tl.static_range(SIDE):
                 at = place + (y - SIDE // 2) * width + x - SIDE // 2
-                near = tl.load(rows + at, is_row, other=-1).to(tl.int64)[:, None]  # times dim it may pass 2^31
+                near = tl.load(rows + at, is_row, other=-1).to(tl.int64)[:, None]  # times dim it may exceed 2^31
                 value = tl.load(values + near * dim + channel, (near >= 0) & is_channel, other=0)
                 total += value.to(total.dtype) * tl.load(taps + (y * SIDE + x) * dim + channel, is_channel, other=0)
         tl.store(out + row.to(tl.int64)[:, None] * dim + channel, total, is_row[:, None] & is_channel)
@@ -241,9 +241,9 @@ if triton:
         LANES: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """Sum a part of the rows, one by one, for all taps of some channels: no sum goes across threads."""
+        """Sum one part of the rows, row by row, for all taps of a block of channels: no reduction across threads."""
         part, channel = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        tap = tl.arange(0, LANES)[:, None]  # a power of two: some idle
+        tap = tl.arange(0, LANES)[:, None]  # LANES is a power of two, so some lanes are idle
         is_tap, is_channel = tap < SIDE * SIDE, channel < dim
         away = (tap // SIDE - SIDE // 2) * width + tap % SIDE - SIDE // 2
         total = tl.full((LANES, BLOCK), 0, parts.dtype.element_ty)

@@ -1,4 +1,4 @@
-"""What a network sees in an image: its feature maps, as targets want them."""
+"""Feature maps of a network, as targets need them."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -17,16 +17,16 @@ class FeatureMaps(nn.Module):
 
     Args:
         network: A timm model, or another with timm's `forward_intermediates` and `pretrained_cfg`.
-        layers: Which maps, by timm's numbers; negative ones count from the end. Default: that of `token_layer`.
+        layers: Which maps, as timm numbers them; negative numbers count from the end. Default: `token_layer(network)`.
         in_chans: Channels of the images.
-        takes: `input_size`, `mean` and `std` of the images it takes; default: those of its `pretrained_cfg`.
-        bf16: Compute in bfloat16, whatever the precision around.
+        takes: `input_size`, `mean` and `std` of the network's input; default: those of its `pretrained_cfg`.
+        bf16: Compute in bfloat16, whatever the surrounding precision.
 
     Attributes:
         dim: Width of the maps.
 
     Raises:
-        ValueError: If the network takes other channels, has no such layers, or the layers' widths differ.
+        ValueError: If the network takes another number of channels or has no such layers, or their widths differ.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class FeatureMaps(nn.Module):
             raise ValueError(f"the teacher's layers {self.layers} cannot be taken together: {error}") from None
 
     def forward(self, images: Num[Tensor, "B C H W"]) -> list[Float[Tensor, "B T h w"]]:
-        """Compute the maps of images of 0..255, resized to what the network takes."""
+        """Compute the maps of images of 0..255, which are resized to the network's input size."""
         pixels = images.float()
         if pixels.shape[-2:] != self.size:
             pixels = F.interpolate(pixels, self.size, mode="bicubic", antialias=True).clamp(0, 255)
@@ -65,10 +65,10 @@ class FeatureMaps(nn.Module):
 
 
 def token_layer(network: nn.Module) -> int:
-    """Number the last map of a network, or that of its tokens where coarser ones follow, as in a ConvViT.
+    """Return the index of a network's token map, even if coarser maps follow it as in a ConvViT; otherwise the last.
 
-    A map of tokens has the stride `patch_size` and the width `num_features` of the network. Both count: a network of
-    stages may have patches too, but they become wider and coarser on the way to its last map.
+    The token map has the network's `patch_size` as stride and its `num_features` as width. Both must match: a
+    hierarchical network may have a `patch_size` too, but its maps become wider and coarser up to the last one.
     """
     described: Any = network
     tokens = getattr(described, "patch_size", None), getattr(described, "num_features", None)

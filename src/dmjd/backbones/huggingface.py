@@ -1,4 +1,4 @@
-"""A vision model of Hugging Face transformers behind timm's interface, to be a teacher."""
+"""A vision model of Hugging Face transformers with timm's interface, for use as a teacher."""
 
 from collections.abc import Sequence
 from pickle import UnpicklingError
@@ -11,16 +11,16 @@ from dmjd.errors import CheckpointError, ConfigError, extra
 
 
 class HuggingFace(nn.Module):
-    """The vision part of a model that transformers loads: ViTs (with class and register tokens) and convolutional ones.
+    """The vision part of a transformers model: a ViT (with class and register tokens) or a convolutional network.
 
-    Input size, mean and standard deviation are those of the model's own image processor.
+    Input size, mean and standard deviation come from the model's own image processor.
 
     Args:
         name: A name on the hub, or a folder.
 
     Raises:
         CheckpointError: If it cannot be loaded.
-        ConfigError: If transformers is not installed, or the model is no vision model of a known kind.
+        ConfigError: If transformers is not installed, or the model's image processor names no input size.
     """
 
     def __init__(self, name: str):
@@ -51,7 +51,9 @@ class HuggingFace(nn.Module):
     def forward_intermediates(
         self, images: Float[Tensor, "B C H W"], *, indices: Sequence[int], **how: Any
     ) -> list[Float[Tensor, "B D h w"]]:
-        """Compute the maps of layers (0 is the first block or stage), as in timm; `how` is always maps alone.
+        """Compute the maps of layers, numbered as in timm (0 is the first block or stage).
+
+        Only maps are returned, whatever the options `how` of timm's interface say.
 
         Raises:
             ValueError: If the model's output is neither maps nor tokens of square patches.
@@ -66,4 +68,4 @@ class HuggingFace(nn.Module):
         if self.patch_size is None:
             raise ValueError("its tokens have no patch size")
         height, width = (side // self.patch_size for side in image_hw)
-        return state[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))  # class, registers come first
+        return state[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))  # drops class, registers

@@ -1,4 +1,4 @@
-"""From pixels to what a network takes."""
+"""Normalisation of pixels for a network."""
 
 from collections.abc import Sequence
 
@@ -14,12 +14,12 @@ STATISTICS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 
 def default_statistics(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Look up mean and standard deviation of the channels of images of which nothing else is known."""
+    """Return the mean and standard deviation of each channel for images of which nothing else is known."""
     return STATISTICS.get(in_chans, ((0.5,) * in_chans, (0.25,) * in_chans))
 
 
 class Normalize(nn.Module):
-    """Pixels of 0..255, minus the mean of their channel, divided by its standard deviation.
+    """Pixels of 0..255, standardised with the mean and standard deviation of their channel.
 
     Args:
         mean: Mean of every channel, for values in 0..1.
@@ -39,11 +39,11 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
     def forward(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Normalise pixels of 0..255, uint8 or float; the result has the precision that the module was brought to.
+        """Normalise pixels of 0..255, uint8 or float; the result has the dtype of the module's buffers.
 
         Raises:
-            ValueError: If the images have other channels.
+            ValueError: If the images have another number of channels.
         """
-        if images.shape[-3] != len(self.mean):  # one channel would become all of them without a word
+        if images.shape[-3] != len(self.mean):  # a single channel would silently be broadcast
             raise ValueError(f"images of {images.shape[-3]} channel(s), not {len(self.mean)}")
         return ((images / 255 - self.mean) / self.std).to(self.mean.dtype)

@@ -1,4 +1,4 @@
-"""Positions of tokens on a grid: fixed ones, and those of another grid."""
+"""Position embeddings of tokens on a grid: fixed ones, and resampling to another grid."""
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ Grid = tuple[int, int]  # rows and columns of tokens
 
 
 def sincos_positions(grid: Grid, dim: int) -> Float[Tensor, "1 L D"]:
-    """Compute fixed 2-D sine-cosine positions (MAE): the first half of the width encodes columns, the second rows.
+    """Compute fixed 2-D sine-cosine position embeddings (MAE): the first half encodes columns, the second rows.
 
     Raises:
         ValueError: If `dim` is not a multiple of 4.
@@ -23,7 +23,7 @@ def sincos_positions(grid: Grid, dim: int) -> Float[Tensor, "1 L D"]:
 
 
 def resample_positions(positions: Float[Tensor, "1 L D"], grid: Grid, wanted: Grid) -> Float[Tensor, "1 l D"]:
-    """Interpolate the positions of a grid to another one (bicubic, antialiased); for the same they stay as they are."""
-    if grid == wanted:  # timm interpolates even then in what it exports
+    """Interpolate position embeddings to another grid (bicubic, antialiased); for the same grid, return them as is."""
+    if grid == wanted:  # during export, timm would interpolate even then
         return positions
     return resample_abs_pos_embed(positions, list(wanted), list(grid), num_prefix_tokens=0)

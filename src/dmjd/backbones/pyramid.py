@@ -1,4 +1,4 @@
-"""Maps at strides 4, 8, 16 and 32 of any backbone, for images of any size: what dense tasks build on."""
+"""Maps at strides 4, 8, 16 and 32 from any backbone, for images of any size: the input of dense tasks."""
 
 import math
 from typing import Any, ClassVar
@@ -15,9 +15,9 @@ from dmjd.backbones.windows import Windows
 class Pyramid(nn.Module):
     """Four maps of a backbone.
 
-    A backbone with stages (the hybrid, any convolutional network) gives its own maps at these strides; a stride that it
-    has not is made from the nearest map by resizing. A plain ViT has one map: transposed convolutions and pooling make
-    four of it (the simple pyramid of ViTDet, Li et al. 2022, section 3).
+    A backbone with stages (the hybrid, any convolutional network) provides its own maps at these strides; for a missing
+    stride, the nearest map is resized. A plain ViT has one map, from which transposed convolutions and pooling make
+    four (the simple feature pyramid of ViTDet, Li et al. 2022, section 3).
 
     Args:
         backbone: A timm model with `feature_info` and `forward_intermediates`, without a classifier.
@@ -25,10 +25,10 @@ class Pyramid(nn.Module):
 
     Attributes:
         channels: Widths of the maps.
-        levels: What is trained beside the backbone.
+        levels: The trainable layers outside the backbone.
 
     Raises:
-        ValueError: If the backbone has no maps, or shall have windows and is no ViT.
+        ValueError: If the backbone has no maps, or if windows are requested and it is not a ViT.
     """
 
     strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)
@@ -82,7 +82,7 @@ class Pyramid(nn.Module):
 
 
 def level(width: int, ups: int) -> nn.Module:
-    """Make a map from a ViT's only one: `ups` times twice the size and half the width."""
+    """Build the layers that turn a ViT's only map into a larger one: `ups` times twice the size and half the width."""
     layers: list[nn.Module] = []
     for up in range(ups):
         layers.append(nn.ConvTranspose2d(width >> up, width >> (up + 1), 2, stride=2))
@@ -91,10 +91,10 @@ def level(width: int, ups: int) -> nn.Module:
 
 
 def pool(maps: Float[Tensor, "B D H W"], size: tuple[int, int]) -> Float[Tensor, "B D h w"]:
-    """Make maps smaller: the maxima over windows that overlap where sides are no multiples."""
+    """Max-pool maps to a smaller size, with overlapping windows where a side is not a multiple of the new one."""
     if not torch.compiler.is_exporting():
         return F.adaptive_max_pool2d(maps, size)
-    for dim, count in zip((2, 3), size, strict=True):  # the same by operators that ONNX has
+    for dim, count in zip((2, 3), size, strict=True):  # the same result with operators that ONNX has
         side = maps.shape[dim]
         ends = [(place * side // count, -(-(place + 1) * side // count)) for place in range(count)]
         maps = torch.stack([maps.narrow(dim, start, end - start).amax(dim) for start, end in ends], dim)
@@ -102,12 +102,12 @@ def pool(maps: Float[Tensor, "B D H W"], size: tuple[int, int]) -> Float[Tensor,
 
 
 def nearest(stride: int, reductions: list[int]) -> int:
-    """Choose the layer whose stride is nearest to the wanted one, the last of equals."""
+    """Choose the layer whose stride is nearest to the wanted one; of equals, the last."""
     return min(range(len(reductions)), key=lambda layer: (abs(math.log2(reductions[layer] / stride)), -layer))
 
 
 def take_any_size(backbone: nn.Module) -> None:
-    """Let a ViT of timm resample its positions to every image, as its `dynamic_img_size` does from the start."""
+    """Make a timm ViT resample its position embeddings for every image, as if built with `dynamic_img_size`."""
     vit: Any = backbone
     if getattr(vit, "dynamic_img_size", None) is False:
         vit.dynamic_img_size = True

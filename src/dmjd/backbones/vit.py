@@ -21,15 +21,15 @@ SIZES = ("tiny", "small", "base", "large")
 
 @encodes(VisionTransformer)
 class ViT(nn.Module):
-    """Any `VisionTransformer` of timm; hidden tokens never enter its blocks (MAE).
+    """Any timm `VisionTransformer`; hidden tokens never enter its blocks (MAE).
 
     Attributes:
-        backbone: The timm model, with its weights as they are.
-        architecture: Name and arguments that make the same model by `timm.create_model`.
+        backbone: The timm model, with its weights unchanged.
+        architecture: Name and arguments with which `timm.create_model` builds the same model.
 
     Raises:
-        ValueError: If its tokens are no patches of pixels: hidden pixels would leak through a stem of convolutions. Or
-            if it pools by weights.
+        ValueError: If its tokens are not plain patches, since hidden pixels would leak through a convolutional stem, or
+            if its pooling has weights.
     """
 
     def __init__(self, vit: VisionTransformer, architecture: Architecture | None = None):
@@ -67,12 +67,12 @@ class ViT(nn.Module):
 
 
 def pools_by_weights(network: nn.Module) -> bool:
-    """Tell whether pooling has weights, attention's or those of the last norm, which no masked view would train."""
+    """Tell whether pooling has weights (attention, or a norm after it), which pre-training would not train."""
     return any(name.startswith(("attn_pool.", "fc_norm.")) for name in network.state_dict())
 
 
 class MaskTokenViT(ViT):
-    """A ViT that sees one learned mask token in the place of every hidden patch (BEiT, SimMIM, MaskFeat)."""
+    """A ViT in which one learned mask token replaces every hidden patch (BEiT, SimMIM, MaskFeat)."""
 
     def __init__(self, vit: VisionTransformer, architecture: Architecture | None = None):
         super().__init__(vit, architecture)
@@ -81,7 +81,7 @@ class MaskTokenViT(ViT):
 
     def forward(self, images: Float[Tensor, "B C H W"], tokens: TokenIds) -> Latents:
         """Encode all tokens of every view."""
-        patches = self.backbone.patch_embed(images)  # B L D, or B h w D where the model takes any image size
+        patches = self.backbone.patch_embed(images)  # B L D, or B h w D if the model takes any image size
         num_views = len(tokens.hidden) // len(images)
         patches_NLD = patches.flatten(1, -2).repeat_interleave(num_views, dim=0)
         hidden_ids = tokens.hidden[..., None].expand(-1, -1, self.embed_dim)
@@ -104,7 +104,7 @@ def create_vit(
     mask_token: bool = False,
     **overrides: Any,
 ) -> ViT:
-    """Create an untrained ViT with fixed sine-cosine positions and MAE's initialisation.
+    """Create an untrained ViT with fixed sine-cosine position embeddings and MAE's initialisation.
 
     Args:
         size: One of `SIZES`.
@@ -112,19 +112,19 @@ def create_vit(
         patch_size: Side of a token, in pixels.
         in_chans: Channels of an image.
         class_token: Give the encoder a class token.
-        reg_tokens: Register tokens.
-        mask_token: Replace hidden patches by a mask token instead of dropping them.
+        reg_tokens: Number of register tokens.
+        mask_token: Replace hidden patches with a mask token instead of dropping them.
         **overrides: Further arguments of timm's `VisionTransformer`, such as `embed_dim`, `depth`, `num_heads`.
 
     Raises:
-        ValueError: If the image does not consist of whole patches or the size is unknown.
+        ValueError: If the image does not consist of whole patches, or the size or an override is invalid.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if height % patch_size or width % patch_size:
         raise ValueError(f"an image of {height} x {width} px does not consist of whole patches of {patch_size} px")
     if size not in SIZES:
         raise ValueError(f"there is no ViT of size {size!r}; choose one of {', '.join(SIZES)}")
-    # The final norm is in front of the pooling, for pre-training needs it on tokens; `put_head` moves it.
+    # The final norm comes before pooling because pre-training needs it on tokens; `put_head` moves it.
     arguments = dict(
         img_size=(height, width),
         patch_size=patch_size,
@@ -141,14 +141,14 @@ def create_vit(
         vit = timm.create_model(name, **arguments)
     except TypeError as error:  # "... got an unexpected keyword argument 'NAME'"
         raise ValueError(f"a ViT has no setting {str(error).rpartition(' ')[2]}; take another preset") from None
-    except AssertionError as error:  # a width that the heads do not divide
+    except AssertionError as error:  # a width that the number of heads does not divide
         raise ValueError(f"ViT {size}: {error}") from None
     vit.apply(init_weights)
     for token in (vit.cls_token, vit.reg_token):
         if token is not None:
             nn.init.normal_(token, std=0.02)
     vit.pos_embed.requires_grad_(False)
-    with torch.no_grad():  # positions of prefix tokens are zero
+    with torch.no_grad():  # position embeddings of prefix tokens are zero
         vit.pos_embed.zero_()[:, -math.prod(vit.patch_embed.grid_size) :] = sincos_positions(
             vit.patch_embed.grid_size, vit.embed_dim
         )

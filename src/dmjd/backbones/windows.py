@@ -6,24 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-GLOBAL_BLOCKS = 4  # evenly spaced; the others see windows
+GLOBAL_BLOCKS = 4  # evenly spaced; all others attend within windows
 
 
 class Windows:
-    """Makes blocks of a ViT attend within square windows of tokens; its weights and their names stay as they are.
+    """Makes blocks of a ViT attend within square windows of tokens, without changing its weights or their names.
 
-    Blocks at the end of each of `GLOBAL_BLOCKS` equal parts of the network still see all tokens. Class and register
-    tokens go into every window and come back as the mean over them.
+    The last block of each of `GLOBAL_BLOCKS` equal parts of the network still attends to all tokens. Class and register
+    tokens are copied into every window, and their outputs are averaged over the windows.
 
     Args:
-        vit: A ViT of timm.
+        vit: A timm ViT.
         size: Side of a window, in tokens.
 
     Attributes:
-        grid: Rows and columns of tokens of the next images; multiples of `size`. To be set before every forward pass.
+        grid: Rows and columns of tokens of the next images; multiples of `size`. Set it before every forward pass.
 
     Raises:
-        ValueError: If the backbone is no ViT.
+        ValueError: If the backbone is not a ViT.
     """
 
     def __init__(self, vit: nn.Module, size: int):
@@ -36,7 +36,7 @@ class Windows:
         ends = [round(len(blocks) * part / GLOBAL_BLOCKS) for part in range(GLOBAL_BLOCKS + 1)]
         self.windowed = [index for start, end in pairwise(ends) for index in range(start, end - 1)]
         for index in self.windowed:
-            attention = blocks[index].attn  # not the block: its stochastic depth is of images
+            attention = blocks[index].attn  # not the block: stochastic depth must drop images, not windows
             attention.register_forward_pre_hook(lambda module, given: (self.split(given[0]), *given[1:]))
             attention.register_forward_hook(lambda module, given, found: self.join(found))
 
