@@ -1,4 +1,4 @@
-"""What segmentation and detection do with the backbone inside their networks."""
+"""Code that segmentation and detection share: networks with a backbone inside."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,10 +17,10 @@ from dmjd.evaluation.features import FeatureExtractor
 
 
 def make_pyramid(backbone: FeatureExtractor, name: str, *, window: int | None = None) -> Pyramid:
-    """Make maps of a backbone, with windowed attention if wanted, and try them.
+    """Build the pyramid of a backbone, with windowed attention if `window` is given, and run it once as a test.
 
     Raises:
-        ConfigError: If it has no maps, takes images of one size only, or cannot have windows; `name` is named.
+        ConfigError: If it has no maps, takes images of one size only, or cannot have windows; the message has `name`.
     """
     try:
         pyramid = Pyramid(backbone.model, window).to(backbone.device).eval()
@@ -29,14 +29,14 @@ def make_pyramid(backbone: FeatureExtractor, name: str, *, window: int | None = 
     try:
         with torch.no_grad():
             pyramid(torch.zeros(1, backbone.in_chans, 64, 96, device=backbone.device))
-    except (AssertionError, RuntimeError):  # some models of timm are bound to a size in ways of their own
+    except (AssertionError, RuntimeError):  # some timm models fix their image size in other ways
         what = "the backbone does not take images of any size" + (", or not in windows" if window else "")
         raise ConfigError(f"{what}; {name}; take another backbone") from None
     return pyramid
 
 
 def heads_of(network: nn.Module, backbone: nn.Module) -> nn.ModuleList:
-    """List the largest parts of a network that hold nothing of its backbone."""
+    """List the outermost modules of a network that contain no part of its backbone."""
     return nn.ModuleList(_outermost(network, {id(module) for module in backbone.modules()}))
 
 
@@ -58,22 +58,22 @@ def fit_around(
     judge: Callable[[nn.Module], Judged],
     task: Mapping[str, Any],
 ) -> Judged:
-    """Train a network around a backbone, keep the best and the last as files, and return the last judgement.
+    """Train a network around a backbone, save the best and the last one, and return the last evaluation.
 
     Args:
-        trainer: Of the network.
-        backbone: Whose model is inside it.
-        samples: What training sees.
-        objective: From the network and a batch to scalars by name; `loss` is minimised.
-        judge: Looks at the held-out images with a network in evaluation mode.
-        task: What describes the network, for `read_task`.
+        trainer: Trainer of the network.
+        backbone: The backbone, whose model is part of the network.
+        samples: Training samples.
+        objective: Maps the network and a batch to scalars by name; `loss` is minimised.
+        judge: Evaluates a network, given in evaluation mode, on the held-out images.
+        task: Description of the network, for `read_task`.
     """
     inside = next(name for name, module in trainer.model.module.named_modules() if module is backbone.model)
     judged: Judged | None = None
 
     def evaluate(step: int) -> dict[str, float]:
         nonlocal judged
-        network = trainer.model.whole().eval()  # shares of weights cannot be brought together in inference mode
+        network = trainer.model.whole().eval()  # sharded weights cannot be gathered in inference mode
         with torch.inference_mode():
             judged = judge(network)
         return {name: value for name, value in judged.summary.items() if isinstance(value, float)}

@@ -1,4 +1,4 @@
-"""Object detection: torchvision's Faster R-CNN, or Mask R-CNN, on the maps of any backbone."""
+"""Object detection: torchvision's Faster R-CNN or Mask R-CNN on the maps of any backbone."""
 
 import math
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from torchvision.ops.poolers import initLevelMapper
 
 from dmjd.backbones.pyramid import Pyramid
 
-BOX_SIDE = 7  # what torchvision's head sees of a box, in points of a map
+BOX_SIDE = 7  # RoIAlign resamples the features of a box to 7 x 7, as in torchvision
 
 
 class PyramidFPN(nn.Module):
-    """The maps that torchvision's detectors look at: a feature pyramid network (Lin et al. 2017) on a backbone's."""
+    """A feature pyramid network (Lin et al. 2017) on the maps of a backbone, as torchvision's detectors expect it."""
 
     def __init__(self, pyramid: Pyramid, width: int):
         super().__init__()
@@ -35,10 +35,10 @@ class PyramidFPN(nn.Module):
 
 
 class FitIntoCrop(GeneralizedRCNNTransform):
-    """torchvision's resizing, which rounds the shorter side of a very long image down to no pixel, and so fails."""
+    """torchvision's resizing, which fails on very long images because it rounds the shorter side down to 0 pixels."""
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Stretch the shorter side until a pixel of it is left; boxes are brought back side by side."""
+        """Stretch the shorter side so that a pixel of it remains; boxes are scaled back for each side separately."""
         least = max(image.shape[-2:]) // self.max_size + 1
         if min(image.shape[-2:]) < least:
             image = F.interpolate(image[None], [max(side, least) for side in image.shape[-2:]], mode="bilinear")[0]
@@ -56,16 +56,16 @@ def create_detector(
     fpn_channels: int,
     head_channels: int,
 ) -> nn.Module:
-    """Make torchvision's detector: images (C, H, W) of 0..1 in a list, losses or boxes out.
+    """Build torchvision's detector: a list of images (C, H, W) of 0..1 in, losses or boxes out.
 
     Args:
-        pyramid: Makes the maps.
-        num_classes: Classes, without the background.
-        masks: With a head for masks.
-        crop_hw: Height and width of training images; others are resized to fit into these sides, lying or upright.
+        pyramid: Computes the maps.
+        num_classes: Number of classes, without the background.
+        masks: Whether to add a mask head.
+        crop_hw: Height and width of training images; others are resized to fit into them in either orientation.
         statistics: Mean and standard deviation of the channels.
         fpn_channels: Width of the feature pyramid network.
-        head_channels: Width of the layers that judge a box.
+        head_channels: Width of the box head.
     """
     options: dict[str, Any] = {
         "box_head": TwoMLPHead(fpn_channels * BOX_SIDE**2, head_channels),
@@ -80,19 +80,19 @@ def create_detector(
         max(crop_hw),
         *map(list, statistics),
         size_divisible=64,  # the coarsest map's stride
-        _skip_resize=True,  # in training: crops have their size
+        _skip_resize=True,  # in training, since crops already have their size
     )
     for part in (model.backbone, model.rpn.head, model.roi_heads.box_predictor):
         part.register_forward_hook(lambda module, given, found: float32(found))
     for pooler in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
-        if pooler is not None:  # left alone, it guesses strides from the first image, wrongly for some sizes
+        if pooler is not None:  # by default it infers strides from the first image, wrongly for some sizes
             pooler.scales = [1 / stride for stride in pyramid.strides]
             pooler.map_levels = initLevelMapper(*(round(math.log2(pyramid.strides[end])) for end in (0, -1)))
     return model
 
 
 def float32(found: Any) -> Any:
-    """Cast what a part of the network says: boxes are computed in its type, and 8 bits of bf16 are no coordinate."""
+    """Cast outputs to float32: boxes are computed in their dtype, and 8 bits of bf16 are too few for coordinates."""
     if isinstance(found, Tensor):
         return found.float()
     if isinstance(found, dict):

@@ -16,16 +16,16 @@ class Segmenter(nn.Module):
     """UPerNet (Xiao et al. 2018) on the maps of a backbone.
 
     Args:
-        pyramid: Makes the maps.
-        num_classes: Classes.
+        pyramid: Computes the maps.
+        num_classes: Number of classes.
         channels: Width of UPerNet.
-        auxiliary: With a second head, on the map of stride 16, for training.
+        auxiliary: Whether to add a second head, on the map of stride 16, for training.
     """
 
     def __init__(self, pyramid: Pyramid, num_classes: int, *, channels: int, auxiliary: bool):
         super().__init__()
         self.pyramid = pyramid
-        # The decoder's list of widths starts with those of the image and of a map at stride 2, which it does not read.
+        # The decoder's list of widths starts with those of the image and of a map at stride 2, which are not used.
         self.decoder = UPerNetDecoder([3, 0, *pyramid.channels], encoder_depth=5, decoder_channels=channels)
         self.classifier = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(channels, num_classes, 1))
         self.auxiliary: nn.Module | None = None
@@ -38,7 +38,7 @@ class Segmenter(nn.Module):
             )
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B classes H W"]]:
-        """Compute logits of normalised images; in training a second set of them, of the auxiliary head."""
+        """Compute logits of normalised images; in training, the auxiliary head adds a second set."""
         maps = self.pyramid(images)
         logits = [self.classifier(self.decoder([images, images, *maps]))]
         if self.training and self.auxiliary is not None:
@@ -49,6 +49,6 @@ class Segmenter(nn.Module):
 def pixel_loss(
     logits: Float[Tensor, "B classes H W"], labels: Int[Tensor, "B H W"], ignore_index: int
 ) -> Float[Tensor, ""]:
-    """Compute the mean cross-entropy of the pixels that have a class; 0 if none has, where torch's own mean is none."""
+    """Compute the mean cross-entropy over the pixels that have a class; 0 if none has, where torch's mean is NaN."""
     total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
     return total / (labels != ignore_index).sum().clamp(min=1)

@@ -1,10 +1,10 @@
-"""What is predicted: a vector of numbers for every token, computed once per image for all its views.
+"""Prediction targets: a vector for every token, computed once per image and shared by all its views.
 
 A new target is one file, here or in another distribution that offers it as an entry point of the group `dmjd.targets`:
-a class with what `Target` asks for, and a function that makes it of a `TargetRequest`, decorated by `register_target`.
+a class that implements `Target`, and a function that builds it from a `TargetRequest`, decorated by `register_target`.
 
-    protocol   what a target is, and the register of them
-    pixels     pixels, as they are or normalised in each patch (MAE)
+    protocol   the interface of a target, and the registry of targets
+    pixels     raw pixels, or pixels normalised in each patch (MAE)
     hog        histograms of oriented gradients (MaskFeat, and the paper's own recipe)
     teacher    features of a frozen network
     ema        features of the exponential moving average of the student itself (data2vec)
@@ -36,13 +36,13 @@ __all__ = [
 
 
 def create_target(name: str, request: TargetRequest) -> Target:
-    """Make the target of a name: KIND, KIND:ARGUMENT, the path of a backbone.safetensors, or several joined by `+`.
+    """Build a target from its name: KIND, KIND:ARGUMENT, the path of a backbone.safetensors, or several joined by `+`.
 
     Raises:
-        ConfigError: If there is no such kind, or it does not go together with the rest.
+        ConfigError: If there is no such kind, or it is incompatible with the request.
         CheckpointError: If the weights of a teacher cannot be loaded.
     """
-    names = [name] if Path(name).is_file() else name.split("+")  # the name of a file may have a + of its own
+    names = [name] if Path(name).is_file() else name.split("+")  # a file name may contain a +
     if len(names) > 1:
         return ConcatTarget([create_target(part, request) for part in names])
     kind, _, argument = name.partition(":")

@@ -1,4 +1,4 @@
-"""Several targets at once: each has its part of the width, and the loss of a branch is the sum of theirs."""
+"""Several targets at once: each occupies part of the width, and the loss of a branch is the sum of their losses."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from dmjd.targets.protocol import Target
 
 
 class ConcatTarget(nn.Module):
-    """Targets side by side, in the order given; only the first one is drawn."""
+    """Targets side by side, in the given order; only the first one is drawn."""
 
     def __init__(self, targets: Sequence[Target]):
         super().__init__()
@@ -23,7 +23,7 @@ class ConcatTarget(nn.Module):
         self.caption = f"{targets[0].caption.rstrip('.')}; of {len(targets)} targets, only the first is drawn."
 
     def forward(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B L T"]:
-        """Compute the targets of images of 0..255 and join them along the width."""
+        """Compute the targets of images of 0..255 and concatenate them along the width."""
         return torch.cat([target(images) for target in self.targets], dim=-1)
 
     def picture(

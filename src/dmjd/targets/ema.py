@@ -12,15 +12,15 @@ from dmjd.targets.teacher import FeatureTarget
 
 
 class EmaTeacher(FeatureTarget):
-    """Features of the mean, which is part of a checkpoint but not trained: `update` draws it towards the student.
+    """Features of the moving average, which is saved in checkpoints but not trained: `update` moves it.
 
     Args:
         maps: Chosen layers of a copy of the student; data2vec takes the top ones.
-        grid: Rows and columns of its tokens.
-        decay: Share of the mean that is kept at a step, at the start and at the end of a run.
+        grid: Rows and columns of the student's tokens.
+        decay: Decay of the average at the start and at the end of a run: the share that a step keeps.
     """
 
-    caption = "Colours are the first three principal components of the features of the backbone's own running mean."
+    caption = "Colours are the first three principal components of the features of the backbone's own moving average."
 
     def __init__(self, maps: FeatureMaps, grid: tuple[int, int], *, decay: tuple[float, float] = (0.996, 0.9999)):
         super().__init__(maps, grid)
@@ -28,7 +28,7 @@ class EmaTeacher(FeatureTarget):
 
     @torch.no_grad()
     def update(self, student: nn.Module, progress: float) -> None:
-        """Move towards the student; the decay grows linearly with `progress`, from 0 to 1, through the run."""
+        """Move towards the student; the decay changes linearly with `progress`, which goes from 0 to 1 over the run."""
         decay = self.decay[0] + (self.decay[1] - self.decay[0]) * progress
         network = self.maps.network
         move = get_ema_multi_avg_fn(decay)
@@ -39,7 +39,7 @@ class EmaTeacher(FeatureTarget):
 
 @register_target("ema")
 def build_ema(request: TargetRequest) -> EmaTeacher:
-    """Make the mean of an encoder's backbone, as yet a copy of it."""
+    """Build the moving average of an encoder's backbone, which starts as a copy of it."""
     request.refuse_argument()
     mean, std = request.normalize.statistics
     maps = FeatureMaps(

@@ -12,15 +12,15 @@ from dmjd.errors import ConfigError
 from dmjd.targets.protocol import TargetRequest, register_target
 
 NUM_BINS = 9  # of 20 degrees each: unsigned gradients span 180
-AT_ONCE = 4  # images on a CPU, in whose cache all that is as large as the images then stays
-STAR = 11  # pixels of the side of a cell's picture
+AT_ONCE = 4  # images at a time on a CPU, so that intermediates of image size stay in its cache
+STAR = 11  # side of a cell's picture, in pixels
 
-# dmjd: the official program of the paper. maskfeat: MaskFeat's own. mmpretrain: the same with a Gaussian window.
+# dmjd: as in the paper's official program. maskfeat: as in MaskFeat. mmpretrain: MaskFeat's with a Gaussian window.
 HogVariant = Literal["dmjd", "maskfeat", "mmpretrain"]
 
 
 def central(pixels: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
-    """Subtract the two neighbours, along columns and along rows; zero on the border."""
+    """Compute central differences along columns and along rows; zero on the border."""
     rising, running = torch.zeros_like(pixels), torch.zeros_like(pixels)
     rising[..., 1:-1, :].copy_(pixels[..., 2:, :]).sub_(pixels[..., :-2, :])
     running[..., 1:-1].copy_(pixels[..., 2:]).sub_(pixels[..., :-2])
@@ -28,7 +28,7 @@ def central(pixels: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"],
 
 
 def sobel(pixels: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
-    """Subtract the two neighbours, smoothed by 1 2 1, along rows and along columns; the image is reflected."""
+    """Compute Sobel gradients along rows and along columns, with reflection padding."""
     padded = F.pad(pixels, (1, 1, 1, 1), mode="reflect")
     across, down = padded[..., :-2] - padded[..., 2:], padded[..., :-2, :] - padded[..., 2:, :]
     rising = across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]
@@ -41,9 +41,9 @@ def hog_cells(
 ) -> Float[Tensor, "B C h w 9"]:
     """Sum gradient magnitudes by orientation over square cells: hard assignment, no normalisation over blocks.
 
-    `dmjd` takes central differences, orientations atan2(row gradient, column gradient) modulo 180 degrees, and divides
-    by the cell's area. `maskfeat` takes Sobel's gradients and orientations atan2(column gradient, row gradient);
-    `mmpretrain` moreover weighs pixels by a Gaussian of a cell's side as its deviation, over windows of 2 x 2 cells.
+    `dmjd` uses central differences and orientations atan2(row gradient, column gradient) modulo 180 degrees, and
+    divides by the cell's area. `maskfeat` uses Sobel gradients and orientations atan2(column gradient, row gradient);
+    `mmpretrain` also weights pixels with a Gaussian over windows of 2 x 2 cells, whose sigma is the side of a cell.
     """
     (height, width), device = images.shape[-2:], images.device
     row_H, column_W = torch.arange(height, device=device), torch.arange(width, device=device)
@@ -70,13 +70,13 @@ def hog(
 ) -> Float[Tensor, "B L T"]:
     """Compute HOG targets of images of 0..255, T = (patch_size / cell_size)^2 * 9 * C.
 
-    Cells are those of `default_cell_size` unless `cell_size` gives their side in pixels.
-    `dmjd` whitens the bins of every cell (LayerNorm without affine); inside a token the order is (cell row, cell
+    `cell_size` is the side of a cell in pixels, by default that of `default_cell_size`.
+    `dmjd` standardises the bins of every cell (LayerNorm without affine); within a token the order is (cell row, cell
     column, bin, channel). `maskfeat` and `mmpretrain` divide them by their L2 norm; the order is (channel, bin, cell
     row, cell column).
 
     Raises:
-        ValueError: If the patch does not consist of whole cells or the image of whole patches.
+        ValueError: If a patch does not consist of whole cells or the image of whole patches.
     """
     height, width = images.shape[-2:]
     cell_size = cell_size or default_cell_size(patch_size)
@@ -96,9 +96,9 @@ class HOG(nn.Module):
 
     Args:
         patch_size: Side of a token, in pixels.
-        in_chans: Channels of an image; each has histograms of its own.
+        in_chans: Channels of an image; each has its own histograms.
         cell_size: Side of a cell, in pixels.
-        variant: Whose histograms, as in `hog_cells`.
+        variant: Which definition of HOG, see `hog_cells`.
 
     Raises:
         ConfigError: If a patch does not consist of whole cells.
@@ -123,16 +123,16 @@ class HOG(nn.Module):
     def picture(
         self, values: Float[Tensor, "L T"], image: UInt8[Tensor, "C H W"], truth: Float[Tensor, "n L T"]
     ) -> UInt8[Tensor, "1 h w"]:
-        """Draw a star of strokes for each cell, as bright as the positive part of its bins, mean over channels.
+        """Draw a star of strokes for each cell, whose brightness is the positive part of the bins' mean over channels.
 
-        White is a value of 2 where bins are whitened (they reach sqrt(8) where one is alone in its cell), else 1.
+        White is 2 for standardised bins (a bin that is alone in its cell reaches sqrt(8)), otherwise 1.
         """
         cells, whitened = self.patch_size // self.cell_size, self.variant == "dmjd"
         shape = (cells, cells, NUM_BINS, -1) if whitened else (-1, NUM_BINS, cells, cells)
         bins = values.float().cpu().nan_to_num().unflatten(1, shape)
         bins = bins.mean(dim=-1) if whitened else bins.mean(dim=1).permute(0, 2, 3, 1)  # L i j bin
         strength = (bins / (2 if whitened else 1)).clamp(0, 1)[..., None, None]
-        # The others measure orientations from the rows, not from the columns.
+        # The other variants swap the arguments of atan2.
         edges = strokes(STAR) if whitened else strokes(STAR).mT
         stars = (strength * edges).amax(dim=3)  # L i j STAR STAR
         stars = stars.unflatten(0, (image.shape[-2] // self.patch_size, -1))
@@ -141,9 +141,9 @@ class HOG(nn.Module):
 
 
 def strokes(size: int) -> Float[Tensor, "bins {size} {size}"]:
-    """Draw a line through the middle for each bin along the edge, which is at right angles to the bin's gradient.
+    """Draw a line through the centre for each bin, along the edge and thus perpendicular to the bin's gradient.
 
-    A bin's gradient points to (column, row) = (cos, sin) of its angle, as in `dmjd`.
+    The gradient of a bin has the direction (column, row) = (cos, sin) of its angle, as in `dmjd`.
     """
     angle = ((torch.arange(NUM_BINS, dtype=torch.float64) + 0.5) * (math.pi / NUM_BINS))[:, None, None]
     place = torch.arange(size, dtype=torch.float64) - size // 2
@@ -155,13 +155,13 @@ def default_cell_size(patch_size: int) -> int:
     """Choose the side of a cell: 8 for patches of 16, 24, 32 ..., else half a patch, or all of a small or odd one."""
     if patch_size >= 16 and patch_size % 8 == 0:
         return 8
-    # Fewer than 4 x 4 gradients are too few for a histogram of nine bins.
+    # Cells smaller than 4 x 4 pixels have too few gradients for a histogram of nine bins.
     return patch_size // 2 if patch_size % 2 == 0 and patch_size >= 8 else patch_size
 
 
 @register_target("hog")
 def build_hog(request: TargetRequest) -> HOG:
-    """Make the target `hog` for an encoder's tokens."""
+    """Build the target `hog` for an encoder's tokens."""
     request.refuse_argument()
     patch_size = request.encoder.patch_size
     return HOG(

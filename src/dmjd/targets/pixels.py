@@ -59,10 +59,10 @@ class Pixels(nn.Module):
     def picture(
         self, values: Float[Tensor, "L T"], image: UInt8[Tensor, "C H W"], truth: Float[Tensor, "n L T"]
     ) -> UInt8[Tensor, "c H W"]:
-        """Draw values as pixels: undo what was done to the target.
+        """Draw values as pixels by undoing the normalisation.
 
-        Patches that were standardised carry no brightness or contrast of their own; both are taken from the true
-        patches of `image`, as in MAE's pictures.
+        Standardised patches have lost their brightness and contrast; both are taken from the true patches of `image`,
+        as in MAE's pictures.
         """
         values, normalize = values.cpu().double(), Normalize(*self.normalize.statistics)
         if self.standardize:
@@ -80,13 +80,13 @@ class Pixels(nn.Module):
 
 @register_target("pixels")
 def build_pixels(request: TargetRequest) -> Pixels:
-    """Make the target `pixels` for an encoder's tokens."""
+    """Build the target `pixels` for an encoder's tokens."""
     return _build(request, standardize=False)
 
 
 @register_target("normalized_pixels")
 def build_normalized_pixels(request: TargetRequest) -> Pixels:
-    """Make the target `normalized_pixels` for an encoder's tokens."""
+    """Build the target `normalized_pixels` for an encoder's tokens."""
     return _build(request, standardize=True)
 
 

@@ -1,4 +1,4 @@
-"""What a target is, and the register of all kinds of them."""
+"""The interface of a target, and the registry of all kinds."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,24 +14,24 @@ from dmjd.registry import Registry
 
 @runtime_checkable
 class Target(Protocol):
-    """What every token is to predict; a module if it has weights or buffers."""
+    """A prediction target for every token; a module if it has weights or buffers."""
 
     dim: int  # width T
-    widths: tuple[int, ...]  # of targets side by side, whose losses are summed; (dim,) where there is one
+    widths: tuple[int, ...]  # of targets side by side, whose losses are summed; (dim,) for a single one
     caption: str  # one sentence for the report: what the pictures show
-    backdrop: Literal["image", "target"]  # what predictions are pasted into: the image, or the target's own picture
+    backdrop: Literal["image", "target"]  # predictions are pasted into the image, or into the picture of the target
 
     def __call__(self, images: Tensor, /) -> Tensor:
         """Compute the targets (B, L, T) of images (B, C, H, W) of 0..255."""
         ...
 
     def picture(self, values: Tensor, image: Tensor, truth: Tensor) -> Tensor:
-        """Draw the target of one image, or a prediction of it, wherever the tensors are.
+        """Draw the target of one image, or a prediction of it; tensors may be on any device.
 
         Args:
-            values: What is drawn, (L, T).
+            values: Values to draw, (L, T).
             image: The image itself, uint8 (C, H, W).
-            truth: True values of all images that the report shows, (n, L, T): colours are chosen for all of them.
+            truth: True values of all images in the report, (n, L, T), so that they share one choice of colours.
 
         Returns:
             A picture on the CPU, uint8 (1, 3 or C, h, w), whose sides are multiples of those of the grid of tokens.
@@ -41,14 +41,14 @@ class Target(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TargetRequest:
-    """What targets are made for.
+    """What a target is built from.
 
     Attributes:
-        encoder: The backbone in training; says how tokens lie.
+        encoder: The encoder in training, which defines the tokens.
         in_chans: Channels of an image.
         image_hw: Height and width of an image, in pixels.
         normalize: How the encoder's images are normalised.
-        argument: What follows the colon in the name of a target, such as NAME in `timm:NAME`.
+        argument: The part after the colon in the name of a target, such as NAME in `timm:NAME`.
         options: Settings of targets by section, such as {"hog": {"cell_size": 4}}.
     """
 
@@ -60,12 +60,12 @@ class TargetRequest:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def option(self, section: str, name: str, default: Any) -> Any:
-        """Look up a setting; `default` where it is missing or None."""
+        """Look up a setting; returns `default` if it is missing or None."""
         value = self.options.get(section, {}).get(name)
         return default if value is None else value
 
     def refuse_argument(self) -> None:
-        """Say that this kind of target has no argument.
+        """Check that a target of a kind without an argument has none.
 
         Raises:
             ConfigError: If there is one.

@@ -1,4 +1,4 @@
-"""Features of a frozen network as the target: CLIP, DINO, any network of timm or transformers, or one of ours."""
+"""Features of a frozen network as the target: CLIP, DINO, any timm or transformers network, or one of dmjd's own."""
 
 import hashlib
 from collections.abc import Callable
@@ -19,12 +19,12 @@ Compute = Callable[[Tensor], Tensor]
 
 
 class FeatureTarget(nn.Module):
-    """Tokens of a network that is not trained, LayerNormed without affine, on the student's grid.
+    """Features of a network that receives no gradients, on the student's grid, after a LayerNorm without affine.
 
-    Several maps are LayerNormed, brought to the grid and averaged (data2vec, section 3).
+    Several maps are each LayerNormed, resized to the grid and averaged (data2vec, section 3).
 
     Args:
-        maps: Chosen layers of the network; frozen here, and always in evaluation mode.
+        maps: Chosen layers of the network, which is frozen here and always in evaluation mode.
         grid: Rows and columns of the student's tokens.
     """
 
@@ -38,7 +38,7 @@ class FeatureTarget(nn.Module):
         self.widths: tuple[int, ...] = (self.dim,)
 
     def train(self, mode: bool = True) -> "FeatureTarget":
-        """Leave the network in evaluation mode: targets have no dropout and no drop path."""
+        """Keep the network in evaluation mode: targets use no dropout and no drop path."""
         super().train(mode)
         self.maps.eval()
         return self
@@ -53,24 +53,24 @@ class FeatureTarget(nn.Module):
     def picture(
         self, values: Float[Tensor, "L T"], image: UInt8[Tensor, "C H W"], truth: Float[Tensor, "n L T"]
     ) -> UInt8[Tensor, "3 H W"]:
-        """Draw values in colour: their first three principal components over the tokens `truth` of all images."""
+        """Draw values in colour, by the first three principal components of the tokens `truth` of all images."""
         values, known = values.float().cpu().nan_to_num(), truth.float().cpu().flatten(0, 1).nan_to_num()
         mean = known.mean(dim=0)
         _, lengths, directions = torch.linalg.svd(known - mean, full_matrices=False)
         deviations = lengths[:3] / len(known) ** 0.5 + 1e-6
         colours = values.new_zeros(len(values), 3)
         colours[:, : len(deviations)] = (values - mean) @ directions[:3].T / deviations
-        picture = ((colours / 4 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)  # two deviations to either side
+        picture = ((colours / 4 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)  # +- two standard deviations
         rows, columns = self.grid
         height, width = image.shape[-2] // rows, image.shape[-1] // columns
         return picture.T.unflatten(1, self.grid).repeat_interleave(height, 1).repeat_interleave(width, 2)
 
 
 class Teacher(FeatureTarget):
-    """A frozen network, which a checkpoint of the student neither holds nor misses.
+    """A frozen network, left out of the student's checkpoints both when saving and when loading.
 
     Attributes:
-        cache: Asked first for targets where it is not None, by images and the function that computes missing ones.
+        cache: Unless None, called with images and the function that computes missing targets; returns the targets.
     """
 
     def __init__(self, maps: FeatureMaps, grid: tuple[int, int]):
@@ -84,7 +84,7 @@ class Teacher(FeatureTarget):
         return super().forward(images) if self.cache is None else self.cache(images, super().forward)
 
     def fingerprint(self) -> str:
-        """Hash what the targets depend on beside the images: grid, layers, size, precision, statistics, weights."""
+        """Hash all that the targets depend on except the images: grid, layers, size, precision, statistics, weights."""
         maps = self.maps
         digest = hashlib.sha256(repr((self.grid, maps.layers, maps.size, maps.bf16)).encode())
         statistics = {"mean": maps.normalize.mean, "std": maps.normalize.std}
@@ -105,7 +105,7 @@ def _keep_maps(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
 
 
 def on_grid(features: Float[Tensor, "B T h w"], grid: tuple[int, int]) -> Float[Tensor, "B L T"]:
-    """Resize a map to a grid (bilinear, antialiased) and list its tokens in raster order."""
+    """Resize a map to a grid (bilinear, antialiased) and flatten it to tokens in raster order."""
     if features.shape[-2:] != grid:
         features = F.interpolate(features, grid, mode="bilinear", antialias=True)
     return features.flatten(2).transpose(1, 2)
@@ -118,26 +118,26 @@ def whiten(tokens: Float[Tensor, "*shape T"]) -> Float[Tensor, "*shape T"]:
 
 @register_target("timm")
 def build_timm(request: TargetRequest) -> Teacher:
-    """Make a teacher of `timm:NAME`, with timm's weights."""
+    """Build the teacher `timm:NAME`, with timm's weights."""
     return _frozen(open_backbone(f"timm:{request.argument}")[0], request)
 
 
 @register_target("file")
 def build_file(request: TargetRequest) -> Teacher:
-    """Make a teacher of a backbone.safetensors."""
+    """Build a teacher from a backbone.safetensors."""
     return _frozen(open_backbone(request.argument)[0], request)
 
 
 @register_target("hf")
 def build_huggingface(request: TargetRequest) -> Teacher:
-    """Make a teacher of `hf:NAME`, a name or a folder that Hugging Face transformers loads."""
+    """Build the teacher `hf:NAME`, where NAME is a name or a folder that Hugging Face transformers loads."""
     if not request.argument:
         raise ConfigError("the teacher has no name; hf:; give hf:NAME")
     return _frozen(HuggingFace(request.argument), request)
 
 
 def _frozen(network: nn.Module, request: TargetRequest) -> Teacher:
-    network.to(memory_format=torch.channels_last)  # convolutions are faster so
+    network.to(memory_format=torch.channels_last)  # makes convolutions faster
     maps = FeatureMaps(
         network,
         layers=request.option("teacher", "layers", None),
