@@ -1,9 +1,10 @@
 """Every setting of every verb: its type, its default, its help text and the rules between settings.
 
-rules        what single settings must keep to; settings as YAML
+rules        checks of single settings; settings as YAML
 load         defaults < preset < file < flags
 common       groups that several verbs share
-pretrain     sections of `dmjd pretrain`; what `--preset auto` chooses of them is `auto`
+pretrain     sections of `dmjd pretrain`
+auto         the sizes and lengths that `--preset auto` chooses for it
 downstream   settings of the verbs that start from a backbone
-doctor, export, plan, predict, prepare, search   of the verbs of these names
+doctor, export, plan, predict, prepare, search   settings of the verbs of these names
 """

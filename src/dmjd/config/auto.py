@@ -1,7 +1,7 @@
-"""The rules of `--preset auto`: sizes and lengths that follow from the images, the machine and the time there is.
+"""The rules of `--preset auto`: sizes and lengths that follow from the images, the machine and the available time.
 
-The method itself is that of presets/auto.yaml, chosen by trials (docs/results.md, Preset auto). The numbers here are
-judgement, but for the shape of the smallest network and its learning rate, which are those of the trials.
+The method itself is in presets/auto.yaml and was chosen by trials (docs/results.md, Preset auto). The numbers here are
+judgement, except the shape of the smallest network and its learning rate, which come from the trials.
 """
 
 import re
@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 from dmjd.config.rules import height_width
 
-Chosen = dict[str, Any]  # settings, as a preset has them
-OWN = ("model.backbone", "model.image_size", "model.patch_size")  # what a choice of sizes has to heed
+Chosen = dict[str, Any]  # settings, nested as in a preset
+OWN = ("model.backbone", "model.image_size", "model.patch_size")  # flags that constrain the choice of sizes
 
 SIDES = {"cpu": (32, 48, 64, 96), "gpu": (32, 64, 96, 128, 160, 224)}  # of a crop, in pixels
-TOKENS = {"cpu": 8, "gpu": 14}  # along a side, at most; on two cores, more tokens would be fewer epochs
-SMALLEST_PATCH = 4  # pixels; smaller ones have no gradients to speak of
+TOKENS = {"cpu": 8, "gpu": 14}  # along a side, at most; on two cores, more tokens would mean fewer epochs
+SMALLEST_PATCH = 4  # pixels; smaller patches have hardly any gradients to predict
 CONVVIT_PATCHES = (4, 8, 16)
-# Networks from small to large: what `model` and `decoder` say of them.
+# Networks from small to large: their `model` and `decoder` sections.
 SMALL = {"size": "tiny", "embed_dim": 128, "depth": 6, "num_heads": 4}
 NETWORKS: tuple[tuple[Chosen, Chosen], ...] = (
     (SMALL, {"embed_dim": 96, "depth": 2, "num_heads": 3, "mlp_ratio": 4.0}),
@@ -27,9 +27,9 @@ NETWORKS: tuple[tuple[Chosen, Chosen], ...] = (
     ({"size": "base"}, {"embed_dim": 512, "depth": 8, "num_heads": 16, "mlp_ratio": 4.0}),
 )
 WIDTHS = (128, 192, 384, 768)  # of these networks
-OFTEN = 100  # times that a larger network than the smallest has to see every image; judgement
-MOST = 1600  # times that any network sees an image: what the longest published recipes have
-STEPS = 2000  # that a run should have, before its steps get larger
+OFTEN = 100  # views of every image that any network but the smallest must get; judgement
+MOST = 1600  # views of an image, for any network: as in the longest published recipes
+STEPS = 2000  # steps that a run should still have after its batch is doubled
 ROWS = {"cpu": (32, 128), "gpu": (64, 4096)}  # views in a step
 RATE, HIGHEST_RATE = 5e-4, 2.4e-3  # peak learning rate at 64 rows, and of any step
 WARM_UP = 0.05  # share of the run
@@ -40,11 +40,11 @@ class Facts:
     """What a recipe depends on.
 
     Attributes:
-        num_images: To train on.
+        num_images: Number of training images.
         side: Median of the shorter sides of a sample, in pixels.
-        in_chans: Channels.
-        kind: Of the device: cpu or gpu.
-        minutes: That the run shall take.
+        in_chans: Channels of an image.
+        kind: Kind of device: cpu or gpu.
+        minutes: Time that the run should take.
     """
 
     num_images: int
@@ -58,8 +58,8 @@ class Given(NamedTuple):
     """A network that a user names, by `--model.backbone` or by the weights of `--init`.
 
     Attributes:
-        model: What `model` has to be for it.
-        width: Of its tokens.
+        model: Settings of the `model` section that it dictates.
+        width: Width of its tokens.
     """
 
     model: Chosen
@@ -67,15 +67,15 @@ class Given(NamedTuple):
 
 
 def image(own: Mapping[str, Any], side: int, kind: str) -> Chosen:
-    """Choose the sizes of images and of patches, as `model` has them; of the two, what a user gives stays.
+    """Choose image size and patch size, as settings of `model`; a size that the user gives is kept.
 
     Args:
-        own: What the user gives of `OWN`, as it is written; what cannot be read is left to whoever parses it.
-        side: Shorter side of the images there are, in pixels.
-        kind: Of the device: cpu or gpu.
+        own: The user's values of `OWN`, as written; a malformed one is left for the parser to report.
+        side: Shorter side of the images, in pixels.
+        kind: Kind of device: cpu or gpu.
 
     Raises:
-        ConfigError: If the user's size of images is none.
+        ConfigError: If the user's image size is malformed.
     """
     written, size = str(own.get("model.patch_size")), own.get("model.image_size")
     patch = int(written) if re.fullmatch("[1-9][0-9]{0,3}", written) else None
@@ -93,12 +93,13 @@ def image(own: Mapping[str, Any], side: int, kind: str) -> Chosen:
 
 
 def networks(facts: Facts, own: Mapping[str, Any], given: Given | None = None) -> list[Chosen]:
-    """List the networks that come into question, from the smallest to the largest, each with its size of images.
+    """List the candidate networks, from the smallest to the largest, each with its image size.
 
     Args:
-        facts: Of the set.
+        facts: What the recipe depends on.
         own: As in `image`.
-        given: The only one that does; its decoder is that of the first of ours that is as wide.
+        given: The only candidate, where the user names a network; it gets the decoder of the first network of ours that
+            is at least as wide.
     """
     fixed = {f"model.{name}": value for name, value in given.model.items()} if given else {}
     model = {**image({**own, **fixed}, facts.side, facts.kind), "in_chans": facts.in_chans}
@@ -109,19 +110,19 @@ def networks(facts: Facts, own: Mapping[str, Any], given: Given | None = None) -
 
 
 def epochs(facts: Facts, seconds: float, views: int) -> float:
-    """Count the epochs that the minutes have room for.
+    """Compute how many epochs fit into the minutes.
 
     Args:
-        facts: Of the set.
-        seconds: That training on an image takes, all its views together.
-        views: Of an image.
+        facts: What the recipe depends on.
+        seconds: Time to train on one image, all its views together.
+        views: Views of an image.
     """
     fit = 60 * facts.minutes / (seconds * facts.num_images)
     return float(f"{min(fit, MOST / views):.3g}")
 
 
 def schedule(facts: Facts, count: float, masking: Mapping[str, Any], parts: int = 1) -> Chosen:
-    """Choose batch, learning rate and warm-up of a run of `count` epochs, whose steps so many `parts` share evenly."""
+    """Choose batch size, learning rate and warm-up for `count` epochs; the batch size is a multiple of `parts`."""
     views = masking["num_views"]
     rows = views * count * facts.num_images
     fewest, most = ROWS[facts.kind]

@@ -1,4 +1,4 @@
-"""Settings that several verbs share, in groups of which a verb is composed."""
+"""Settings that several verbs share, in the groups that verbs are composed of."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,18 +38,18 @@ GROUPS = (
 
 
 def group(name: str) -> Parameter:
-    """Name the group of the help that a setting, or a section of settings, stands in."""
+    """Put a setting, or a section of settings, into a group of the help."""
     return Parameter(group=Group(name, sort_key=GROUPS.index(name)))
 
 
 def flat(name: str) -> Parameter:
-    """Name the group of settings whose flags have no section: --data, not --run.data."""
+    """Put settings whose flags have no section (--data, not --run.data) into a group of the help."""
     return Parameter(name="*", group=Group(name, sort_key=GROUPS.index(name)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSettings:
-    """Where a verb reads and computes."""
+    """What a verb reads, and where it computes."""
 
     data: Annotated[str, Parameter(required=True)] = ""
     """Folder of images; list of them (FILE.csv, .tsv, .parquet, .txt); FILE.zip, FILE.tar or tar shards; FILE.npy;
@@ -57,16 +57,16 @@ class DeviceSettings:
     data_pages: Literal["bands", "frames"] | None = None
     """What the pages of a TIFF are: bands of one image, or frames, each an image. Default: files have one page."""
     data_range: tuple[float, float] | None = None
-    """Lowest and highest value of images deeper than 8 bits. Default: what the backbone was trained with, else what a
-    sample of them uses."""
+    """Lowest and highest value of images deeper than 8 bits. Default: the range that the backbone was trained with,
+    else that of a sample of the images."""
     workers: int | None = None
-    """Processes that load images. If not given: none for sets in memory, else one per core of this rank less one, at
+    """Processes that load images. If not given: none for sets in memory, else one fewer than the cores of this rank, at
     most 16."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes the best one here."""
+    """cpu, cuda, cuda:1, mps; auto takes the best one available."""
     precision: Precision = "auto"
-    """Precision of the matrix products; auto is bf16 where the GPU has it, and where a network of 256 and wider is
-    pre-trained on a CPU with matrix units (AMX)."""
+    """Precision of matrix products; auto is bf16 on GPUs that have it, and for pre-training a network of width 256 or
+    more on a CPU with matrix units (AMX)."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -85,7 +85,7 @@ class DeviceSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(DeviceSettings):
-    """What every verb that trains has."""
+    """Settings of every verb that trains."""
 
     FEWEST_EPOCHS: ClassVar[float] = 1e-6
 
@@ -102,31 +102,31 @@ class RunSettings(DeviceSettings):
     batch_size: int = 1024
     """Images in one optimizer step, over all processes."""
     seed: int = 0
-    """Seed of everything random, and of the held-out images where the set does not name them."""
+    """Seed of everything random, and of the choice of held-out images where the set has no part for them."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With torchrun: ddp keeps the whole model on every process, fsdp a share of it."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the network by torch.compile: minutes at the start, faster steps after; auto does on GPUs in runs of
-    2,000 steps and more. Where torch cannot, the run says so and goes on without."""
+    """Compile the network with torch.compile: minutes at the start, faster steps afterwards; auto compiles on GPUs in
+    runs of 2,000 steps or more. Where torch cannot, the run says so and goes on without."""
     activation_checkpointing: bool = False
-    """Compute the inside of every block again in the backward pass instead of keeping it: less memory, a forward pass
-    more in a step."""
+    """Recompute the activations inside every block in the backward pass instead of keeping them: less memory, one more
+    forward pass per step."""
     deterministic: bool = False
-    """Take only algorithms that give the same bits at every call: a run on a GPU, repeated or resumed, is then the same
-    to the last bit, and slower. On a CPU this always holds. Where torch has none, as for segment on a GPU, the
-    run ends and says so."""
+    """Use deterministic algorithms only: a run on a GPU, repeated or resumed, is then the same to the last bit, but
+    slower. On a CPU this always holds. Where torch has no such algorithm, as for segment on a GPU, the run ends and
+    says so."""
     resume: bool = False
-    """Go on with the run in --out."""
+    """Resume the run in --out."""
     allow_change: tuple[str, ...] = ()
-    """Setting that may differ from that of the run to resume, such as optim.blr, or data for other images; give the
-    flag once for each. More epochs or steps are always allowed."""
+    """Setting that may differ from the resumed run's, such as optim.blr, or data for other images; give the flag once
+    for each. More epochs or steps are always allowed."""
     checkpoint_minutes: float = 15.0
     """Longest time between two checkpoints."""
     max_bad: float = 0.01
     """Share of the images that may fail to decode before the run stops."""
     log_to: tuple[LogTo, ...] = ()
-    """Program that also shows the numbers of metrics.jsonl; give the flag once for each. It has to be installed.
-    TensorBoard's files are in --out; for wandb, trackio and mlflow, their own settings say where."""
+    """Logger that also gets the numbers of metrics.jsonl; give the flag once for each. It has to be installed.
+    TensorBoard's files go to --out; wandb, trackio and mlflow follow their own settings."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,7 +143,7 @@ class RunSettings(DeviceSettings):
 
     @property
     def training(self) -> dict[str, Any]:
-        """What `ParallelModel` takes from here."""
+        """Arguments of `ParallelModel`."""
         return {
             "parallel": self.parallel,
             "compile": self.compile,
@@ -164,7 +164,7 @@ class RunSettings(DeviceSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ReadSettings(DeviceSettings):
-    """What every verb that only looks at images has."""
+    """Settings of every verb that reads images without training on them."""
 
     batch_size: int = 256
     """Images at a time."""
@@ -176,7 +176,7 @@ class ReadSettings(DeviceSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSettings:
-    """The backbone that a verb looks at."""
+    """The backbone that a verb uses."""
 
     backbone: str
     """A backbone.safetensors, or timm:NAME for a model of timm with its weights."""
@@ -192,7 +192,7 @@ class StartSettings(BackboneSettings):
     """The backbone that a verb starts from."""
 
     untrained: bool = False
-    """Take the same network without its weights, to compare with."""
+    """Use the same network with random weights, as a baseline."""
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -202,11 +202,11 @@ class StartSettings(BackboneSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class PartSettings:
-    """Which images a network is judged by."""
+    """Which images a network is evaluated on."""
 
     part: str | None = None
-    """Part of the set to judge by, such as test. Default: the first that there is of val, valid, validation and test,
-    else images held out by seed."""
+    """Part of the set to evaluate on, such as test. Default: the first of val, valid, validation and test that the set
+    has, else images held out by seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,13 +214,14 @@ class LabelSubset(PartSettings):
     """Which labels are used."""
 
     fraction: float = 1.0
-    """Share of the training images of every class whose labels are used, at least one; smaller ones lie in larger."""
+    """Share of each class's training images whose labels are used, at least one; smaller subsets are part of larger
+    ones."""
     shots: int | None = None
-    """Training images of every class whose labels are used, instead of a share."""
+    """Training images per class whose labels are used, instead of a share."""
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """What `labelled_parts` takes from here."""
+        """Arguments of `labelled_parts`."""
         return {"fraction": self.fraction, "shots": self.shots}
 
     def __post_init__(self) -> None:
@@ -238,19 +239,19 @@ class OptimSettings:
     SECTION: ClassVar[str] = "optim."
 
     name: str = "adamw"
-    """Any optimizer of timm that takes betas: adamw, lamb, lion ..."""
+    """Any timm optimizer that takes betas: adamw, lamb, lion ..."""
     blr: float = 6e-4
-    """Base learning rate, for 256 images a step and predict_ratio = mask_ratio."""
+    """Base learning rate, for 256 images per step and predict_ratio = mask_ratio."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the two moments."""
+    """Decay rates of the two moments."""
     weight_decay: float = 0.05
-    """Weight decay of matrices; vectors have none."""
+    """Weight decay of matrices; vectors are not decayed."""
     warmup_epochs: float = 20.0
-    """Linear warm-up; a cosine to zero follows."""
+    """Epochs of linear warm-up; a cosine to zero follows."""
     clip_grad: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
+    """Largest norm of the gradient; 0 turns clipping off."""
     accumulation: int = 1
-    """Parts of a step's batch, computed one after the other (gradient accumulation)."""
+    """Micro-batches per step, computed one after the other (gradient accumulation)."""
 
     def __post_init__(self) -> None:
         within(0, 1000, self, "blr", "weight_decay", "clip_grad")
@@ -260,7 +261,7 @@ class OptimSettings:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """What `create_optimizer` takes from here."""
+        """Arguments of `create_optimizer`."""
         return {"name": self.name, "weight_decay": self.weight_decay, "betas": self.betas}
 
     @property
@@ -275,16 +276,16 @@ class OptimSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LogSettings:
-    """What is written down on the way."""
+    """What is recorded during a run."""
 
     SECTION: ClassVar[str] = "log."
 
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     evals: int = 5
-    """Evaluations during a run, beside the last one."""
+    """Evaluations during a run, besides the last one."""
     saves: int = 20
-    """Checkpoints during a run; two are kept."""
+    """Checkpoints during a run; the last two are kept."""
 
     def __post_init__(self) -> None:
         within(1, 1_000_000, self, "log_every")

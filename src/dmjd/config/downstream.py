@@ -43,11 +43,11 @@ class KnnSettings:
     out: Annotated[Path | None, group("Run")] = None
     """Directory of the report; without it, only the line of JSON is printed."""
     seed: Annotated[int, group("Run")] = 0
-    """Seed of an untrained network, and of the held-out images where the set does not name them."""
+    """Seed of an untrained network, and of the choice of held-out images where the set has no part for them."""
     k: Annotated[int, group("Task")] = 20
     """Neighbours that vote."""
     temperature: Annotated[float, group("Task")] = 0.07
-    """A neighbour's vote weighs exp(cosine similarity / temperature)."""
+    """Temperature of the votes: a neighbour has weight exp(cosine similarity / temperature)."""
     layers: Annotated[tuple[int, ...], group("Task")] = ()
     """Blocks whose mean-pooled tokens are joined, by number, negative ones from the end; give the flag once for each.
     Default: the pooled output."""
@@ -66,19 +66,19 @@ class EmbedSettings:
     run: Annotated[ReadSettings, flat("Run")] = field(default_factory=ReadSettings)
     start: Annotated[BackboneSettings, flat("Backbone")]
     out: Annotated[Path, group("Run")]
-    """F.npy: features, row by row, with the images' paths and labels in F.csv and what made them in F.json.
-    F.parquet: paths, labels and features in one table. In F.csv, names that a spreadsheet would take for formulas have
-    a ' before them."""
+    """F.npy: one row of features per image, with paths and labels in F.csv, and backbone and settings in F.json.
+    F.parquet: paths, labels and features in one table. In F.csv, names that a spreadsheet would take for formulas are
+    prefixed with a quote (')."""
     resume: Annotated[bool, group("Run")] = False
-    """Go on with what a run of the same settings has left, if there is any."""
+    """Continue from what an interrupted run with the same settings has written, if anything."""
     layers: Annotated[tuple[int, ...], group("Task")] = ()
     """Blocks whose mean-pooled tokens are joined, by number, negative ones from the end; give the flag once for each.
     Default: the pooled output."""
     tokens: Annotated[bool, group("Task")] = False
-    """Write features of every patch, (N, L, D) for L patches, instead of one row for an image: those of --layers, or of
-    the last block after the last norm (a hybrid has its norm after pooling)."""
+    """Write features of every patch, (N, L, D) for L patches, instead of one row per image: those of --layers, or of
+    the last block after the final norm (a hybrid's norm comes after pooling)."""
     dtype: Annotated[Literal["float32", "float16"], group("Task")] = "float32"
-    """Type of the numbers; float16 halves the file."""
+    """Type of the features; float16 halves the file."""
 
     def __post_init__(self) -> None:
         within(-1000, 1000, self, "layers")
@@ -91,7 +91,7 @@ class LinearRun(RunSettings):
     out: Path = Path("runs/linear")
     """Directory of the results."""
     preset: str = "base"
-    """Numbers of the paper's recipe: base, large."""
+    """Hyperparameters of the paper's recipe: base, large."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,15 +102,15 @@ class LinearSettings:
     start: Annotated[StartSettings, flat("Backbone")]
     labels: Annotated[LabelSubset, flat("Labels")] = field(default_factory=LabelSubset)
     recipe: Annotated[Literal["features", "paper"], group("Task")] = "features"
-    """features: logistic regression on features computed once, the penalty chosen by five folds of them.
-    paper: BatchNorm and a linear layer, trained by LARS on augmented images; flags of training are for it alone."""
+    """features: logistic regression on features computed once, its penalty chosen by five-fold cross-validation. paper:
+    BatchNorm and a linear layer, trained with LARS on augmented images; training flags apply to this recipe only."""
     layers: Annotated[tuple[int, ...], group("Task")] = ()
     """Blocks whose mean-pooled tokens are joined, by number, negative ones from the end; give the flag once for each.
     Default: the pooled output."""
     blr: Annotated[float, group("Task")] = 0.1
-    """Base learning rate of the paper's recipe, for 256 images a step."""
+    """Base learning rate of the paper's recipe, for 256 images per step."""
     warmup_epochs: Annotated[float, group("Task")] = 10.0
-    """Linear warm-up of the paper's recipe; a cosine to zero follows."""
+    """Epochs of linear warm-up in the paper's recipe; a cosine to zero follows."""
     log: Annotated[LogSettings, group("Log")] = field(default_factory=LogSettings)
 
     def __post_init__(self) -> None:
@@ -129,7 +129,7 @@ class LinearSettings:
         return self.blr * self.run.batch_size / 256
 
 
-# Settings of `dmjd linear` that say how to train, which only the paper's recipe does.
+# Training settings of `dmjd linear`; only the paper's recipe trains step by step.
 OF_TRAINING = (
     *("epochs", "steps", "batch_size", "parallel", "compile", "deterministic", "resume", "allow_change"),
     *("checkpoint_minutes", "max_bad", "log_to", "blr", "warmup_epochs", "log.log_every", "log.evals", "log.saves"),
@@ -137,7 +137,7 @@ OF_TRAINING = (
 
 
 def refuse_training(settings: LinearSettings) -> None:
-    """Refuse flags that would change nothing, since nothing is trained step by step; files may hold more than is used.
+    """Refuse training flags, which would have no effect here; files may contain settings that are not used.
 
     Raises:
         ConfigError: If there is one.
@@ -150,7 +150,7 @@ def refuse_training(settings: LinearSettings) -> None:
             raise ConfigError(f"--{name} is for --recipe paper; leave it out, or give --recipe paper")
 
 
-# As timm reads it: magnitude, operations, their probability, noise and upper bound of the magnitude, which operations.
+# timm's syntax: magnitude, operations, their probability, noise and upper bound of the magnitude, choice of operations.
 RAND_AUGMENT = re.compile(
     r"none|rand(-(m\d{1,2}|n\d{1,2}|p(0(\.\d+)?|1(\.0+)?)|mstd\d{1,3}(\.\d+)?|mmax\d{1,2}|inc[01]|tweights))*"
 )
@@ -158,17 +158,17 @@ RAND_AUGMENT = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentSettings:
-    """What training sees of an image; names and meanings are timm's."""
+    """Augmentation of training images; names and meanings are timm's."""
 
     SECTION: ClassVar[str] = "augment."
 
     scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest share of the image's area in a crop."""
     flip: bool = True
-    """Mirror every other image."""
+    """Mirror half of the images, at random."""
     auto_augment: str = "rand-m9-mstd0.5-inc1"
-    """Policy of RandAugment; none for none. Images of more than 8 bits, or of other channels than 1 or 3, go without,
-    which is said on stderr."""
+    """RandAugment policy, or none. Images of more than 8 bits, or with neither 1 nor 3 channels, are not augmented by
+    it, and a line on stderr says so."""
     random_erasing: float = 0.25
     """Probability of erasing a box."""
     mixup: float = 0.8
@@ -176,7 +176,7 @@ class AugmentSettings:
     cutmix: float = 1.0
     """Alpha of cutmix; 0 for none."""
     label_smoothing: float = 0.1
-    """Share of a label that is spread over all classes."""
+    """Share of each label's weight that is spread over all classes."""
 
     def __post_init__(self) -> None:
         ordered(0.0001, 1, self, "scale")
@@ -189,12 +189,12 @@ class AugmentSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TuningSettings:
-    """How a backbone is changed by labels."""
+    """How a backbone is fine-tuned."""
 
     layer_decay: float = 0.65
-    """The learning rate of a layer is this times that of the layer after it."""
+    """Learning rate of a layer, as a multiple of that of the layer after it."""
     drop_path: float = 0.1
-    """Stochastic depth of the last block; it grows linearly from 0 at the first one."""
+    """Stochastic depth rate of the last block; it grows linearly from 0 in the first one."""
 
     def __post_init__(self) -> None:
         within(0.01, 1, self, "layer_decay")
@@ -203,10 +203,10 @@ class TuningSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TuningOptim(OptimSettings):
-    """The optimizer and its learning rate, for a backbone that is trained already."""
+    """The optimizer and its learning rate, for a pre-trained backbone."""
 
     blr: float = 5e-4
-    """Base learning rate of the head, for 256 images a step."""
+    """Base learning rate of the head, for 256 images per step."""
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_epochs: float = 5.0
 
@@ -216,7 +216,7 @@ def tuning_lr(run: RunSettings, optim: OptimSettings) -> float:
     return optim.blr * run.batch_size / 256
 
 
-# What no epochs come to: so many steps, but no fewer and no more epochs than these (docs/results/tuning_length.md).
+# Length of a run without --epochs: steps, and the fewest and most epochs (docs/results/tuning_length.md).
 FEW_STEPS, EPOCHS = 500, (10, 100)
 
 
@@ -230,7 +230,7 @@ class FinetuneRun(RunSettings):
     preset: str = "quick"
     """Recipe to start from: quick, base, large."""
     epochs: float = 0.0
-    """Passes over the images; 0 takes as many as make 500 steps, at least 10 and at most 100."""
+    """Passes over the images; 0 takes as many as 500 steps need, at least 10 and at most 100."""
 
     def num_steps(self, count: int) -> int:
         """Count the steps of a run over `count` images."""
@@ -248,7 +248,8 @@ class FinetuneSettings:
     labels: Annotated[LabelSubset, flat("Labels")] = field(default_factory=LabelSubset)
     tuning: Annotated[TuningSettings, flat("Fine-tuning")] = field(default_factory=TuningSettings)
     ema: Annotated[float, group("Fine-tuning")] = 0.0
-    """Decay of an exponential moving average of the weights, which is then what is judged and kept; 0 for none."""
+    """Decay of an exponential moving average of the weights, which is then evaluated and saved in their place; 0 for
+    none."""
     augment: Annotated[AugmentSettings, group("Augmentation")] = field(default_factory=AugmentSettings)
     optim: Annotated[TuningOptim, group("Optimizer")] = field(default_factory=TuningOptim)
     log: Annotated[LogSettings, group("Log")] = field(default_factory=LogSettings)
@@ -266,19 +267,19 @@ class FinetuneSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseSettings(PartSettings):
-    """What segmentation and detection have in common."""
+    """Settings that segmentation and detection share."""
 
     predict: Path | None = None
-    """An image or a folder of images: write what a trained --backbone RUN/last.safetensors predicts for them to
+    """An image or a folder of images: write the predictions of a trained --backbone RUN/last.safetensors for them to
     --out, instead of training."""
     classes: Path | None = None
-    """File with the name of a class in every line. Default: DATA/classes.txt, else what the annotations have."""
+    """File with one class name per line. Default: DATA/classes.txt, else the classes in the annotations."""
     crop_size: str = "512"
     """Side of a training crop in pixels, or HEIGHTxWIDTH."""
     scale: tuple[float, float] = (0.5, 2.0)
-    """Smallest and largest size of a training image before it is cropped, times the size it is judged at."""
+    """Smallest and largest size of a training image before cropping, as multiples of its size in evaluation."""
     flip: bool = True
-    """Mirror every other image."""
+    """Mirror half of the images, at random."""
 
     def __post_init__(self) -> None:
         ordered(0.01, 100, self, "scale")
@@ -291,10 +292,10 @@ class DenseSettings(PartSettings):
 
 
 def check_dense(run: RunSettings, dense: DenseSettings, optim: OptimSettings) -> None:
-    """Refuse settings of a dense task that do not go together.
+    """Refuse incompatible settings of a dense task.
 
     Raises:
-        ConfigError: If there is nothing to do, or the batch has a remainder.
+        ConfigError: If there are no images to train on or predict, or gradient accumulation does not divide the batch.
     """
     if not run.data and dense.predict is None:
         raise ConfigError("no data: give --data to train, or --predict with a trained --backbone")
@@ -306,7 +307,7 @@ class SegmentRun(RunSettings):
     """Where, how long and on what `dmjd segment` computes."""
 
     data: str = ""
-    """Folder with images/PART/NAME.jpg and annotations/PART/NAME.png, the parts called train and val."""
+    """Folder with images/PART/NAME.jpg and annotations/PART/NAME.png, where PART is train or val."""
     out: Path = Path("runs/segment")
     preset: str = "camvid"
     """Recipe to start from: camvid (for 2 cores), ade20k (the published one)."""
@@ -321,23 +322,24 @@ class SegmentSettings:
     tuning: Annotated[TuningSettings, flat("Fine-tuning")] = field(default_factory=TuningSettings)
     dense: Annotated[DenseSettings, flat("Images")] = field(default_factory=DenseSettings)
     ignore_index: Annotated[int, group("Task")] = 255
-    """Label of pixels that are neither trained on nor counted."""
+    """Label of pixels that neither training nor evaluation counts."""
     reduce_zero_label: Annotated[bool, group("Task")] = False
-    """Label 0 has no class either, and label 1 is the first class, as in ADE20K."""
+    """Ignore label 0 too, and take label 1 for the first class, as in ADE20K."""
     photometric: Annotated[bool, group("Task")] = True
-    """Change brightness, contrast, saturation and hue of training images; those of other channels than 1 or 3 stay as
+    """Jitter brightness, contrast, saturation and hue of training images; images with neither 1 nor 3 channels stay as
     they are."""
     inference: Annotated[Literal["whole", "slide"], group("Task")] = "whole"
-    """Look at a whole image, or at windows of the crop's size whose logits are averaged. Either way its shorter side is
-    resized to that of the crop, and less where the longer one would have more than four times as many pixels."""
+    """Predict a whole image at once, or sliding windows of the crop's size whose logits are averaged. Either way its
+    shorter side is resized to that of the crop, or to less where the longer side would exceed four times as many
+    pixels."""
     stride: Annotated[int | None, group("Task")] = None
     """Pixels from one window to the next. Default: two thirds of a window."""
     decoder_channels: Annotated[int, group("Task")] = 512
     """Width of UPerNet."""
     auxiliary_weight: Annotated[float, group("Task")] = 0.4
-    """Weight of the loss of a second head on the map of stride 16; 0 for none."""
+    """Weight of the loss of an auxiliary head on the feature map of stride 16; 0 for none."""
     schedule: Annotated[Literal["cosine", "poly"], group("Task")] = "poly"
-    """How the learning rate falls after the warm-up: cosine, or poly, a straight line."""
+    """How the learning rate falls after the warm-up: cosine, or poly, which is linear."""
     optim: Annotated[TuningOptim, group("Optimizer")] = field(default_factory=TuningOptim)
     log: Annotated[LogSettings, group("Log")] = field(default_factory=LogSettings)
 
@@ -364,7 +366,7 @@ class DetectRun(RunSettings):
     """Where, how long and on what `dmjd detect` computes."""
 
     data: str = ""
-    """Folder of a set as COCO (`annotations/*train*.json`, `*val*.json`) or Pascal VOC (ImageSets/Main) has it."""
+    """Folder laid out as COCO (`annotations/*train*.json`, `*val*.json`) or Pascal VOC (ImageSets/Main)."""
     out: Path = Path("runs/detect")
     preset: str = "bccd"
     """Recipe to start from: bccd (for 2 cores), coco (the published one)."""
@@ -381,9 +383,10 @@ class DetectSettings:
     fpn_channels: Annotated[int, group("Task")] = 256
     """Width of the feature pyramid network."""
     head_channels: Annotated[int, group("Task")] = 1024
-    """Width of the layers that judge a box."""
+    """Width of the layers that classify and refine a box."""
     window: Annotated[int | None, group("Task")] = None
-    """Side, in tokens, of the windows that all but four blocks of a ViT attend in: for large images. Default: none."""
+    """For large images: side, in tokens, of the attention windows in all but four blocks of a ViT. Default: no
+    windows."""
     optim: Annotated[TuningOptim, group("Optimizer")] = field(default_factory=TuningOptim)
     log: Annotated[LogSettings, group("Log")] = field(default_factory=LogSettings)
 

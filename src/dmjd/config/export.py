@@ -15,15 +15,15 @@ class ExportSettings:
     """Settings of `dmjd export`."""
 
     run: Annotated[Path, group("Run")]
-    """Directory of a run, or a file of one: backbone.safetensors, best.safetensors, linear.safetensors ..."""
+    """Directory of a run, or a file in it: backbone.safetensors, best.safetensors, linear.safetensors ..."""
     _: KW_ONLY
     to: Annotated[Format, group("Run")]
     """timm: weights for timm.create_model. hf: a folder with a model card, for the Hugging Face hub, transformers and
-    timm. onnx: a graph, and torch: a torch.export program, that take any number of images of 0 to 1 and normalise them
-    inside; both have the size of training images. A classifier keeps its head and the names of its classes in all of
-    them, a segmenter its head in onnx and torch, a detector in none."""
+    timm. onnx: an ONNX graph, and torch: a torch.export program; both take any number of images of the training size,
+    with values of 0 to 1, and normalise them inside. A classifier keeps its head and the names of its classes in all of
+    them, a segmenter its head in onnx and torch, a detector its heads in none."""
     out: Annotated[Path, group("Run")]
-    """File, or with hf folder, to write; its ending is added where it is missing."""
+    """File to write, or folder with hf; a missing file extension is added."""
     license: Annotated[str, group("Run")] = "apache-2.0"
     """Licence of the weights, as the hub names it; hf writes it in the model card."""
     debug: Annotated[bool, group("Run")] = False

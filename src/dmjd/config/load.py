@@ -1,4 +1,4 @@
-"""Where settings come from: defaults < preset < file < flags. This finds the files, and reads them."""
+"""Where settings come from: defaults < preset < file < flags. This module finds and reads the files."""
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -11,18 +11,18 @@ from dmjd.errors import ConfigError
 
 
 def layers(kind: Any, presets: Path, given: Mapping[str, Any]) -> list[Path]:
-    """Find the YAML files below what is given: a run to resume, else a file, else a preset (or the default one).
+    """Find the YAML files that the given settings override: of a run to resume, --config, and the preset.
 
     Args:
         kind: Settings of a verb.
         presets: Folder of its recipes.
-        given: What the command line or a call says, by the names of the flags.
+        given: Settings of the command line or a call, by the names of their flags.
 
     Returns:
-        The files; the first one has the last word.
+        The files, highest precedence first.
 
     Raises:
-        ConfigError: If there is no such file or preset, or one is not what settings are.
+        ConfigError: If there is no such file or preset, or a file does not hold settings.
     """
     kinds = get_type_hints(kind)
     sections = [name for name, each in kinds.items() if hasattr(each, "SECTION")]
@@ -39,8 +39,8 @@ def layers(kind: Any, presets: Path, given: Mapping[str, Any]) -> list[Path]:
     saved = Path(given.get("out") or content.get("out") or defaults.out) / "config.yaml"
     if given.get("resume") and saved.is_file():
         own = read_yaml(saved, sections).get("preset")
-        # What is given again is compared with what was saved, not ignored. But the name of the run's own preset says
-        # nothing that was not saved: above it stood flags, or what `auto` chose.
+        # A file or preset that is given again is compared with the saved settings, not ignored. The run's own preset is
+        # left out: its values are saved, and flags or the choice of `auto` may have overridden them.
         return [*file, *([path] if given.get("preset") not in (None, own) else []), saved]
     if given.get("model.size") and "embed_dim" in read_yaml(path).get("model", {}):
         raise ConfigError(f"preset {preset} has a size of its own; --model.size; name another --preset")
@@ -48,7 +48,7 @@ def layers(kind: Any, presets: Path, given: Mapping[str, Any]) -> list[Path]:
 
 
 def by_flag(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Name settings as their flags: those of sections, which are mappings, as SECTION.NAME."""
+    """Name settings by their flags: those in sections, which are mappings, as SECTION.NAME."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, Mapping) else {name: value}
@@ -59,7 +59,7 @@ def read_yaml(path: Path, sections: Sequence[str] = ()) -> dict[str, Any]:
     """Read a YAML file of settings.
 
     Raises:
-        ConfigError: If there is none, it holds no settings, or one of the sections is a single value.
+        ConfigError: If there is no such file, it holds no settings, or one of the sections is a single value.
     """
     if not path.is_file():
         raise ConfigError(f"no configuration file; {path}; check --config")

@@ -1,4 +1,4 @@
-"""Settings of `dmjd plan`: those of `dmjd pretrain`, and what is around the run."""
+"""Settings of `dmjd plan`: those of `dmjd pretrain`, and the hardware around the run."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -15,13 +15,14 @@ class PlanRun(PretrainRun):
     """The run that is planned."""
 
     data: Annotated[str, Parameter(required=False)] = ""
-    """Images of the run, as `dmjd pretrain` takes them; they are counted, and some files weighed. They may be
-    elsewhere: then give --images."""
+    """Images of the run, as `dmjd pretrain` takes them; they are counted, and the sizes of some files read. If they are
+    not on this machine, give --images."""
     device: str = "auto"
-    """Device that is planned for: h100, a100-80, rtx4090 ... as in the table that is printed; auto, cpu and cuda mean
-    that of this machine."""
+    """Device to plan for: h100, a100-80, rtx4090 ... as in the printed table; auto, cpu and cuda mean the device of
+    this machine."""
     preset: str = "dmjd"
-    """Recipe of the run; auto has none before it looks at images: give the config.yaml of such a run by --config."""
+    """Recipe of the run. Not auto, which chooses only when it sees the images: give the config.yaml of such a run as
+    --config."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,22 +31,22 @@ class PlanSettings(PretrainSettings):
 
     run: Annotated[PlanRun, flat("Run")] = field(default_factory=PlanRun)
     images: Annotated[int | None, group("Plan")] = None
-    """Images to train on. Default: those of --data."""
+    """Number of training images. Default: those of --data."""
     devices: Annotated[int, group("Plan")] = 1
-    """Devices that share a step; eight of them are a machine."""
+    """Devices that share a step, eight to a machine."""
     utilisation: Annotated[float, group("Plan")] = 0.15
-    """Share of a device's peak that is reached; an assumption, which published hours support; for the device of this
-    machine replaced by --measure."""
+    """Share of a device's peak that is reached: an assumption, supported by published training times; --measure
+    replaces it for the device of this machine."""
     price: Annotated[float | None, group("Plan")] = None
-    """Price of a device for an hour, in any currency."""
+    """Price of one device per hour, in any currency."""
     image_bytes: Annotated[float | None, group("Plan")] = None
-    """Mean size of a file. Default: that of some files of --data, else 110,000, as in ImageNet."""
+    """Mean size of a file in bytes. Default: that of some files of --data, else 110,000, as in ImageNet."""
     network: Annotated[float, group("Plan")] = 25.0
-    """What the network between machines has for each device, in GB/s."""
+    """Bandwidth of the network between machines, in GB/s per device."""
     storage: Annotated[float, group("Plan")] = 2.0
-    """What the storage delivers, in GB/s; more is marked in the table."""
+    """Bandwidth of the storage, in GB/s; a run that needs more is marked in the table."""
     measure: Annotated[float | None, group("Plan")] = None
-    """Train on noise for about so many seconds on the device of this machine, and plan with what was measured."""
+    """Train on noise for about this many seconds on the device of this machine, and plan with the measurements."""
     script: Annotated[Literal["slurm", "torchrun"] | None, group("Plan")] = None
     """Print the run as a script, and nothing else."""
     json: Annotated[bool, group("Plan")] = False

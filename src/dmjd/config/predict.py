@@ -10,25 +10,24 @@ from dmjd.config.common import BackboneSettings, ReadSettings, flat, group
 from dmjd.config.rules import within
 from dmjd.errors import ConfigError
 
-ENDINGS = {"csv": ".csv", "json": ".jsonl"}  # of a classifier's predictions
-UNWRITTEN = (".json", ".tsv", ".txt", ".parquet")  # endings that ask for a file, of a format that is not there
+ENDINGS = {"csv": ".csv", "json": ".jsonl"}  # file extensions of a classifier's predictions
+UNWRITTEN = (".json", ".tsv", ".txt", ".parquet")  # extensions that ask for a file in a format that is not supported
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedSettings(BackboneSettings):
-    """The network that a verb lets predict."""
+    """The network that a verb predicts with."""
 
     backbone: str
-    """File that finetune, linear, segment or detect has written: last.safetensors, best.safetensors,
-    linear.safetensors."""
+    """File written by finetune, linear, segment or detect: last.safetensors, best.safetensors, linear.safetensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictRun(ReadSettings):
-    """What `dmjd predict` looks at, and where it computes."""
+    """What `dmjd predict` reads, and where it computes."""
 
     data: Annotated[str, Parameter(required=True)] = ""
-    """An image, or what the other verbs take: folder of images; list of them (FILE.csv, .tsv, .parquet, .txt);
+    """An image, or what the other verbs take: a folder of images; a list of them (FILE.csv, .tsv, .parquet, .txt);
     FILE.zip, FILE.tar or tar shards; FILE.npy; hf:NAME; a built-in set."""
 
 
@@ -39,14 +38,15 @@ class PredictSettings:
     run: Annotated[PredictRun, flat("Run")]
     start: Annotated[TrainedSettings, flat("Backbone")]
     out: Annotated[Path, group("Run")]
-    """Folder of what is predicted; for a classifier also the file, if the name ends in .csv or .jsonl. Images that do
-    not decode are named in skipped.tsv beside it."""
+    """Folder for the predictions; for a classifier, the file itself if the name ends in .csv or .jsonl. Images that do
+    not decode are listed in skipped.tsv beside them."""
     format: Annotated[Literal["csv", "json"] | None, group("Task")] = None
-    """Of a classifier's predictions: predictions.csv, or predictions.jsonl with an object in every line. In the table,
-    names that a spreadsheet would take for formulas have a ' before them. Default: as --out ends, else csv."""
+    """Format of a classifier's predictions: predictions.csv, or predictions.jsonl with one object per line. In the CSV,
+    names that a spreadsheet would take for formulas are prefixed with a quote ('). Default: by the extension of
+    --out, else csv."""
     top: Annotated[int | None, group("Task")] = None
-    """Likeliest classes to write, with their probabilities. Default: the likeliest one, and the probability of each
-    class under its name, or under `probability of path` where that is a column already."""
+    """Write this many of the most probable classes, with their probabilities. Default: the most probable class, and the
+    probability of each class in a column of its name, or `probability of path` where a column has that name already."""
 
     def __post_init__(self) -> None:
         within(1, 1_000_000, self, "top")

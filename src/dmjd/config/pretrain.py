@@ -10,7 +10,7 @@ from dmjd.config.rules import divides, height_width, names_settings, one_of, ord
 from dmjd.errors import ConfigError
 
 MOST_TOKENS = 65_536  # of an image
-SHAPE = ("embed_dim", "depth", "num_heads")  # what a size stands for
+SHAPE = ("embed_dim", "depth", "num_heads")  # what a size determines
 BackboneSize = Literal["tiny", "small", "base", "large"]
 LossName = Literal["l2", "l1", "smooth_l1", "cosine"]
 HogVariant = Literal["dmjd", "maskfeat", "mmpretrain"]
@@ -23,30 +23,30 @@ class ModelSettings:
     SECTION: ClassVar[str] = "model."
 
     backbone: str = "vit"
-    """vit, or convvit: ConvMAE's hybrid of convolutions and transformer; timm:NAME for another ViT of timm, or the
-    file of a backbone: these have a shape of their own."""
+    """vit, or convvit: ConvMAE's hybrid of convolutions and transformer; timm:NAME for another ViT of timm, or a
+    backbone file; the last two determine their own shape."""
     size: BackboneSize = "base"
     """Width and depth: of a ViT as in timm (192 x 12, 384 x 12, 768 x 12, 1024 x 24), of a ConvViT as published."""
     image_size: str = "224"
     """Side of the square crop in pixels, or HEIGHTxWIDTH."""
     patch_size: int = 16
-    """Side of a token in pixels; a ConvViT has tokens of 16, 8 or 4."""
+    """Side of a patch in pixels; a ConvViT has patches of 16, 8 or 4."""
     conv_mlp_ratio: float | None = None
-    """ConvViT: width of an MLP over the width in the convolution stages. If not given: 8, as DMJD; ConvMAE has 4."""
+    """ConvViT: MLP ratio of the convolution stages. If not given: 8, as in DMJD; ConvMAE has 4."""
     in_chans: int = 3
-    """Channels of an image: 3 (RGB), 1 (grey), or as many as all images have."""
+    """Channels of an image: 3 (RGB), 1 (grey), or any other number that all images have."""
     class_token: bool = False
     """Give the encoder a class token."""
     reg_tokens: int = 0
-    """Register tokens."""
+    """Number of register tokens."""
     mask_token: bool = False
     """Pass hidden tokens through the encoder as mask tokens (SimMIM, MaskFeat); needs decoder.depth 0."""
     embed_dim: int | None = None
-    """Width, if not the size's; a ConvViT's first stages have a quarter and a half of it."""
+    """Width, if not that of the size; a ConvViT's first two stages have a quarter and a half of it."""
     depth: int | None = None
-    """Transformer blocks, if not the size's."""
+    """Number of transformer blocks, if not that of the size."""
     num_heads: int | None = None
-    """Heads, if not the size's."""
+    """Number of attention heads, if not that of the size."""
 
     def __post_init__(self) -> None:
         one_of(BackboneSize, self, "size")
@@ -69,7 +69,7 @@ class ModelSettings:
 
     @property
     def has_own_shape(self) -> bool:
-        """Whether the backbone is one of timm or of a file."""
+        """Whether the backbone comes from timm or a file."""
         return ":" in self.backbone or self.backbone.endswith(".safetensors")
 
     @property
@@ -101,20 +101,20 @@ class MaskingSettings:
 
     def __post_init__(self) -> None:
         within(1, 100, self, "num_views")
-        within(0, 1, self, "mask_ratio", "predict_ratio")  # what of this goes together depends on the number of tokens
+        within(0, 1, self, "mask_ratio", "predict_ratio")  # which ratios are compatible depends on the number of tokens
         within(1, 1024, self, "block")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedSettings:
-    """The masked branch: predicts hidden tokens."""
+    """The masked branch, which predicts hidden tokens."""
 
     SECTION: ClassVar[str] = "masked."
 
     target: str = "hog"
     """What is predicted: hog, pixels, normalized_pixels, ema (the exponential moving average of the backbone
     itself), or a frozen teacher: timm:NAME, hf:NAME (a name or folder that Hugging Face transformers loads) or a
-    backbone.safetensors. Several with + between them: the losses are summed."""
+    backbone.safetensors. Join several with +: their losses are summed."""
     loss: LossName = "l2"
     """Loss on hidden tokens: l2, l1, smooth_l1, cosine."""
 
@@ -124,21 +124,21 @@ class MaskedSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class VisibleSettings:
-    """The visible branch: predicts visible tokens."""
+    """The visible branch, which predicts visible tokens."""
 
     SECTION: ClassVar[str] = "visible."
 
     weight: float = 1.0
-    """Weight theta of its loss; 0 leaves the branch out."""
+    """Weight theta of its loss; 0 turns the branch off."""
     target: str | None = None
-    """What is predicted, as in masked.target. If not given: the same."""
+    """What is predicted, as in masked.target. If not given: the same as there."""
     loss: LossName = "smooth_l1"
     """Loss on visible tokens: l2, l1, smooth_l1, cosine."""
     beta: float = 2.0
     """Where smooth_l1, on either branch, turns from quadratic to linear, in units of the target."""
     aligned: bool = True
-    """Compare a visible token with its own target. The released program of the paper compares it with that of another
-    visible token of the view: off for that ablation only."""
+    """Compare the prediction for a visible token with its own target. The paper's released code compares it with the
+    target of another visible token of the view; turn this off for that ablation only."""
 
     def __post_init__(self) -> None:
         within(0, 1000, self, "weight")
@@ -153,11 +153,11 @@ class HogSettings:
     SECTION: ClassVar[str] = "hog."
 
     variant: HogVariant = "dmjd"
-    """dmjd: differences of neighbours, whitened; maskfeat: Sobel's gradients, over their norm; mmpretrain: the same in
-    Gaussian windows."""
+    """dmjd: differences of neighbouring pixels, whitened; maskfeat: Sobel gradients, divided by their norm; mmpretrain:
+    the same with Gaussian windows."""
     cell_size: int | None = None
-    """Side of a cell in pixels. Default: 8 for patches of 16, 24 ..., else half a patch, or all of one that is odd or
-    smaller than 8."""
+    """Side of a cell in pixels. Default: 8 for patches of 16, 24 ..., else half a patch, or the whole of a patch that
+    is odd or smaller than 8."""
 
     def __post_init__(self) -> None:
         within(1, 1024, self, "cell_size")
@@ -171,14 +171,14 @@ class TeacherSettings:
     SECTION: ClassVar[str] = "teacher."
 
     layers: tuple[int, ...] | None = None
-    """Maps whose mean is the target, by timm's numbers, negative ones from the end; give the flag once for each.
-    If not given: the last one, of a ConvViT that of its tokens."""
+    """Feature maps whose mean is the target, by timm's indices, negative ones from the end; give the flag once for
+    each. If not given: the last one; for a ConvViT, that of its tokens."""
     decay: tuple[float, float] = (0.996, 0.9999)
-    """Share of the moving average (ema) that a step keeps, at the start and at the end of the run."""
+    """Decay of the exponential moving average (ema), at the start and at the end of the run."""
     bf16: bool = False
-    """A frozen teacher computes in bf16 even where the run does not: faster on CPUs that have it."""
+    """Run a frozen teacher in bf16 even where the run itself is in float32: faster on CPUs with bf16."""
     cache: Path | None = None
-    """Folder where a frozen teacher's targets are kept, for later epochs and other runs; needs crop.variants."""
+    """Folder that caches a frozen teacher's targets, for later epochs and other runs; needs crop.variants."""
 
     def __post_init__(self) -> None:
         within(-1000, 1000, self, "layers")
@@ -194,13 +194,13 @@ class DecoderSettings:
     embed_dim: int = 512
     """Width."""
     depth: int = 8
-    """Blocks; 0 is a linear head (with model.mask_token)."""
+    """Number of blocks; 0 is a linear head (with model.mask_token)."""
     num_heads: int = 16
-    """Heads."""
+    """Number of attention heads."""
     mlp_ratio: float = 4.0
-    """Width of an MLP over the width of the decoder."""
+    """Width of an MLP, as a multiple of the decoder's width."""
     cross: bool = False
-    """Let hidden tokens attend to visible ones alone, not to each other (CrossMAE): a cheaper decoder."""
+    """Let hidden tokens attend to visible ones only, not to each other (CrossMAE): a cheaper decoder."""
 
     def __post_init__(self) -> None:
         within(1, 16_384, self, "embed_dim")
@@ -215,22 +215,23 @@ class DecoderSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CropSettings:
-    """What of an image a step sees: a random resized crop and a flip."""
+    """The augmentation of an image: a random resized crop and a flip."""
 
     SECTION: ClassVar[str] = "crop."
 
     scale: tuple[float, float] = (0.5, 1.0)
-    """Smallest and largest share of the image's area; a box that is longer than the image is cut short there."""
+    """Smallest and largest share of the image's area in a crop; a box that exceeds the image is clipped to it."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest width over height, before that."""
+    """Smallest and largest aspect ratio, width over height, before clipping."""
     flip: bool = True
-    """Mirror every other image."""
+    """Mirror half of the crops, at random."""
     variants: int | None = None
-    """Different crops of an image: epoch e shows crop e mod variants. Default: another crop every epoch."""
+    """Number of different crops of an image; epoch e shows crop e mod variants. Default: a new crop every epoch."""
     progressive: tuple[float, ...] = ()
-    """Shares of the side that crops have earlier in the run, in whole tokens, such as 0.5; give the flag once for each,
-    in their order. The parts of the run, of which the last has whole crops, are equally long, give or take an epoch.
-    Not with networks among the targets. Memory is that of whole crops; `plan` counts all crops as whole."""
+    """Smaller crops earlier in the run: their sides as shares of the full side, such as 0.5, rounded to whole tokens;
+    give the flag once for each, in order. These parts of the run and the last one, with full crops, are equally long,
+    to within an epoch. Does not work with networks among the targets. Memory is that of full crops; `plan` counts all
+    crops as full."""
 
     def __post_init__(self) -> None:
         within(1, 1_000_000, self, "variants")
@@ -241,17 +242,17 @@ class CropSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorSettings(LogSettings):
-    """What is written down on the way, and how good the features are."""
+    """What is recorded during a run, and how the features are evaluated."""
 
     SECTION: ClassVar[str] = "monitor."
 
     max_images: int = 2000
-    """Images per part (training, held out) that an evaluation looks at."""
+    """Images per part (training, held out) that an evaluation uses."""
     channels: tuple[int, int, int] | None = None
-    """Three channels of an image that the report shows as red, green and blue. Default: the first three."""
+    """The three channels that the report shows as red, green and blue. Default: the first three."""
     max_share: float = 0.05
-    """Most images that evaluations during the run look at, as a share of those that training reads: a short run has
-    fewer evaluations. To evaluate an image takes up to as long as to train on it."""
+    """Most images that evaluations during the run may use, as a share of those that training reads; a short run has
+    fewer evaluations. Evaluating an image takes at most as long as training on it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -265,24 +266,24 @@ class PretrainRun(RunSettings):
 
     out: Path = Path("runs/pretrain")
     preset: str = "auto"
-    """Recipe: auto chooses by the images, the machine and --minutes; published are mae, maskfeat, convmae, fastconvmae,
-    dm, dmjd, dmjd-large, dmjd-clip, dmjd-dino, data2vec; to try things on 2 cores quick and quick-convmae,
+    """Recipe: auto chooses by the images, the machine and --minutes. Published recipes: mae, maskfeat, convmae,
+    fastconvmae, dm, dmjd, dmjd-large, dmjd-clip, dmjd-dino, data2vec. For trials on 2 cores: quick, and quick-convmae,
     -fastconvmae, -dmjd, -teacher."""
     minutes: float | None = None
     """Time that --preset auto plans for, unless --epochs or --steps are given. Default: 30."""
     data_statistics: str = "auto"
-    """Mean and standard deviation that images are normalised by: imagenet, or a JSON file as dmjd doctor writes it;
-    auto takes ImageNet's for 3 channels of 8 bits, and measures those of a sample of any others."""
+    """Mean and standard deviation that images are normalised by: imagenet, or a JSON file written by dmjd doctor; auto
+    takes ImageNet's for 3 channels of 8 bits, and measures a sample of any other images."""
     data_on_device: Literal["auto", "yes", "no"] = "auto"
-    """Keep a small set of images of one size where the network is, and crop whole batches there; auto where that
-    fits a quarter of a GPU's memory, or on a CPU images of at most 128 pixels."""
+    """Keep a small set of equally large images on the network's device, and crop whole batches there; auto does so
+    where the set fits into a quarter of a GPU's memory or, on a CPU, for images of at most 128 pixels."""
     epochs: float = 400.0
-    """Passes over the images; an epoch shows each image num_views times to the encoder."""
+    """Passes over the images; in an epoch the encoder sees num_views views of each image."""
     batch_size: int = 512
 
     @property
     def longer(self) -> str:
-        """The flag that makes such a run longer."""
+        """The flags that make such a run longer."""
         return "--steps" if self.steps else "--minutes or --epochs" if self.preset == "auto" else "--epochs"
 
     def __post_init__(self) -> None:
@@ -298,9 +299,9 @@ class PretrainSettings:
 
     run: Annotated[PretrainRun, flat("Run")] = field(default_factory=PretrainRun)
     init: Annotated[str | None, group("Model")] = None
-    """Weights to start from, of the same width and depth: a run, a file of one, an export, timm:NAME, or a checkpoint
-    of MAE, ConvMAE or DMJD. Channels, patches and positions are adapted; what is taken is said on stderr. Default:
-    random ones."""
+    """Weights to start from, of the same width and depth: a run, a file in it, an export, timm:NAME, or a checkpoint of
+    MAE, ConvMAE or DMJD. Channels, patches and position embeddings are adapted; stderr says which weights are loaded.
+    Default: random weights."""
     model: Annotated[ModelSettings, group("Model")] = field(default_factory=ModelSettings)
     masking: Annotated[MaskingSettings, group("Masking")] = field(default_factory=MaskingSettings)
     masked: Annotated[MaskedSettings, group("Masked branch")] = field(default_factory=MaskedSettings)
@@ -324,7 +325,7 @@ class PretrainSettings:
 
     @property
     def crop_sizes(self) -> list[tuple[int, int]]:
-        """Height and width of a crop, in pixels, in the parts of the run: whole tokens."""
+        """Height and width of a crop in each part of the run, in pixels, a whole number of tokens."""
         (rows, columns), patch = self.model.grid, self.model.patch_size
         shares = (*self.crop.progressive, 1.0)
         return [(patch * max(round(rows * share), 1), patch * max(round(columns * share), 1)) for share in shares]

@@ -1,4 +1,4 @@
-"""Rules of single settings, and settings as YAML. Nothing in this package imports torch: `--help` is instant."""
+"""Checks of single settings, and settings as YAML. Nothing in this package imports torch, so `--help` is instant."""
 
 import re
 from collections.abc import Sequence
@@ -16,17 +16,18 @@ LONGEST = 16_384  # side of a crop in pixels
 
 
 def flag(settings: Any, name: str) -> str:
-    """Name a setting as a user does: `optim.blr`; a class of settings says in `SECTION` which section it is, if any."""
+    """Name a setting as a user does, such as `optim.blr`; the section is `SECTION` of its class, if it has one."""
     return f"{getattr(settings, 'SECTION', '')}{name}"
 
 
 def within(lowest: int | float, highest: int | float, settings: Any, *names: str) -> None:
-    """Refuse numbers outside `lowest` .. `highest`, alone or in a tuple, and those that are none; None passes.
+    """Refuse numbers outside `lowest` .. `highest`, alone or in a tuple, and NaN; None passes.
 
-    Every number has both ends: far beyond what anybody trains with, memory and time end before an error comes.
+    Every number has an upper bound, far beyond what anybody trains with: larger ones would exhaust memory or time
+    before any error.
 
     Raises:
-        ConfigError: If there is one.
+        ConfigError: If a number is out of range.
     """
     for name in names:
         value = getattr(settings, name)
@@ -36,10 +37,10 @@ def within(lowest: int | float, highest: int | float, settings: Any, *names: str
 
 
 def ordered(lowest: int | float, highest: int | float, settings: Any, *names: str) -> None:
-    """Refuse pairs of numbers outside `lowest` .. `highest`, or whose second one is lower.
+    """Refuse pairs of numbers outside `lowest` .. `highest`, or in descending order.
 
     Raises:
-        ConfigError: If there is one.
+        ConfigError: If a pair is out of range or out of order.
     """
     within(lowest, highest, settings, *names)
     for name in names:
@@ -52,7 +53,7 @@ def one_of(choices: Any, settings: Any, *names: str) -> None:
     """Refuse values that are not among the choices of a `Literal`.
 
     Raises:
-        ConfigError: If there is one.
+        ConfigError: If a value is not among them.
     """
     for name in names:
         if (value := getattr(settings, name)) not in get_args(choices):
@@ -63,7 +64,7 @@ def names_settings(settings: Any, names: Sequence[str]) -> None:
     """Refuse names that no setting of a verb has.
 
     Raises:
-        ConfigError: If there is one.
+        ConfigError: If a name is unknown.
     """
     known = [*flags_of(type(settings))]
     for name in names:
@@ -73,7 +74,7 @@ def names_settings(settings: Any, names: Sequence[str]) -> None:
 
 
 def divides(batch_size: int, accumulation: int) -> None:
-    """Refuse a batch that its parts do not divide.
+    """Refuse a batch size that is not a multiple of the number of micro-batches.
 
     Raises:
         ConfigError: If there is a remainder.
@@ -83,7 +84,7 @@ def divides(batch_size: int, accumulation: int) -> None:
 
 
 def height_width(name: str, size: str) -> tuple[int, int]:
-    """Read a size in pixels, SIDE or HEIGHTxWIDTH.
+    """Parse a size in pixels, SIDE or HEIGHTxWIDTH.
 
     Raises:
         ConfigError: If it is neither, or too large.
@@ -95,12 +96,12 @@ def height_width(name: str, size: str) -> tuple[int, int]:
 
 
 def is_flat(kind: Any) -> bool:
-    """Tell whether the settings of a group go by their own names, without that of the group."""
+    """Tell whether the flags of a group's settings leave out the name of the group."""
     return get_origin(kind) is not None and any(getattr(each, "name", None) == ("*",) for each in kind.__metadata__)
 
 
 def flags_of(kind: Any, prefix: str = "") -> dict[str, Any]:
-    """List all settings of a verb by the names of their flags (`data`, `optim.blr`), with their defaults, if any."""
+    """Map the flags of all settings of a verb (`data`, `optim.blr`) to their defaults, if any."""
     hints, found = get_type_hints(kind, include_extras=True), dict[str, Any]()
     for setting in fields(kind):
         hint = hints[setting.name]
@@ -113,7 +114,7 @@ def flags_of(kind: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def nearest(name: str, known: Sequence[str]) -> list[str]:
-    """Find the settings that a wrong name may mean: those called so in any section, else those spelt like it."""
+    """Find the settings that a wrong name may mean: those of that name in any section, else those spelt like it."""
     by_last: dict[str, list[str]] = {}
     for each in known:
         by_last.setdefault(each.rpartition(".")[2], []).append(each)
@@ -123,12 +124,12 @@ def nearest(name: str, known: Sequence[str]) -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """Turn the value of a setting into what YAML has."""
+    """Convert the value of a setting into a type of YAML."""
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
-    """Turn settings into plain YAML values, as a file of settings has them; those left at None are left out."""
+    """Convert settings into plain YAML values, nested as in a settings file; settings that are None are left out."""
     found: dict[str, Any] = {}
     kinds = get_type_hints(type(settings), include_extras=True)
     for setting in fields(settings):

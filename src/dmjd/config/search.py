@@ -11,12 +11,12 @@ from dmjd.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRun(ReadSettings):
-    """Where `dmjd search` finds the pictures, and where it computes."""
+    """Where `dmjd search` finds the images, and where it computes."""
 
     data: str = ""
-    """Where the images are that the features are of, for the pictures. Default: the --data that embed had."""
+    """The images that the features belong to, for the page. Default: the --data given to embed."""
     data_range: tuple[float, float] | None = None
-    """Lowest and highest value of images deeper than 8 bits. Default: what embed took."""
+    """Lowest and highest value of images deeper than 8 bits. Default: the range that embed used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,20 +25,21 @@ class SearchSettings:
 
     run: Annotated[SearchRun, flat("Run")] = field(default_factory=SearchRun)
     backbone: Annotated[str | None, group("Backbone")] = None
-    """What made the features: a backbone.safetensors or timm:NAME. Default: the --backbone that embed had."""
+    """The backbone that computed the features: a backbone.safetensors or timm:NAME. Default: the --backbone given to
+    embed."""
     features: Annotated[Path, group("Run")]
-    """F.npy of dmjd embed, with F.csv beside it."""
+    """F.npy written by dmjd embed, with F.csv beside it."""
     out: Annotated[Path, group("Run")]
-    """Folder of neighbours.csv or duplicates.csv, and of search.html, which shows the pictures."""
+    """Folder for neighbours.csv or duplicates.csv, and for search.html, which shows the images."""
     query: Annotated[str | None, group("Task")] = None
-    """An image, a folder of images or whatever --data takes: find what is nearest to each."""
+    """An image, a folder of images, or anything else that --data takes: find the nearest neighbours of each image."""
     k: Annotated[int, group("Task")] = 10
-    """Nearest images of each query. Every image is looked at: a million take seconds."""
+    """Nearest images of each query. The search is exact; a million images take seconds."""
     duplicates: Annotated[bool, group("Task")] = False
-    """Find pairs inside the set that are almost the same, instead of the neighbours of queries. All images are
-    compared with all others: 20,000 take seconds, 100,000 minutes, a million hours without a GPU."""
+    """Find pairs of near-duplicates in the set, instead of the neighbours of queries. All images are compared with all
+    others: 20,000 take seconds, 100,000 minutes, a million hours without a GPU."""
     threshold: Annotated[float, group("Task")] = 0.95
-    """Cosine similarity from which two images count as almost the same."""
+    """Cosine similarity from which two images count as near-duplicates."""
 
     def __post_init__(self) -> None:
         within(1, 10_000, self, "k")
