@@ -11,7 +11,7 @@ from dmjd.errors import ConfigError
 
 
 def layers(kind: Any, presets: Path, given: Mapping[str, Any]) -> list[Path]:
-    """Find the YAML files that the given settings override: of a run to resume, --config, and the preset.
+    """Find the YAML files that the given settings override: --config, then a run to resume, or else the preset.
 
     Args:
         kind: Settings of a verb.

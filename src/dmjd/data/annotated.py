@@ -1,4 +1,4 @@
-"""Samples of segmentation and detection: images that are augmented together with what is to be seen in them."""
+"""Samples of segmentation and detection: images that are augmented together with their annotations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,20 +20,20 @@ AnnotatedSample = tuple[Tensor, Any, dict[str, str]]
 
 
 class AnnotatedBatch(NamedTuple):
-    """One micro-batch of images with what is to be seen in them."""
+    """One micro-batch of images with their annotations."""
 
-    images: Num[Tensor, "B C H W"]  # 0..255; uint8, or float32 if one of them is deep
-    annotations: Any  # a tensor of all, or a list with those of every image
-    skipped: dict[str, str]  # files that did not decode, with the reason; others stand in for them
+    images: Num[Tensor, "B C H W"]  # 0..255; uint8, or float32 if one of them has more than 8 bits
+    annotations: Any  # one stacked tensor, or a list with those of each image
+    skipped: dict[str, str]  # files that did not decode, with the reason; other images replace them
 
 
 @dataclass(frozen=True)
 class AnnotatedSamples(Dataset[AnnotatedSample]):
-    """Training samples by (epoch, index), as `LabelledSamples` are.
+    """Training samples by (epoch, index), like `LabelledSamples`.
 
     Attributes:
         images: Reads pairs of an image and its annotation.
-        augment: Changes both together.
+        augment: Transforms both together.
         seed: Seed of the run.
     """
 
@@ -45,7 +45,7 @@ class AnnotatedSamples(Dataset[AnnotatedSample]):
         """Augment the image (epoch, index) and its annotation.
 
         Returns:
-            Both, and what did not decode.
+            Both, and the files that did not decode.
 
         Raises:
             DataError: If neither it nor the images after it decode.
@@ -65,11 +65,11 @@ def collate_annotated(samples: list[AnnotatedSample]) -> AnnotatedBatch:
 
 
 def turn_of(file: Path, given: tuple[int, ...], shown: tuple[int, ...]) -> int:
-    """Find how an annotation is turned to lie on its image: by an EXIF orientation, 5 to 8, or 1 for not at all.
+    """Find the EXIF orientation, 5 to 8, that makes an annotation fit its image, or 1 for none.
 
-    An image is decoded the way up that its EXIF data say. An annotation of the size in which the file stores it is
-    turned along. One of the size that viewers show stays, and so does one whose size cannot tell: of a square image, or
-    of one that is only mirrored or upside down in its file.
+    Images are decoded upright, by their EXIF data. An annotation with the size that the file stores is turned likewise.
+    One with the size that viewers show is not, nor is one whose size does not tell: that of a square image, or of an
+    image that is only mirrored or upside down in its file.
 
     Args:
         file: The image.
@@ -81,10 +81,10 @@ def turn_of(file: Path, given: tuple[int, ...], shown: tuple[int, ...]) -> int:
 
 
 def refuse_pages(data: str, wanted: Wanted) -> None:
-    """Refuse pages as images: an annotation is that of a file.
+    """Refuse pages as separate images: an annotation belongs to a whole file.
 
     Raises:
-        DataError: If pages are wanted as frames.
+        DataError: If pages are to be read as frames.
     """
     if wanted.pages == "frames":
         raise DataError(
@@ -93,10 +93,10 @@ def refuse_pages(data: str, wanted: Wanted) -> None:
 
 
 def class_names(data: str, file: Path | None) -> tuple[str, ...] | None:
-    """Read names of classes, one in a line, from a file; without one, from `data`/classes.txt; None if there is none.
+    """Read class names, one per line, from `file`, by default `data`/classes.txt; None if that does not exist.
 
     Raises:
-        DataError: If the file that is named is missing, or one cannot be read, has no names, or has one twice.
+        DataError: If `file` is missing, or a file cannot be read, has no names, or has a name twice.
     """
     if file is None:
         file = Path(data) / "classes.txt"

@@ -1,6 +1,6 @@
-"""One array of images in a file, N H W, N H W C or N C H W, mapped into memory and read image by image.
+"""One array of images in a file, N H W, N H W C or N C H W, memory-mapped and read image by image.
 
-A list of the same name beside it (`images.csv` for `images.npy`) may bring a label and a part for each, row by row.
+A list of the same name beside it (`images.csv` for `images.npy`) may give each image a label and a part, row by row.
 """
 
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ from dmjd.errors import DataError
 
 @dataclass(frozen=True)
 class ArrayReader:
-    """Reads images out of an array on disk.
+    """Reads images from an array on disk.
 
     Attributes:
-        path: Its file.
-        channels_first: Whether an image is C H W there, and not H W or H W C.
-        wanted: What is wanted of its images.
+        path: File of the array.
+        channels_first: Whether its images are C H W, not H W or H W C.
+        wanted: How to read the images.
     """
 
     path: Path
@@ -36,7 +36,7 @@ class ArrayReader:
     wanted: Wanted
 
     def __call__(self, index: int, reduce: Reduce | None) -> Num[Tensor, "C H W"]:
-        """Copy an image; raises `BadImage` if it has values that are no numbers."""
+        """Copy an image; raises `BadImage` if it has NaN or infinite values."""
         array = np.array(self._images[index])
         if self.channels_first:
             array = np.moveaxis(array, 0, -1)
@@ -48,15 +48,15 @@ class ArrayReader:
         return open_memmap(self.path, mode="r")
 
     def __getstate__(self) -> dict[str, object]:
-        """Let go of the mapped array: on its way to a worker it would be copied."""
+        """Drop the mapped array, which pickling for a worker would copy."""
         return {name: value for name, value in self.__dict__.items() if name != "_images"}
 
 
 def open_array(data: str, wanted: Wanted) -> dict[str, Source]:
-    """Open the array of a file, with classes and parts if there is a list beside it.
+    """Open an array, with classes and parts if there is a list beside it.
 
     Raises:
-        DataError: If it is no array of images or has other channels than the wanted ones, or the list does not fit.
+        DataError: If it is not an array of images with the wanted channels, or the list does not fit it.
     """
     path = Path(data)
     reader = ArrayReader(path, _channels_first(path, wanted.in_chans), wanted)
@@ -78,10 +78,10 @@ def open_array(data: str, wanted: Wanted) -> dict[str, Source]:
 
 
 def _channels_first(path: Path, in_chans: int) -> bool:
-    """Look at the shape of an array, and tell N C H W from the others: channels are last unless only the first do.
+    """Tell N C H W from other layouts by the shape of an array: channels are last unless axis 1 fits `in_chans` better.
 
     Raises:
-        DataError: If it is no array of images of as many channels, or of 3 or 1 where 1 or 3 are wanted.
+        DataError: If it is not an array of images with `in_chans` channels, or with 1 or 3 that convert to 3 or 1.
     """
     try:
         array = open_memmap(path, mode="r")
@@ -103,7 +103,7 @@ def _channels_first(path: Path, in_chans: int) -> bool:
 
 
 def _fit(channels: int, in_chans: int) -> tuple[bool, bool]:
-    """Rank a number of channels: as wanted, or at least grey for colour or colour for grey."""
+    """Rank a number of channels: as wanted, or else grey for colour or colour for grey."""
     return channels == in_chans, {channels, in_chans} <= {1, 3}
 
 

@@ -1,4 +1,4 @@
-"""Sets known by name: `shapes`, which is drawn on the spot, CIFAR-10 and Fashion-MNIST, which are downloaded once."""
+"""Built-in sets: `shapes`, which is drawn when opened, and CIFAR-10 and Fashion-MNIST, which are downloaded once."""
 
 import gzip
 import os
@@ -25,9 +25,9 @@ class ArrayImages:
     """Labelled images of one size, in memory.
 
     Attributes:
-        address: Name of the set and its part, from which those of its images are made.
+        address: Name of the set and its part, and prefix of the names of its images.
         pixels: The images.
-        labels: Number of the class of each.
+        labels: Class index of each.
         classes: Names of the classes.
     """
 
@@ -49,21 +49,21 @@ class ArrayImages:
         return f"{self.address}/{index:05d}"
 
     def label(self, index: int) -> int | None:
-        """Number of its class."""
+        """Look up the class index of an image."""
         return int(self.labels[index])
 
     def read(self, index: int, reduce: Reduce | None = None) -> UInt8[Tensor, "C H W"]:
-        """Look an image up."""
+        """Look up an image."""
         return self.pixels[index]
 
 
 def download_folder() -> Path:
-    """Find where downloaded sets are kept: $DMJD_DATA, else a folder of the user's cache."""
+    """Find where downloaded sets are kept: $DMJD_DATA, else a folder in the user's cache."""
     return Path(os.environ.get("DMJD_DATA") or Path.home() / ".cache" / "dmjd")
 
 
 def open_shapes(data: str, wanted: Wanted) -> dict[str, Source]:
-    """Draw the scenes of `shapes`, as large as the longer side of `wanted.image_hw`, and 16 pixels at least."""
+    """Draw the scenes of `shapes`, with sides as long as the longer one of `wanted.image_hw`, at least 16 pixels."""
     size, parts = max(16, *wanted.image_hw), dict[str, Source]()
     for part, count in SHAPES_SIZES.items():
         scenes = [scene(part, index, size=size) for index in range(count)]  # type: ignore[arg-type]
@@ -73,7 +73,7 @@ def open_shapes(data: str, wanted: Wanted) -> dict[str, Source]:
 
 
 def open_cifar10(data: str, wanted: Wanted) -> dict[str, Source]:
-    """Open CIFAR-10 in the folder after the colon, or where downloads are kept; what is missing is downloaded.
+    """Open CIFAR-10 in the folder after the colon, or where downloads are kept; download it if it is missing.
 
     Raises:
         DataError: If it cannot be downloaded.
@@ -92,7 +92,7 @@ def open_cifar10(data: str, wanted: Wanted) -> dict[str, Source]:
 
 
 def open_fashion_mnist(data: str, wanted: Wanted) -> dict[str, Source]:
-    """Open Fashion-MNIST in the folder after the colon, in Debian's, or where downloads are kept.
+    """Open Fashion-MNIST in the folder after the colon, in that of Debian's package, or where downloads are kept.
 
     Raises:
         DataError: If it cannot be downloaded, or its files are broken.
@@ -123,7 +123,7 @@ def open_fashion_mnist(data: str, wanted: Wanted) -> dict[str, Source]:
 def _array_images(
     address: str, array: np.ndarray, labels: Sequence[int], classes: Sequence[str], in_chans: int
 ) -> ArrayImages:
-    """Make a set of an array N H W (grey) or N H W 3."""
+    """Make a set from an array N H W (grey) or N H W 3."""
     if in_chans not in (1, 3):
         advice = "pretrain a backbone for such images with --model.in_chans 3 or 1"
         raise DataError(f"{3 if array.ndim == 4 else 1} channels, not {in_chans}; {address}; {advice}")
@@ -137,7 +137,7 @@ def _array_images(
 
 
 def _idx(path: Path) -> np.ndarray:
-    """Read a zipped idx file of bytes: two zeros, type 8, the number of sides, each side as 4 bytes, the values."""
+    """Read a gzipped idx file of bytes: two zeros, type 8, number of dimensions, each dimension as 4 bytes, values."""
     try:
         content = gzip.decompress(path.read_bytes())
         shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
@@ -147,7 +147,7 @@ def _idx(path: Path) -> np.ndarray:
 
 
 def _is(name: str) -> Callable[[str], bool]:
-    """Accept a name, with a folder after a colon or without."""
+    """Accept a name, with or without a colon and a folder after it."""
     return lambda data: data.partition(":")[0] == name
 
 

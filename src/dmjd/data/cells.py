@@ -1,10 +1,10 @@
-"""Names of files and classes as cells of tables: whatever is in them, a spreadsheet shows it and computes nothing."""
+"""Names of files and classes as cells of tables, which a spreadsheet shows but never evaluates as formulas."""
 
-FORMULA = ("=", "+", "-", "@")  # how a formula begins, as OWASP's page on CSV injection lists
+FORMULA = ("=", "+", "-", "@")  # first characters of formulas, as listed by OWASP's page on CSV injection
 
 
 def plain_cell(text: str) -> str:
-    """Put a ' before what a spreadsheet would take for a formula, as OWASP advises; numbers stay as they are."""
+    """Put a ' before text that a spreadsheet would take for a formula, as OWASP advises; numbers stay as they are."""
     try:
         float(text)
     except ValueError:
@@ -13,6 +13,6 @@ def plain_cell(text: str) -> str:
 
 
 def cell_text(cell: str) -> str:
-    """Take the ' away that `plain_cell` has put before a text."""
+    """Remove the ' that `plain_cell` has put before a text."""
     text = cell.removeprefix("'")
     return text if plain_cell(text) == cell else cell

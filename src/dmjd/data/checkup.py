@@ -1,6 +1,6 @@
-"""What is found out about a set of images: every image is decoded once, and what matters of it is kept.
+"""Examination of a set of images: every image is decoded once, and its properties are kept.
 
-Nothing stops here: a file that does not decode, or has other channels than the rest, is counted and named.
+A file that does not decode, or has other channels than the rest, is counted and named, and stops nothing.
 """
 
 import hashlib
@@ -33,12 +33,12 @@ from dmjd.data.statistics import Statistics, statistics_of
 from dmjd.data.workers import usable_cores
 from dmjd.errors import DataError
 
-CHUNK = 64  # images that a thread looks at in one go
+CHUNK = 64  # images that a thread examines at a time
 BINS = 64  # of a histogram of values
 MEASURED = 256  # images whose values are measured, as training does
 TIMED = 64  # images that are timed
-PEEKED = 64  # headers of a part
-MOST_PAIRS = 10_000  # of near copies that are looked for: a set of nothing but copies has millions
+PEEKED = 64  # headers read per part
+MOST_PAIRS = 10_000  # pairs of near copies: a set of nothing but copies has millions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +47,15 @@ class Look:
 
     Attributes:
         part: Its part of the set, and `index` its number there.
-        name: What its source calls it.
-        fault: Why it does not decode, or does not fit the others; an image that does has shape, dtype and digest.
+        name: Its name in its source.
+        fault: Why it does not decode, or does not fit the others; if empty, shape, dtype and digest are set.
         broken: Whether the file itself is at fault.
-        header: What its header says, if it is a file.
+        header: Its header, if it is a file.
         file_bytes: Size of that file.
         shape: Channels, height and width.
         dtype: Type of its values.
         digest: SHA-256 of its values.
-        outline: To find copies by; None for an even surface.
+        outline: Its fingerprint, to find copies; None for a uniform image.
     """
 
     part: str
@@ -72,7 +72,7 @@ class Look:
 
 
 def file_of(source: Source, index: int) -> Path | None:
-    """Find the file of an image, by itself in a folder or named by a list; None if it is in another file, or drawn."""
+    """Find the file of an image in a folder or a list; None if it is inside another file, or drawn."""
     root, name = Path(source.address), source.name(index)
     page = name.rpartition("#")
     for each in (name, page[0]) if page[2].isdecimal() else (name,):
@@ -83,7 +83,7 @@ def file_of(source: Source, index: int) -> Path | None:
 
 
 def headers(parts: Mapping[str, Source]) -> list[Peek]:
-    """Look at the headers of some files from all over a set."""
+    """Read the headers of some files, evenly spaced over a set."""
     found = []
     for source in parts.values():
         for index in evenly(len(source), PEEKED):
@@ -94,7 +94,7 @@ def headers(parts: Mapping[str, Source]) -> list[Peek]:
 
 
 def stored_channels(data: str) -> int:
-    """Look up the channels of a set that says so as a whole, a prepared one or an array; 3 for any other."""
+    """Look up the channels of a prepared set or an array, which have one number for all images; 3 for any other set."""
     if (Path(data) / SET).is_file():
         channels: int = read_set(Path(data))["in_chans"]
         return channels
@@ -108,16 +108,16 @@ def stored_channels(data: str) -> int:
 def open_as_most(
     data: str, in_chans: int | None, pages: Literal["bands", "frames"] | None, *, look: bool = False
 ) -> tuple[dict[str, Source], Wanted]:
-    """Open a set as most of its files want to be opened: with the channels that they have.
+    """Open a set in the way that suits most of its files: with the channels that they have.
 
     Args:
         data: What to open.
         in_chans: Channels, if they are known.
-        pages: What pages are, if that is known; files of several are refused otherwise.
-        look: Open pages as frames where most files have several and nothing is known of them, to look at each.
+        pages: What pages are, if that is known; otherwise files of several pages are refused.
+        look: If `pages` is None and most files have several pages, open them as frames.
 
     Raises:
-        DataError: If there is nothing of the name, or no image in it.
+        DataError: If there is no such set, or no image in it.
     """
     stored = stored_channels(data)
     wanted = Wanted(in_chans=in_chans or stored, pages=pages)
@@ -131,7 +131,7 @@ def open_as_most(
 
 
 def chosen(parts: Mapping[str, Source], count: int, seed: int) -> list[tuple[str, int]]:
-    """Choose the images to look at, by part and number: all of them, or a sample drawn by seed, in order."""
+    """Choose the images to examine, by part and number: all of them, or a sample drawn by seed, in order."""
     starts = np.cumsum([0, *map(len, parts.values())])
     numbers = torch.randperm(int(starts[-1]), generator=torch.Generator().manual_seed(seed))[:count].sort().values
     names, places = list(parts), np.searchsorted(starts, numbers.numpy(), side="right") - 1
@@ -139,7 +139,7 @@ def chosen(parts: Mapping[str, Source], count: int, seed: int) -> list[tuple[str
 
 
 def look_at(parts: Mapping[str, Source], images: list[tuple[str, int]], workers: int | None) -> list[Look]:
-    """Decode images and keep what matters of each, in threads: decoders let others run."""
+    """Decode images and keep their properties, in threads: decoders release the GIL."""
     threads = workers or min(usable_cores(), 16)
     chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
     looks: list[Look] = []
@@ -155,7 +155,7 @@ def look_at(parts: Mapping[str, Source], images: list[tuple[str, int]], workers:
 
 
 def look(source: Source, part: str, index: int) -> Look:
-    """Decode one image and keep what matters of it."""
+    """Decode one image and keep its properties."""
     one = partial(Look, part=part, index=index, name=source.name(index))
     if file := file_of(source, index):
         one = partial(one, file_bytes=file.stat().st_size)
@@ -179,11 +179,11 @@ def look(source: Source, part: str, index: int) -> Look:
 
 
 class Values(NamedTuple):
-    """What the pixels of a sample are.
+    """Pixel values of a sample of images.
 
     Attributes:
-        statistics: What images are normalised by.
-        histograms: By channel, the share of values in each of 64 equal steps of the range; every image counts the same.
+        statistics: Mean and standard deviation to normalise images by.
+        histograms: By channel, the share of values in each of 64 equal bins over the range; all images count the same.
     """
 
     statistics: Statistics
@@ -191,7 +191,7 @@ class Values(NamedTuple):
 
     @property
     def filled(self) -> int:
-        """Steps that have a thousandth of the values or more, in the channel where they are most."""
+        """Bins with more than a thousandth of the values, in the channel that has the most of them."""
         return int((self.histograms > 0.001).sum(axis=1).max())
 
 
@@ -199,8 +199,8 @@ def measure_values(parts: Mapping[str, Source], looks: Sequence[Look]) -> Values
     """Measure a sample of the images that decode.
 
     Args:
-        parts: Where they come from.
-        looks: Those that decode, at least one.
+        parts: Sources of the images.
+        looks: Images that decode, at least one.
 
     Raises:
         DataError: If all values are the same.
@@ -221,14 +221,14 @@ def measure_values(parts: Mapping[str, Source], looks: Sequence[Look]) -> Values
 
 
 class Speed(NamedTuple):
-    """Seconds of one core that a training sample takes."""
+    """Core-seconds per training sample."""
 
     decode: float
     crop: float
 
 
 def measure_speed(parts: Mapping[str, Source], looks: Sequence[Look], size: int) -> Speed:
-    """Time how training reads: an image no larger than its random crop needs, and the crop of `size` pixels."""
+    """Time reading as in training: decoding no larger than the random crop needs, and the crop of `size` pixels."""
     crop = RandomCrop((size, size), (0.2, 1.0), (3 / 4, 4 / 3), True)
     few, times = [looks[place] for place in evenly(len(looks), TIMED)], []
     for each, draws in zip(few, crop.draws(torch.arange(len(few))), strict=True):
@@ -249,12 +249,12 @@ def _images(parts: Mapping[str, Source], looks: Sequence[Look]) -> Iterator[Tens
 
 
 class Copies(NamedTuple):
-    """Images that are there more than once, by their places in a list.
+    """Images that occur more than once, by their places in a list.
 
     Attributes:
         exact: Groups of equal images.
         near: Pairs of images that are almost equal; of equal images only the first is paired.
-        leaked: Pairs of an image outside the part `train` and a copy of it in there, exact ones first.
+        leaked: Pairs of an image outside the part `train` and a copy of it inside, exact copies first.
     """
 
     exact: list[list[int]]

@@ -1,7 +1,7 @@
-"""What a step sees of an image: a random resized crop and a flip, a function of the sample's seed.
+"""Augmentation for pre-training: a random resized crop and a flip, a function of the sample's seed.
 
-torchvision's `RandomResizedCrop` draws from the global generator and may draw ten times, so that neither can be
-repeated for one sample alone.
+torchvision's `RandomResizedCrop` draws from the global generator, up to ten times, so that one sample cannot be
+repeated by itself.
 """
 
 import math
@@ -19,11 +19,11 @@ from dmjd.data.transfer import transfer
 from dmjd.random import uniforms
 
 IN_CACHE = 64  # images whose matrices stay in the cache of a CPU
-FACTORS = (8, 4, 2)  # by which an image may be read smaller
+FACTORS = (8, 4, 2)  # by which decoding may scale an image down
 
 
 class Box(NamedTuple):
-    """Where an image is cut, in pixels, and whether the crop is mirrored, 0 or 1; or these of a batch, as arrays."""
+    """The box of a crop, in pixels, and whether the crop is mirrored, 0 or 1; or these of a batch, as arrays."""
 
     top: Any
     left: Any
@@ -34,13 +34,13 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Cuts out a random box, resizes it (bicubic, antialiased) and mirrors every other one.
+    """Cuts out a random box, resizes it (bicubic, antialiased) and mirrors half of the crops.
 
     Attributes:
         size: Height and width of a crop, in pixels.
         scale: Range of the box's area over the image's; uniform.
         ratio: Range of the box's width over its height; log-uniform. A box that does not fit is clipped to the image.
-        flip: Mirror every other crop.
+        flip: Whether to mirror with probability 1/2.
     """
 
     size: tuple[int, int]
@@ -49,11 +49,11 @@ class RandomCrop:
     flip: bool
 
     def draws(self, seeds: Int[Tensor, " B"]) -> Float64[np.ndarray, "B 5"]:
-        """Draw what is random about the crops of images, from a seed of each; on the CPU.
+        """Draw the random numbers for the crops of images, from a seed of each; on the CPU.
 
         Returns:
-            Height and width of the box over the root of the image's area; where it lies between top and bottom and
-            between left and right, 0 to 1; whether it is mirrored, 0 or 1.
+            Height and width of the box over the square root of the image's area; its position from top to bottom and
+            from left to right, 0 to 1; whether it is mirrored, 0 or 1.
         """
         area, shape, down, right, mirror = uniforms(seeds, 5).cpu().numpy().T
         area = self.scale[0] + area * (self.scale[1] - self.scale[0])
@@ -62,7 +62,7 @@ class RandomCrop:
         return np.stack([np.sqrt(area / shape), np.sqrt(area * shape), down, right, (mirror < 0.5) & self.flip], axis=1)
 
     def box(self, draws: Float64[np.ndarray, "*B 5"], height: int, width: int) -> Box:
-        """Find the boxes of images of this size."""
+        """Compute the boxes in images of this size."""
         tall, wide, down, right, mirrored = draws.T
         root = math.sqrt(height * width)
         box_h = np.minimum(np.maximum(np.rint(tall * root), 1), height)
@@ -71,7 +71,7 @@ class RandomCrop:
         return Box(*(each.astype(np.int64) for each in (top, left, box_h, box_w, mirrored)))
 
     def factor(self, draws: Float64[np.ndarray, "5"], height: int, width: int) -> int:
-        """Find how many times smaller an image may be read before its box has fewer pixels than the crop."""
+        """Find by which factor an image may be scaled down before its box has fewer pixels than the crop."""
         if min(height / self.size[0], width / self.size[1]) < FACTORS[-1]:
             return 1
         box = self.box(draws, height, width)
@@ -85,10 +85,10 @@ class RandomCrop:
         return crop.flip(-1) if box.mirrored else crop
 
     def of_many(self, images: Num[Tensor, "B C H W"], draws: Float64[np.ndarray, "B 5"]) -> Num[Tensor, "B C h w"]:
-        """Crop a batch of images of 0..255, uint8 or float32, where it is; within a level of what `of_one` does.
+        """Crop a batch of images of 0..255, uint8 or float32, on its device; within one grey level of `of_one`.
 
-        Resampling is linear along rows and along columns: a product with one matrix per image for each. Bytes stay
-        bytes: unrounded, flat parts of them would have faint edges, which a whitened target such as HOG makes loud.
+        Resampling is linear along rows and along columns: per image, one matrix product for each. Bytes stay bytes:
+        unrounded, their flat areas would have faint edges, which a whitened target such as HOG amplifies.
         """
         box, (channels, height, width), (rows, columns) = (
             self.box(draws, *images.shape[2:]),
@@ -103,7 +103,7 @@ class RandomCrop:
         for part, down_part, across_part, into in zip(
             *(each.split(at_once) for each in (images, down_of, across_of, crops)), strict=True
         ):
-            # The channels of a row stand side by side.
+            # The channels of a row lie side by side.
             lines = part.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
             narrow = lines.flatten(1, 2).bmm(across.index_select(0, across_part).mT).clamp_(0, 255)
             cut = down.index_select(0, down_part).bmm(narrow.view(len(part), height, -1)).clamp_(0, 255)
@@ -114,9 +114,9 @@ class RandomCrop:
 def _matrices(
     start: np.ndarray, length: np.ndarray, mirrored: np.ndarray, *, side: int, size: int, device: torch.device
 ) -> tuple[Float[Tensor, "n size side"], Int[Tensor, " B"]]:
-    """Make the resampling matrices of a batch, and tell which of them each image takes.
+    """Compute the distinct resampling matrices of a batch, and which of them each image uses.
 
-    Boxes of small images are often the same, and so are their matrices.
+    Small images often have the same box, and so the same matrix.
     """
     places = (start * (side + 1) + length) * 2 + mirrored
     _, first, which = np.unique(places, return_index=True, return_inverse=True)
@@ -129,18 +129,18 @@ def _matrices(
 def resampling(
     start: Int[Tensor, " B"], length: Int[Tensor, " B"], mirrored: Int[Tensor, " B"], *, side: int, size: int
 ) -> Float[Tensor, "B size side"]:
-    """Make the matrices that resample `length` pixels from `start` on, of `side`, to `size`: antialiased bicubic.
+    """Compute the matrices that resample `length` of `side` pixels, from `start` on, to `size`: antialiased bicubic.
 
-    A pixel of the result is a weighted mean of those around its middle. The weights are Keys' cubic with a = -1/2, made
-    wider by the factor of the reduction, and cut off at the box: as Pillow and torch have them.
+    A pixel of the result is a weighted mean of the pixels around its centre. The weights are Keys' cubic with a = -1/2,
+    widened by the reduction factor and cut off at the box, as in Pillow and torch.
     """
     scale = (length.float() / size)[:, None, None]
-    # Where pixels lie in the box; those outside of it are nowhere.
+    # Positions of pixels in the box; those outside it are at infinity, and so have no weight.
     places = torch.arange(side, device=start.device) - start[:, None]
     places = torch.where((places >= 0) & (places < length[:, None]), places + 0.5, torch.inf)[:, None, :]
     order = torch.arange(size, device=start.device)
     middles = (torch.where(mirrored[:, None] > 0, size - 1 - order, order)[:, :, None] + 0.5) * scale
-    # The cubic in powers of what is left to its ends at 2 and at 1: u^2 (u - 1) / 2 + v^2 (1 - 2 v).
+    # The cubic in the distances u and v to its ends at 2 and at 1: u^2 (u - 1) / 2 + v^2 (1 - 2 v).
     to_two = 2 - (places - middles).div_(scale.clamp(min=1.0)).abs_()
     to_two.clamp_(min=0)
     beyond = to_two - 1
@@ -154,8 +154,8 @@ def resize(image: Num[Tensor, "C H W"], size: tuple[int, int]) -> Num[Tensor, "C
     if tuple(image.shape[1:]) == size:
         return image
     known = image if image.dtype in (torch.uint8, torch.float32) else image.float()
-    # Channels last is nearly twice as fast, copy included; `contiguous` would not see to the stride of a batch of one,
-    # and torch would take what is left for channels first.
+    # Channels last is nearly twice as fast, copy included. `contiguous` of a batch of one would keep its strides, which
+    # torch would take for channels first.
     known = known.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
     resized = interpolate(known, size, mode="bicubic", antialias=True)[0]
     if resized.dtype == image.dtype:
@@ -165,9 +165,9 @@ def resize(image: Num[Tensor, "C H W"], size: tuple[int, int]) -> Num[Tensor, "C
 
 
 def center_crop(image: Num[Tensor, "C H W"], size: tuple[int, int]) -> Num[Tensor, "C h w"]:
-    """Resize until the image just covers `size` and cut out the middle: what an evaluation sees."""
+    """Resize an image so that it just covers `size`, and cut out the middle: the input of evaluations."""
     factor = max(size[0] / image.shape[-2], size[1] / image.shape[-1])
-    # A strip of 20 x 8000 would become one of 224 x 89,600: what is far from the middle goes first.
+    # A strip of 20 x 8000 would become one of 224 x 89,600, so its ends are cut off before resizing.
     near = [min(side, math.ceil(8 * target / factor)) for side, target in zip(image.shape[-2:], size, strict=True)]
     image = middle(image, near) if near != list(image.shape[-2:]) else image
     covered = [max(round(side * factor), target) for side, target in zip(image.shape[-2:], size, strict=True)]
@@ -175,6 +175,6 @@ def center_crop(image: Num[Tensor, "C H W"], size: tuple[int, int]) -> Num[Tenso
 
 
 def middle(image: Num[Tensor, "C H W"], size: Sequence[int]) -> Num[Tensor, "C h w"]:
-    """Cut out the middle; torchvision has this, and takes two seconds to be imported by every worker."""
+    """Cut out the middle. torchvision's function would do, but takes every worker two seconds to import."""
     top, left = (round((side - wanted) / 2) for side, wanted in zip(image.shape[-2:], size, strict=True))
     return image[..., top : top + size[0], left : left + size[1]]

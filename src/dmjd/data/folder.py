@@ -26,12 +26,12 @@ from dmjd.errors import DataError
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FolderFiles:
-    """Files below a folder, numbered: what every set of files has in common.
+    """Numbered files below a folder, the base of every set of files.
 
     Attributes:
         root: The folder.
         names: Path of each file below it.
-        wanted: What is wanted of its images.
+        wanted: How to read the images.
         classes: Names of the classes, if there are any.
     """
 
@@ -58,7 +58,7 @@ class FolderFiles:
         return self.names[index]
 
     def image(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
-        """Decode one.
+        """Decode an image.
 
         Raises:
             BadImage: If it does not decode.
@@ -75,13 +75,13 @@ class FolderImages(FolderFiles):
     """The images of a folder, however nested.
 
     Attributes:
-        labels: Number of the class of each, if there are classes.
+        labels: Class index of each, if there are classes.
     """
 
     labels: PackedNumbers | None
 
     def label(self, index: int) -> int | None:
-        """Look up the number of an image's class; None if there are no classes."""
+        """Look up the class index of an image; None if there are no classes."""
         return None if self.labels is None else self.labels[index]
 
     def read(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
@@ -90,10 +90,10 @@ class FolderImages(FolderFiles):
 
 
 def image_names(root: Path) -> PackedStrings:
-    """List the paths of the images below a folder, sorted; says on stderr what other files there are.
+    """List the paths of the images below a folder, sorted, and report other files on stderr.
 
     Raises:
-        DataError: If there is no image, or a folder that cannot be read.
+        DataError: If there is no image, or a folder cannot be read.
     """
     try:
         listing = list_files(root, EXTENSIONS, download_folder() / "listings")
@@ -107,17 +107,17 @@ def image_names(root: Path) -> PackedStrings:
 
 
 def ignored_files(data: str) -> dict[str, int]:
-    """Count the files of a folder that are no images by their endings; nothing where `data` is no folder of images."""
+    """Count the files of a folder that are not images, by extension; empty where `data` is not a folder of images."""
     counts: Counter[str] = Counter()
     root = Path(data)
     for folder in (root / part for part in part_names(root) or [""]) if opener_of(data) is FOLDER else ():
-        with suppress(OSError):  # no part that was read
+        with suppress(OSError):  # a part that training did not read
             counts.update(list_files(folder, EXTENSIONS, download_folder() / "listings").passed_over)
     return counts
 
 
 def folder_images(root: Path, wanted: Wanted) -> FolderImages:
-    """List the images below a folder, and their classes if each of them lies in one of two or more class folders.
+    """List the images below a folder, and their classes if every image lies in one of two or more class folders.
 
     Raises:
         DataError: If there is no image.
@@ -148,10 +148,10 @@ def _frames(root: Path, names: PackedStrings) -> Iterator[str]:
 
 
 def open_folder(data: str, wanted: Wanted) -> dict[str, Source]:
-    """Find the parts of a folder; without a `train` part it is one, whatever is in it.
+    """Find the parts of a folder; without a part `train`, the whole folder is one.
 
     Raises:
-        DataError: If there is no image, or none in a part that training looks at.
+        DataError: If there is no image, or none in a part that training uses.
     """
     root = Path(data)
     parts = part_names(root)
@@ -164,13 +164,13 @@ def open_folder(data: str, wanted: Wanted) -> dict[str, Source]:
         try:
             found[name] = folder_images(root / name, wanted)
         except DataError:
-            if place < 2:  # training looks at these two only; no other has to have images
+            if place < 2:  # training uses only these two; the others may be empty
                 raise
     return found
 
 
 def part_names(root: Path) -> list[str]:
-    """Name the parts of a folder, train first; nothing where there is no such part."""
+    """List the parts of a folder, train first; empty without a part `train`."""
     parts = [name for name in ("train", *HELD_OUT_PARTS) if (root / name).is_dir()]
     return parts if "train" in parts else []
 

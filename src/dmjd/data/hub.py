@@ -1,4 +1,4 @@
-"""Sets of Hugging Face: `hf:NAME` of the hub, `hf:FOLDER`, and Parquet files that hold their images.
+"""Hugging Face data sets: `hf:NAME` from the hub, `hf:FOLDER`, and Parquet files that contain their images.
 
 After the name come options as in a URL: `hf:NAME?config=...&image=...&label=...&revision=...`.
 """
@@ -19,19 +19,19 @@ from dmjd.data.stored import Classes, StoredImages, classes_of, refuse_frames
 from dmjd.errors import DataError, extra
 
 OPTIONS = ("config", "image", "label", "revision")
-LABELS = ("label", "labels", "fine_label")  # what a column of classes is usually called, the most usual first
+LABELS = ("label", "labels", "fine_label")  # usual names of a column of classes, the most usual first
 
 
 @dataclass(frozen=True)
 class HubReader:
-    """Reads images out of a column.
+    """Reads images from a column.
 
     Attributes:
-        rows: A data set of the library that has this column alone, and does not decode it.
-        column: Its name.
-        address: What the set is called, for messages.
-        folders: Where files may lie that the column names instead of holding them.
-        wanted: What is wanted of its images.
+        rows: The library's data set with this column only, not decoded.
+        column: Name of the column.
+        address: Name of the set, for messages.
+        folders: Where files may lie that the column names instead of containing them.
+        wanted: How to read the images.
     """
 
     rows: Any
@@ -52,10 +52,10 @@ class HubReader:
 
 
 def open_hub(data: str, wanted: Wanted) -> dict[str, Source]:
-    """Open a set by its name on the hub, which downloads it once, or by a folder of Parquet files or a saved set.
+    """Open a set by its name on the hub (it is downloaded once), or from a folder of Parquet files or a saved set.
 
     Raises:
-        DataError: If there is none, it has no images, or an option or a column is unknown.
+        DataError: If there is no such set, it has no images, or an option or a column is unknown.
     """
     name, _, query = data.removeprefix("hf:").partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
@@ -78,7 +78,7 @@ def open_hub(data: str, wanted: Wanted) -> dict[str, Source]:
 
 
 def has_embedded_images(path: Path) -> bool:
-    """Tell whether a Parquet file holds images, as structures of bytes, and not the paths of some."""
+    """Tell whether a Parquet file contains the images, as structs with bytes, rather than their paths."""
     try:
         import pyarrow
         from pyarrow.parquet import read_schema
@@ -92,7 +92,7 @@ def has_embedded_images(path: Path) -> bool:
 
 
 def _load(data: str, name: str, config: str | None = None, revision: str | None = None) -> dict[str, Any]:
-    """Let the library find a set; its parts by name, and one of no name if there are none."""
+    """Load a set with the library; returns its parts by name, or one with an empty name if it has none."""
     with extra("tables", data, DataError):
         import datasets
     datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # before version 4 it would ask whether to run a set's script
@@ -103,7 +103,7 @@ def _load(data: str, name: str, config: str | None = None, revision: str | None 
             loaded = datasets.load_dataset("parquet", data_files=name, split="train")
         else:
             loaded = datasets.load_dataset(name, config, revision=revision)
-    except Exception as error:  # the network, the hub, its own files: everything fails in another way
+    except Exception as error:  # network, hub and files all raise errors of their own
         reason = f"{type(error).__name__}: {_line(error)}"
         raise DataError(f"no set could be opened ({reason}); {data}; check its name and its options") from None
     return loaded if isinstance(loaded, dict) else {"": loaded}
@@ -118,7 +118,7 @@ def _folders(name: str) -> tuple[Path, ...]:
 
 
 def _undecoded(data: str, rows: Any, column: str) -> Any:
-    """Make the library give the files of one column as they are."""
+    """Make the library return the files of one column undecoded."""
     import datasets
 
     try:
@@ -128,12 +128,12 @@ def _undecoded(data: str, rows: Any, column: str) -> Any:
 
 
 def _line(error: Exception) -> str:
-    """Bring a message to one line."""
+    """Put a message on one line."""
     return " ".join(str(error).split())[:200]
 
 
 def _image_column(data: str, features: Any, given: str | None) -> str:
-    """Find the column of images: the one that is given, else the only one that there is."""
+    """Find the column of images: the given one, else the only one."""
     import datasets
 
     if given is not None:
@@ -147,7 +147,7 @@ def _image_column(data: str, features: Any, given: str | None) -> str:
 
 
 def _classes(data: str, rows: Any, given: str | None) -> Classes:
-    """Find the classes: of the column that is given, else of one with a usual name, or the only column of classes."""
+    """Find the classes: in the given column, else in one with a usual name, or in the only column of classes."""
     import datasets
 
     if given is not None:
@@ -160,7 +160,7 @@ def _classes(data: str, rows: Any, given: str | None) -> Classes:
         column = (usual or columns)[0]
     values, kind = list(rows.select_columns([column])[:][column]), rows.features[column]
     of_classes = isinstance(kind, datasets.ClassLabel)
-    if None in values or (of_classes and -1 in values):  # a part whose labels are kept secret
+    if None in values or (of_classes and -1 in values):  # a part whose labels are withheld
         return (), None
     if of_classes:
         return tuple(kind.names), PackedNumbers(torch.tensor(values))
@@ -168,7 +168,7 @@ def _classes(data: str, rows: Any, given: str | None) -> Classes:
 
 
 def _known(data: str, features: Any, column: str) -> str:
-    """Return the name of a column that there is."""
+    """Return the name of a column if it exists."""
     if column in features:
         return column
     raise DataError(f"no column {column}; {data}; its columns are {', '.join(features)}")

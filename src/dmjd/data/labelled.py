@@ -1,4 +1,4 @@
-"""Samples of classification: augmented images and their labels, of all images or a few of every class."""
+"""Samples of classification: augmented images and their labels, of all images or of a few per class."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -31,19 +31,19 @@ class LabelledBatch(NamedTuple):
 
     images: Float[Tensor, "B C H W"]
     labels: Int[Tensor, " B"]
-    skipped: dict[str, str]  # files that did not decode, with the reason; others stand in for them
+    skipped: dict[str, str]  # files that did not decode, with the reason; other images replace them
 
 
 @dataclass(frozen=True)
 class LabelledSamples(Dataset[LabelledSample]):
     """Training samples with labels by (epoch, index).
 
-    The augmentations of timm and torchvision draw from the global generators of Python, NumPy and torch: for a sample
-    these are set to a seed of (seed, epoch, index), and afterwards to where they were.
+    The augmentations of timm and torchvision draw from the global generators of Python, NumPy and torch. For a sample,
+    these are seeded with a hash of (seed, epoch, index), and restored afterwards.
 
     Attributes:
         images: A source with labels.
-        transform: From an image of 0..255, uint8 or float32, to what the model takes.
+        transform: From an image of 0..255, uint8 or float32, to an input of the model.
         seed: Seed of the run.
     """
 
@@ -55,7 +55,7 @@ class LabelledSamples(Dataset[LabelledSample]):
         """Augment the image (epoch, index).
 
         Returns:
-            What the model takes, the label, and what did not decode.
+            An input of the model, the label, and the files that did not decode.
 
         Raises:
             DataError: If neither it nor the images after it decode.
@@ -70,7 +70,7 @@ class LabelledSamples(Dataset[LabelledSample]):
 
 
 def to_device(batch: LabelledBatch, device: torch.device) -> tuple[Float[Tensor, "B C H W"], Int[Tensor, " B"]]:
-    """Copy images and labels to where the network is."""
+    """Copy images and labels to the network's device."""
     return transfer(batch.images, device), transfer(batch.labels, device)
 
 
@@ -85,10 +85,10 @@ def collate_labelled(samples: list[LabelledSample]) -> LabelledBatch:
 
 @dataclass(frozen=True)
 class TrainingTransform:
-    """What training does to an image; an object, so that worker processes can have it.
+    """Augmentation of an image; an object, so that it can be pickled for worker processes.
 
     Attributes:
-        steps: timm's, for what Pillow holds.
+        steps: timm's transform, for images that Pillow can hold.
         tensor_steps: The same without a policy, for any other image.
     """
 
@@ -101,7 +101,7 @@ class TrainingTransform:
 
 
 def is_picture(image: Num[Tensor, "C H W"]) -> bool:
-    """Tell whether Pillow can hold an image, and so a policy change it: 8 bits, and 1 or 3 channels."""
+    """Tell whether Pillow can hold an image, so that a policy can augment it: 8 bits, and 1 or 3 channels."""
     return image.dtype == torch.uint8 and len(image) in (1, 3)
 
 
@@ -115,15 +115,15 @@ def training_transform(
     auto_augment: str,
     random_erasing: float,
 ) -> TrainingTransform:
-    """Make timm's training transform for what a backbone takes; an image that is no picture goes without policy.
+    """Make timm's training transform for a backbone; images that Pillow cannot hold are not augmented by the policy.
 
     Args:
         input_size: Channels, height and width.
         mean: Mean of every channel, 0 to 1.
-        std: Its standard deviation.
+        std: Standard deviation of every channel.
         scale: Range of a crop's area, as a share of the image's.
-        flip: Mirror every other image.
-        auto_augment: Policy as timm writes it, such as rand-m9-mstd0.5-inc1; `none` has none.
+        flip: Whether to mirror with probability 1/2.
+        auto_augment: Policy in timm's syntax, such as rand-m9-mstd0.5-inc1, or `none`.
         random_erasing: Probability that a box is filled with noise.
     """
     transform = create_transform(
@@ -154,7 +154,7 @@ def training_transform(
 
 
 def _posterize(image: Any, bits: int, **rest: Any) -> Any:
-    """Posterize as timm does, but never to 0 bits, which Pillow refuses since version 13."""
+    """Posterize like timm, but never to 0 bits, which Pillow refuses since version 13."""
     return posterize(image, max(bits, 1), **rest)
 
 
@@ -162,17 +162,17 @@ def _posterize(image: Any, bits: int, **rest: Any) -> Any:
 
 
 def labelled_parts(parts: Parts, *, address: str, seed: int, fraction: float = 1.0, shots: int | None = None) -> Parts:
-    """Check that a set can be learned from, and keep only those training images whose labels are to be used.
+    """Check that a set can be learned from, and keep only the training images whose labels are to be used.
 
     Args:
         parts: The set.
-        address: What to call it in a message.
+        address: Name of the set, for messages.
         seed: Seed of the choice.
         fraction: Share of the labels of every class.
-        shots: Number of labels of every class, instead of a share.
+        shots: Number of labels per class, instead of a share.
 
     Raises:
-        DataError: If there are no labels, or held-out images of a class that nothing can be learned about.
+        DataError: If there are no labels, or a class of held-out images has no training images.
     """
     train, held_out = parts
     if not (has_labels(train) and has_labels(held_out)):
@@ -191,7 +191,7 @@ def labelled_parts(parts: Parts, *, address: str, seed: int, fraction: float = 1
 
 
 def _no_labels(parts: Parts, address: str) -> DataError:
-    """Say what labels would be, and where a path is that of a file or a folder, which images have none."""
+    """Describe the error: what labels have to look like and, for files and folders, which images have none."""
     what = "no labels"
     needs = "as folders PART/CLASS/IMAGE or CLASS/IMAGE, with the parts train and val (or valid, validation, test)"
     if address.lower().endswith(ENDINGS):
@@ -206,9 +206,9 @@ def _no_labels(parts: Parts, address: str) -> DataError:
 
 
 def label_subset(labels: Sequence[int], seed: int, *, fraction: float = 1.0, shots: int | None = None) -> list[int]:
-    """Choose some images of every class, by seed: a share of them, at least one, or `shots`, as far as there are any.
+    """Choose some images of every class, by seed: a share of them, at least one, or up to `shots`.
 
-    What a smaller share chooses, a larger one chooses too.
+    A larger share contains every smaller one.
 
     Returns:
         Places in `labels`, ascending.

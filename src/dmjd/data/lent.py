@@ -1,10 +1,10 @@
-"""Batches of workers in shared memory that is used again.
+"""Batches of workers in shared memory that is reused.
 
-torch takes new shared memory for every batch. The system has to find and to clear each of its pages, which takes longer
-than writing to them: in a virtual machine a quarter of all the time that prepared photographs take.
+torch allocates new shared memory for every batch. The system has to allocate and clear each of its pages, which takes
+longer than writing to them: in a virtual machine, a quarter of the whole time to load prepared photographs.
 
-A slot is shared memory of one batch and a byte more, which says whether a batch is in there. A worker sets it, and the
-process that received the batch clears it with the last tensor that looks at it, however long that is kept.
+A slot is the shared memory of one batch, and a byte that says whether it is in use. A worker sets that byte, and the
+process that received the batch clears it when the last tensor that views the memory is freed.
 """
 
 from typing import Any
@@ -17,17 +17,17 @@ from torch.utils.data import get_worker_info
 
 FREE, LENT = 0, 1
 
-_slots: list[Tensor] = []  # of this worker: as many as there ever were batches under way
+_slots: list[Tensor] = []  # of this worker: as many as the most batches ever in flight
 
 
 def room(shape: tuple[int, ...], dtype: torch.dtype) -> Num[Tensor, "*shape"]:
-    """Find memory for a batch: in a worker a slot, elsewhere memory like any other. What is in there is arbitrary."""
+    """Get uninitialised memory for a batch: a slot in a worker, ordinary memory elsewhere."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
     size = int(np.prod(shape)) * dtype.itemsize
     slot = next((slot for slot in _slots if len(slot) == size + 1 and slot[-1] == FREE), None)
     if slot is None:
-        # Crops that grow leave slots behind that no batch fits.
+        # When crops grow, the old slots fit no batch any more.
         _slots[:] = [slot for slot in _slots if slot[-1] == LENT or len(slot) == size + 1]
         slot = torch.empty(size + 1, dtype=torch.uint8).share_memory_()
         _slots.append(slot)
@@ -36,15 +36,15 @@ def room(shape: tuple[int, ...], dtype: torch.dtype) -> Num[Tensor, "*shape"]:
 
 
 def is_lent(batch: Tensor) -> bool:
-    """Tell whether a batch begins where a slot of this worker does."""
+    """Tell whether a batch lies in a slot of this worker."""
     return any(slot.data_ptr() == batch.data_ptr() for slot in _slots)
 
 
 def borrow(batch: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
-    """Take over a batch that lies in a worker's slot: the same memory, given back with its last tensor.
+    """Take over a batch in a worker's slot: the same memory, returned when its last tensor is freed.
 
     Args:
-        batch: As it came from the worker; not to be used any more.
+        batch: As received from the worker; not to be used afterwards.
     """
     slot = torch.empty(0, dtype=torch.uint8).set_(batch.untyped_storage())
     held = torch.from_numpy(np.asarray(_Loan(slot.numpy())))
@@ -52,7 +52,7 @@ def borrow(batch: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
 
 
 class _Loan:
-    """A slot as NumPy takes it: arrays keep the object that their memory belongs to, and tensors keep the array."""
+    """A slot for NumPy: an array keeps the owner of its memory alive, and a tensor keeps the array alive."""
 
     def __init__(self, slot: np.ndarray):
         self.slot = slot

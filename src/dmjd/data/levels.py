@@ -1,7 +1,7 @@
-"""The range of values that the images of a set really use, by which they are brought to 0..255.
+"""The range of values that the images of a set really use, from which they are scaled to 0..255.
 
-Networks, targets and reports all take pixels of 0..255, as 8-bit images have them. A camera of 12 bits writes 0..4095
-into 16-bit files: dividing these by 65,535 would leave a sixteenth of the range, and nearly black pictures.
+Networks, targets and reports all take pixels of 0..255, like those of 8-bit images. A camera of 12 bits writes 0..4095
+into 16-bit files: dividing these by 65,535 would leave a sixteenth of the range, and nearly black images.
 """
 
 import math
@@ -19,22 +19,22 @@ DEEP = (torch.uint16, torch.int16)
 
 @dataclass(frozen=True)
 class Levels:
-    """The lowest and the highest value of deep images. Images of 8 bits have 0..255, whatever is set here."""
+    """The lowest and the highest value of deep images (more than 8 bits); images of 8 bits always have 0..255."""
 
     low: float = 0.0
     high: float = 255.0
 
     def scale(self, images: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
-        """Bring deep values to 0..255 as float32, those outside to the nearer end; leave uint8 as it is.
+        """Scale deep values to 0..255 as float32, clamping those outside; leave uint8 as it is.
 
-        A whole division keeps what it can: 8-bit values times 257 come back exactly.
+        Dividing by the scale is exact where possible: 8-bit values times 257 come back exactly.
         """
         if images.dtype == torch.uint8:
             return images
         return ((images.float() - self.low) / ((self.high - self.low) / 255)).clamp(0, 255)
 
     def widen(self, images: Num[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Bring 8-bit values to the range of deep ones, as float32, and leave deep values as they are."""
+        """Scale 8-bit values to the range of deep ones, as float32, and leave deep values as they are."""
         wide = images.float()
         return wide * ((self.high - self.low) / 255) + self.low if images.dtype == torch.uint8 else wide
 
@@ -45,9 +45,9 @@ BYTES = Levels()
 def levels_of(images: Iterable[Tensor]) -> Levels:
     """Find the range of a sample of images.
 
-    Whole numbers use a number of bits, and the range ends there: 0..4095, or -1024..4095 of a scanner's Hounsfield
-    units. Floats range to 1 or 255 where they stay within and use more than half of it, as a reflectance of 0..1.3 does
-    not use 255; others range from their lowest to their highest.
+    The range of integers is that of their number of bits: 0..4095, or -1024..4095 for a scanner's Hounsfield units. The
+    range of floats is 0..1 or 0..255 where they stay within it and use more than half of it (a reflectance of 0..1.3 is
+    not taken for 0..255), else from their lowest to their highest value.
     """
     low, high, whole = math.inf, -math.inf, True
     for image in images:
@@ -65,10 +65,10 @@ def levels_of(images: Iterable[Tensor]) -> Levels:
 
 
 def refuse_deep(image: Tensor, name: str) -> None:
-    """Refuse values of more than 8 bits where none of the images that the range was measured on has as many.
+    """Refuse values of more than 8 bits if all images that the range was measured on have 8.
 
     Raises:
-        DataError: If there are some: they would be white, or worse.
+        DataError: If there are any: clipped to 255, they would be white.
     """
     if image.dtype in DEEP and image.numpy().max() > BYTES.high:
         raise DataError(f"more than 8 bits, where most have 8; {name}; say what values range over: --data_range")

@@ -1,7 +1,8 @@
-"""Which files a folder holds: scanned once, in sorted order, and remembered for the next time.
+"""The files of a folder: scanned in sorted order, and cached for the next time.
 
-Memory is that of the names and 8 bytes each. A listing of many files is kept in the user's cache, and holds as long as
-no folder below has changed since: a folder's time changes whenever a file in it comes, goes or is renamed.
+A listing takes the memory of the names and 8 bytes for each. A listing of many files is kept in the user's cache and is
+valid as long as no folder has changed: a folder's modification time changes whenever a file in it is added, removed or
+renamed.
 """
 
 import hashlib
@@ -20,9 +21,9 @@ from safetensors.torch import save_file
 
 from dmjd.data.packed import PackedStrings
 
-MANY = 10_000  # files whose listing is kept
-LINKED = "linking to a folder"  # counted among the files that are passed over; no ending is like it
-SETTLED = 2.0  # seconds after which a folder's time tells of every change, on the coarsest of file systems
+MANY = 10_000  # files from which a listing is cached
+LINKED = "linking to a folder"  # key of `passed_over` for links; no file extension looks like it
+SETTLED = 2.0  # seconds after which a folder's time shows every later change, on the coarsest file systems
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Listing:
     """The files below a folder.
 
     Attributes:
-        names: Their paths below it, sorted; of those with the endings asked for.
-        passed_over: How many others there are, by ending; those that link to a folder by `LINKED`.
+        names: Paths below it of the files with the wanted extensions, sorted.
+        passed_over: Number of other files by extension; of links to folders by `LINKED`.
     """
 
     names: PackedStrings
@@ -39,12 +40,12 @@ class Listing:
 
 
 def list_files(root: Path, endings: frozenset[str], cache: Path | None = None) -> Listing:
-    """List the files below a folder by their endings, without following links to folders or looking at hidden ones.
+    """List the files below a folder by extension, without following links to folders or listing hidden files.
 
     Args:
         root: The folder.
-        endings: Lower-case endings of the files to list, with the dot.
-        cache: Folder of kept listings; none are kept without.
+        endings: Lower-case extensions of the files to list, with the dot.
+        cache: Folder of cached listings; None for no caching.
 
     Raises:
         OSError: If a folder cannot be read.
@@ -64,12 +65,12 @@ def list_files(root: Path, endings: frozenset[str], cache: Path | None = None) -
 
 
 def say_ignored(images: int, others: Mapping[str, int], address: object) -> None:
-    """Say on stderr which files beside the images there are, by ending: the five most frequent kinds.
+    """Report files besides the images on stderr, by extension: the five most frequent kinds.
 
     Args:
-        images: How many images.
-        others: How many other files of every ending.
-        address: Where.
+        images: Number of images.
+        others: Number of other files by extension.
+        address: Name of the set.
     """
     if not others:
         return
@@ -81,12 +82,12 @@ def say_ignored(images: int, others: Mapping[str, int], address: object) -> None
 
 
 def say_unread(folders: Iterable[str], parts: Sequence[str], address: object) -> None:
-    """Say on stderr which folders beside a `train` part are not read: in a set of vehicles, `train` may be a class.
+    """Report folders beside a part `train` that are not read on stderr: in a set of vehicles, `train` may be a class.
 
     Args:
-        folders: What they are called.
-        parts: What the parts of a set are called.
-        address: Where.
+        folders: Names of the folders.
+        parts: Names that a part may have.
+        address: Name of the set.
     """
     names = sorted(folders)
     if names:
@@ -97,7 +98,7 @@ def say_unread(folders: Iterable[str], parts: Sequence[str], address: object) ->
 def _scan(
     root: Path, below: str, endings: frozenset[str], folders: dict[str, int], passed_over: Counter[str]
 ) -> Iterator[str]:
-    """Walk a folder in the order that sorting all paths would give: a folder sorts as its name with a slash."""
+    """Walk a folder in the order of its sorted paths: a folder sorts as its name with a slash."""
     folders[below] = os.stat(root / below).st_mtime_ns
     with os.scandir(root / below) as entries:
         shown = [entry for entry in entries if entry.name[0] != "."]
@@ -124,19 +125,19 @@ def _is_linked_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def _keep(kept: Path, listing: Listing, folders: dict[str, int]) -> None:
-    """Write a listing down, if the cache can be written to."""
+    """Cache a listing, if the cache is writable."""
     names, below = listing.names, PackedStrings.pack(folders)
     tensors = {"names": names.content, "ends": names.ends, "folders": below.content, "folder_ends": below.ends}
     times = torch.tensor(list(folders.values()))
     partial = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
-    with suppress(OSError, SafetensorError, UnicodeError):  # an ending need not be Unicode
+    with suppress(OSError, SafetensorError, UnicodeError):  # a file extension need not be Unicode
         kept.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors | {"times": times}, partial, {key: str(value) for key, value in listing.passed_over.items()})
         partial.replace(kept)
 
 
 def _kept_listing(kept: Path, root: Path) -> Listing | None:
-    """Read a listing, if there is one and every folder is as old as it was."""
+    """Read a cached listing, if there is one and no folder has changed."""
     try:
         with safe_open(kept, framework="pt") as file:
             folders = PackedStrings(file.get_tensor("folders"), file.get_tensor("folder_ends"))

@@ -1,4 +1,4 @@
-"""Batches of images, for training and for looking at; who loads them changes nothing about what the network sees."""
+"""Batches of images for training and evaluation; the network sees the same, whichever processes load them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from dmjd.data.sampler import StepSampler
 from dmjd.data.source import Readable, Source
 from dmjd.data.workers import load_batches, usable_cores
 
-FEW = 512  # images that are read sooner than workers start
+FEW = 512  # images below which reading takes less time than starting workers
 
 
 @runtime_checkable
 class ReadableSamples(Protocol):
-    """Training samples by (epoch, index), made of a set of images.
+    """Training samples by (epoch, index), made from a set of images.
 
     They have `__getitem__`, for one sample, or `__getitems__`, for a batch at once; in the latter case a `stack` that
-    is not None says that batches are made where the network is.
+    is not None means that batches are made on the network's device.
     """
 
     @property
     def images(self) -> Readable:
-        """What they are made of."""
+        """The images that samples are made from."""
         ...
 
 
@@ -42,11 +42,11 @@ def train_batches(
     """Load the micro-batches of a run, in order.
 
     Args:
-        samples: What to load.
-        sampler: Which, when.
-        collate: Makes a batch of samples; None for samples that come as a batch.
-        workers: Processes; None takes none for images in memory and else one per core of this rank but one. Batches
-            that are made where the network is take none in any case.
+        samples: Samples to load.
+        sampler: Order of the samples.
+        collate: Makes a batch from samples; None for samples that come as a batch.
+        workers: Number of processes; None takes none for images in memory, else one fewer than the cores of this rank.
+            Batches that are made on the network's device never take any.
         pin_memory: Make copies to a GPU asynchronous.
 
     Raises:
@@ -73,16 +73,16 @@ def read_batches(
 
     Args:
         source: The set.
-        indices: Which of its images, by number.
-        transform: Brings all images to one size.
-        batch_size: Images in a batch, the last one perhaps excepted, before those that do not decode are left out.
-        workers: Processes; None takes none for fewer than 512 images, and else one per core of this rank but one.
-            Images in memory take none in any case.
+        indices: Indices of the images to read.
+        transform: Resizes all images to one size.
+        batch_size: Images in a batch (the last may have fewer), before those that do not decode are left out.
+        workers: Number of processes; None takes none for fewer than 512 images, else one fewer than the cores of this
+            rank. Images in memory never take any.
         pin_memory: Make copies to a GPU asynchronous.
 
     Yields:
-        Images and their numbers. There are ceil(len(indices) / batch_size) batches, whatever decodes: one of which
-        nothing does has shape (0, 0, 0, 0).
+        Images and their indices. There are always ceil(len(indices) / batch_size) batches: one in which no image
+        decodes has shape (0, 0, 0, 0).
     """
     if source.in_memory or (workers is None and len(indices) < FEW):
         workers = 0  # reading is done before a worker has started
@@ -95,7 +95,7 @@ def read_batches(
 
 @dataclass(frozen=True)
 class _Reading:
-    """Images by number, or None instead of one that does not decode."""
+    """Images by index, or None for one that does not decode."""
 
     source: Source
     transform: Callable[[Tensor], Tensor]
@@ -114,16 +114,16 @@ def _stack(read: list[tuple[Tensor | None, int]]) -> tuple[Tensor, list[int]]:
     if not decoded:
         return torch.empty(0, 0, 0, 0, dtype=torch.uint8), []
     images, indices = zip(*decoded, strict=True)
-    if len({image.dtype for image in images}) > 1:  # some of 8 bits, some deeper and brought to 0..255 as floats
+    if len({image.dtype for image in images}) > 1:  # some have 8 bits; deeper ones were scaled to 0..255 as floats
         images = tuple(image.float() for image in images)
     return torch.stack(images), list(indices)
 
 
 def _as_is(batch: Any) -> Any:
-    """Take samples that come as a batch."""
+    """Return samples that come as a batch."""
     return batch
 
 
 def spare_cores() -> int:
-    """Count the cores that the main process leaves to workers: 1 to 16."""
+    """Count the cores that the main process leaves for workers: 1 to 16."""
     return max(min(usable_cores() - 1, 16), 1)

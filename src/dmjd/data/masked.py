@@ -1,4 +1,4 @@
-"""Samples of pretraining: a random crop of every image, and the seed of its masks."""
+"""Samples of pre-training: a random crop of every image, and the seed of its masks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,19 +20,19 @@ from dmjd.data.source import Source, join_skipped, read_or_substitute
 from dmjd.data.transfer import transfer
 from dmjd.random import mix_all
 
-CROP, MASKS = 0, 1  # what a seed is for
+CROP, MASKS = 0, 1  # streams of random numbers
 
 
 class MaskedBatch(NamedTuple):
-    """One micro-batch of pretraining."""
+    """One micro-batch of pre-training."""
 
     images: Num[Tensor, "B C H W"]  # at their depth, or of 0..255 on the network's device
-    seeds: Int[Tensor, " B"]  # of the masks, which are drawn where the network is
+    seeds: Int[Tensor, " B"]  # of the masks, which are drawn on the network's device
     indices: Int[Tensor, " B"]  # of the images, substitutes included
-    skipped: dict[str, str]  # files that did not decode, with the reason; others stand in for them
+    skipped: dict[str, str]  # files that did not decode, with the reason; other images replace them
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Send numbers as they are: every tensor on its way from a worker is a file, opened through a socket."""
+        """Send numbers as NumPy arrays: every tensor sent by a worker is a file, opened through a socket."""
         return _received, (self.images, is_lent(self.images), self.seeds.numpy(), self.indices.numpy(), self.skipped)
 
 
@@ -44,16 +44,16 @@ def _received(
 
 @dataclass(frozen=True)
 class MaskedSamples(Dataset[MaskedBatch]):
-    """Samples of pretraining by (epoch, index), of which everything random about one is a function.
+    """Samples of pre-training by (epoch, index); everything random about one is a function of these and the seed.
 
     Attributes:
-        images: What they are made of.
-        crop: Makes a crop of an image.
+        images: The images that samples are made from.
+        crop: Crops an image.
         seed: Seed of the run.
-        variants: How many different crops there are of an image; None takes another one in every epoch.
+        variants: Number of different crops of an image; None for a new one in every epoch.
         levels: The range of deep images.
-        stack: All images in one tensor, if they are to be cropped at once.
-        sizes: From which epoch on crops have which height and width, if not always those of `crop`.
+        stack: All images in one tensor, if batches are to be cropped at once.
+        sizes: First epoch, and height and width, of each size of crops, if they are not always those of `crop`.
     """
 
     images: Source
@@ -65,7 +65,7 @@ class MaskedSamples(Dataset[MaskedBatch]):
     sizes: tuple[tuple[int, tuple[int, int]], ...] = ()
 
     def crop_at(self, epoch: int) -> RandomCrop:
-        """Find what makes the crops of an epoch."""
+        """Return the crop with the size of an epoch."""
         begun = [size for first, size in self.sizes if epoch >= first]
         return replace(self.crop, size=begun[-1]) if begun else self.crop
 
@@ -73,7 +73,7 @@ class MaskedSamples(Dataset[MaskedBatch]):
         """Crop the images of these (epoch, index), all to the size of the epoch in which their step begins.
 
         Raises:
-            DataError: If neither one nor the images after it decode.
+            DataError: If neither an image nor those after it decode.
         """
         epochs, indices = torch.tensor(keys).unbind(dim=1)
         shown = epochs % self.variants if self.variants else epochs
@@ -88,7 +88,7 @@ class MaskedSamples(Dataset[MaskedBatch]):
         return MaskedBatch(_stacked(crops, self.levels), of_masks, torch.tensor(read), join_skipped(skipped))
 
     def pixels(self, batch: MaskedBatch, device: torch.device) -> Num[Tensor, "B C H W"]:
-        """Bring the images of a batch to a device, as pixels of 0..255."""
+        """Copy the images of a batch to a device, as pixels of 0..255."""
         return batch.images if self.stack else self.levels.scale(transfer(batch.images, device))
 
     def mask_seeds(self, epochs: Int[Tensor, " B"], indices: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
@@ -99,7 +99,7 @@ class MaskedSamples(Dataset[MaskedBatch]):
         """Read an image, or the next one that decodes, no larger than its crop needs.
 
         Raises:
-            DataError: If it is deep, and none of those by which the range was measured was.
+            DataError: If it has more than 8 bits, unlike all images that the range was measured on.
         """
         image, read, skipped = read_or_substitute(
             self.images, index, lambda height, width: crop.factor(draws, height, width)
@@ -110,7 +110,7 @@ class MaskedSamples(Dataset[MaskedBatch]):
 
 
 def _stacked(crops: Sequence[Tensor], levels: Levels) -> Num[Tensor, "B C h w"]:
-    """Stack crops at their depth; where some have 8 bits and some more, all in the range of the deep ones."""
+    """Stack crops at their depth; where only some have 8 bits, scale these to the range of the deep ones."""
     if len({crop.dtype for crop in crops}) > 1:
         crops = [levels.widen(crop) for crop in crops]
     as_they_lie = [crop.permute(1, 2, 0) for crop in crops]  # channels last
