@@ -1,16 +1,16 @@
-"""Numbers from networks: what features and predictions are worth.
+"""Numbers from networks: the quality of features and predictions.
 
-features         of images by a frozen backbone, on any device and any number of ranks
-feature_file     features on disk, written as they come and read back
-knn, linear      what labels say of features
+features         features of images from a frozen backbone, on any device and any number of ranks
+feature_file     features on disk, written incrementally and read back
+knn, linear      classifiers that measure features with labels
 neighbours       nearest images and near-duplicates
-rank             what is told without labels: directions that features use, share of the hidden that is explained
-monitor          all of these while a run goes on
+rank             measures without labels: effective rank and spread of features, explained variance of hidden tokens
+monitor          all of these during a run
 verdict          did it learn?
 shown            errors, patches and neighbours of a few held-out images, for pictures
 
-classification   accuracy, by class too
+classification   accuracy, overall and by class
 segmentation     mean IoU
 detection        average precision
-dense            what the two before share
+dense            code shared by segmentation and detection
 """

@@ -14,13 +14,13 @@ from torch import Tensor
 
 @dataclass
 class ClassificationResult:
-    """Scores of held-out images beside their classes.
+    """Scores of held-out images and their true classes.
 
     Attributes:
-        scores: Any numbers that order the classes.
+        scores: Any numbers that rank the classes.
         labels: True classes.
         classes: Names of the classes.
-        facts: Further numbers for the line of JSON.
+        facts: Further entries of the summary.
     """
 
     scores: Float[Tensor, "n classes"]
@@ -36,12 +36,12 @@ class ClassificationResult:
 
     @property
     def tables(self) -> dict[str, Any]:
-        """What a page shows beside the numbers: rows by class, the confusion matrix, names of the classes."""
+        """Tables for a page: rows by class, the confusion matrix, names of the classes."""
         return {"rows": self.by_class(), "confusion": self.confusion, "classes": self.classes}
 
     def summary(self) -> dict[str, Any]:
-        """Accuracies from 0 to 1, with Wilson's 95 % interval of the first; the mean is over classes with images."""
-        # Of equal scores the first class wins, as in the confusion matrix; `topk` takes any.
+        """Accuracies from 0 to 1, with Wilson's 95 % interval for top-1; the mean is over classes that have images."""
+        # Ties go to the first class, as in the confusion matrix; `topk` would break them arbitrarily.
         best = self.scores.argsort(dim=1, descending=True, stable=True)[:, :5] == self.labels[:, None]
         right, count = int(best[:, 0].sum()), len(self.labels)
         low, high = binomtest(right, count).proportion_ci(method="wilson")
@@ -58,7 +58,7 @@ class ClassificationResult:
         }
 
     def by_class(self) -> list[dict[str, Any]]:
-        """Count for every class its held-out images, those recognised, and what it is most often taken for."""
+        """List for every class its held-out images, accuracy, precision and most frequent wrong prediction."""
         rows = []
         for number, counts in enumerate(self.confusion):
             wrong = counts.copy()

@@ -1,4 +1,4 @@
-"""What the judgement of segmentation and of detection share."""
+"""Code shared by the evaluation of segmentation and of detection."""
 
 import sys
 from collections.abc import Iterator
@@ -24,9 +24,9 @@ SHOWN = 8  # held-out images in the report
 
 
 class Shown(NamedTuple):
-    """A held-out image for the report, with truth and prediction as the task has them."""
+    """A held-out image for the report, with truth and prediction in the form of the task."""
 
-    number: int  # its place in the set
+    number: int  # index in the set
     name: str
     image: Num[Tensor, "C H W"]  # of 0..255
     truth: Any
@@ -35,12 +35,12 @@ class Shown(NamedTuple):
 
 @dataclass
 class Judged:
-    """How good a network is on the held-out images.
+    """The evaluation of a network on the held-out images.
 
     Attributes:
-        summary: Numbers; the first one says which network is the best.
+        summary: Numbers; the first one decides which network is the best.
         rows: The table by class.
-        shown: Some images.
+        shown: Some images with their predictions.
     """
 
     summary: dict[str, Any]
@@ -49,7 +49,7 @@ class Judged:
 
 
 def decodable(images: Readable, ranks: Ranks) -> Iterator[tuple[int, Any]]:
-    """Read this rank's share of a set one by one; what does not decode anywhere is counted in a line on stderr.
+    """Read this rank's share of a set image by image; a line on stderr counts those of all ranks that do not decode.
 
     Raises:
         DataError: If none decodes.
@@ -75,15 +75,15 @@ def decodable(images: Readable, ranks: Ranks) -> Iterator[tuple[int, Any]]:
 
 
 def output_name(name: str) -> str:
-    """Name what is written of an image, without an ending: never outside of a folder, and each page of a file apart."""
+    """Name the output of an image, without suffix: always a path below a folder, and a different one for each page."""
     file, _, page = name.rpartition("#")
     path, page = (Path(file), f"#{page}") if file and page.isdecimal() else (Path(name), "")
-    # The names of a list may be absolute, or lead upwards: there lie the images themselves.
+    # Names from a list may be absolute or contain "..": outputs there would land beside the images themselves.
     return "/".join(part for part in path.with_suffix("").parts if part not in (path.anchor, "..")) + page
 
 
 def refuse_images(path: Path, out: Path) -> None:
-    """Keep predictions out of the set that they are of: in there are images, and classes.txt is that of its truth.
+    """Refuse to write predictions into the set itself, whose images and classes.txt they would replace.
 
     Raises:
         ConfigError: If `out` is the folder of the images, or of a set that they belong to.
@@ -92,10 +92,10 @@ def refuse_images(path: Path, out: Path) -> None:
 
 
 def images_to_predict(path: Path, backbone: FeatureExtractor) -> Iterator[tuple[str, Num[Tensor, "C H W"] | None]]:
-    """Read an image, or those of a set, by name; None for one that does not decode, which stderr names at the end.
+    """Yield name and pixels of an image or of all in a set; None for one that does not decode, warned of at the end.
 
     Raises:
-        DataError: If there is none, none decodes, or two have the same name but for its ending.
+        DataError: If there is no image, none decodes, or two names differ only in their suffix.
     """
     parts = backbone.open(lambda wanted: open_all_or_one(str(path), wanted))
     names = [images.name(index) for images in parts for index in range(len(images))]

@@ -1,4 +1,4 @@
-"""Object detection, judged: COCO's average precision on all held-out images."""
+"""Evaluation of object detection: COCO's average precision on all held-out images."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ from dmjd.evaluation.dense import SHOWN, Judged, Shown, decodable
 with extra("dense", "dmjd detect"):
     from torchmetrics.detection import MeanAveragePrecision
 
-DRAWN = 0.5  # lowest score of a box in a picture
+DRAWN = 0.5  # lowest score of a box that is drawn
 MEASURES = {
     "map": "map",
     "map50": "map_50",
@@ -31,8 +31,8 @@ MEASURES = {
     "map_medium": "map_medium",
     "map_large": "map_large",
 }
-MASKS = {"detection_mask", "groundtruth_mask"}  # states of the metric that are no tensors
-Found = dict[str, Tensor]  # boxes (n, 4), labels from 0 (n), perhaps scores (n) in falling order and masks (n, H, W)
+MASKS = {"detection_mask", "groundtruth_mask"}  # states of the metric that are not tensors
+Found = dict[str, Tensor]  # boxes (n, 4), labels from 0 (n), optionally descending scores (n) and masks (n, H, W)
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,18 @@ class Finder:
     """Finds objects in an image.
 
     Attributes:
-        network: A detector of torchvision, in evaluation mode.
-        autocast: Context of the forward pass.
+        network: A torchvision detector in evaluation mode.
+        autocast: Context manager for the forward pass.
     """
 
     network: nn.Module
     autocast: Callable[[], AbstractContextManager[None]]
 
     def __call__(self, image: Num[Tensor, "C H W"]) -> Found:
-        """Find boxes, labels from 0, scores in falling order, and masks if the network has them; on the CPU.
+        """Return boxes, labels from 0, scores in descending order, and masks if the network has them; on the CPU.
 
         Args:
-            image: Of 0..255.
+            image: Pixels of 0..255.
         """
         device = next(self.network.parameters()).device
         with self.autocast():
@@ -63,15 +63,15 @@ class Finder:
 
 
 def likely(found: Found) -> Found:
-    """Keep what is worth drawing."""
+    """Keep the boxes that score at least `DRAWN`."""
     return {name: value[found["scores"] >= DRAWN] for name, value in found.items()}
 
 
 def judge_detection(find: Finder, held_out: DetectionSet, ranks: Ranks) -> Judged:
     """Compute COCO's average precision (0 to 1) of boxes, and of masks if there are any, on all held-out images.
 
-    Every rank looks at its share. Small, medium and large are so by the area of the box (COCO's own program takes that
-    of the outline, for boxes too). A measure without objects, such as that of small ones, is None.
+    Every rank evaluates its share. Objects are small, medium or large by the area of their box (COCO's own program uses
+    that of the outline, even for boxes). A measure without any objects, such as that of small ones, is None.
 
     Raises:
         DataError: If there is no object.
@@ -104,16 +104,16 @@ def judge_detection(find: Finder, held_out: DetectionSet, ranks: Ranks) -> Judge
 
 
 def annotation(objects: Objects) -> dict[str, Tensor]:
-    """Lay the true objects of an image out as torchmetrics has them."""
+    """Convert the true objects of an image to the format of torchmetrics."""
     truth = {"boxes": objects.boxes, "labels": objects.labels, "iscrowd": objects.ignored.long()}
     return truth if objects.masks is None else truth | {"masks": objects.masks}
 
 
 def compress(metric: MeanAveragePrecision, found: Found, truth: dict[str, Tensor]) -> bytes:
-    """Take what the metric makes of an image out of it again: masks are run lengths there, a hundredth as large.
+    """Add an image to the metric and take its state out again as bytes: masks are run lengths there, 100 times smaller.
 
-    Small tensors that are kept would lie between the masks of one image and the next, whose memory could not be used
-    again: one string of bytes an image leaves no such gaps.
+    Small tensors kept for every image would fragment the memory between the masks of one image and the next; one byte
+    string per image does not.
     """
     metric.update([found], [truth])
     kept = {name: values.pop() for name, values in metric.metric_state.items() if values}
@@ -124,7 +124,7 @@ def compress(metric: MeanAveragePrecision, found: Found, truth: dict[str, Tensor
 
 
 def run_lengths(text: Tensor) -> list[tuple[tuple[int, ...], bytes]]:
-    """Read the masks of an image as the metric had them before `compress`: sizes, and COCO's run lengths."""
+    """Restore the masks of an image to the metric's form, before `compress`: sizes, and COCO's run lengths."""
     return [(tuple(size), counts.encode()) for size, counts in json.loads(text.numpy().tobytes())]
 
 
@@ -132,7 +132,7 @@ def average_precision(
     metric: MeanAveragePrecision, held_out: DetectionSet
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Compute the measures of all images, and a row for every class."""
-    with contextlib.redirect_stdout(io.StringIO()):  # the library reports its progress
+    with contextlib.redirect_stdout(io.StringIO()):  # the library prints its progress
         values = metric.compute()
     summary: dict[str, Any] = {}
     by_class: dict[str, dict[int, float | None]] = {}
@@ -150,5 +150,5 @@ def average_precision(
 
 
 def rounded(value: Tensor) -> float | None:
-    """Round a measure; -1 stands for none."""
+    """Round a measure; returns None for -1, which stands for no objects."""
     return round(float(value), 4) if value >= 0 else None

@@ -1,8 +1,8 @@
-"""Features in files: rows are appended as they come, so that a kill loses a batch, and are read back to be searched.
+"""Features in files: rows are appended as they are computed, so that a kill loses at most a batch; searches read them.
 
-`F.npy` holds features, row by row; `F.csv` beside it what the image of each row is called, and its label if it has one;
-`F.json` what made them. `F.parquet` holds names, labels and features in one table. Until all rows are there they go to
-`F.npy.partial` and `F.csv.partial`, and how far they are good to `F.json.partial`.
+`F.npy` holds features, row by row; `F.csv` beside it the name of each row's image, and its label if it has one;
+`F.json` what they were made from. `F.parquet` holds names, labels and features in one table. Until all rows are
+written, they go to `F.npy.partial` and `F.csv.partial`, and the number of valid bytes to `F.json.partial`.
 """
 
 import csv
@@ -23,16 +23,16 @@ from dmjd.engine.checkpoint import flush, write_atomically
 from dmjd.errors import CheckpointError, DataError, extra
 
 PARQUET = ".parquet"
-ROW_GROUP = 2**26  # bytes of features in one row group of a Parquet file, about
+ROW_GROUP = 2**26  # approximate bytes of features in one row group of a Parquet file
 
 
 class FeatureBank(NamedTuple):
-    """Features that were written to a file.
+    """Features read from a file.
 
     Attributes:
-        rows: In the file, not in memory.
-        names: What the table beside it says of each row's image: cells, as `plain_cell` makes them.
-        record: What made them; nothing where there is no such file.
+        rows: Features, memory-mapped.
+        names: The name of each row's image in the table beside it, as written by `plain_cell`.
+        record: What the features were made from; empty if there is no such file.
     """
 
     rows: Float[np.ndarray, "n D"]
@@ -41,7 +41,7 @@ class FeatureBank(NamedTuple):
 
 
 def feature_files(out: Path) -> tuple[Path, ...]:
-    """Name what is written for `--out`: the features first, F.npy if it has another ending, and what lies beside."""
+    """Name the files written for `--out`: first the features (`.npy` is appended if needed), then those beside them."""
     if out.suffix == PARQUET:
         return out, out.with_suffix(".json")
     features = out if out.suffix == ".npy" else out.with_name(f"{out.name}.npy")
@@ -52,16 +52,16 @@ class FeatureWriter:
     """Writes features and names, row by row.
 
     Args:
-        out: F.npy, or F.parquet; any other name gets `.npy` behind it.
-        made_of: What the rows follow from: only a run that has the same goes on with what another has left.
-        columns: Of the table: path, and label where images have labels.
-        dtype: Of the numbers: float32 or float16.
+        out: F.npy or F.parquet; `.npy` is appended to any other name.
+        made_of: All that determines the rows: a run can only resume one with the same values.
+        columns: Columns of the table: path, and label if images have labels.
+        dtype: Type of the numbers: float32 or float16.
 
     Attributes:
-        out: Where the features go.
-        place: Number of the part of a set, and of the image in it, to go on with.
-        rows: How many are written.
-        skipped: Images that were left out.
+        out: File of the features.
+        place: Index of the part of a set, and of the image in it, to continue with.
+        rows: Number of rows written.
+        skipped: Number of images left out.
 
     Raises:
         ConfigError: If pyarrow is missing for a Parquet file.
@@ -79,16 +79,16 @@ class FeatureWriter:
 
     @property
     def partial(self) -> tuple[Path, Path, Path]:
-        """Rows, table and state while rows are being written."""
+        """Files of rows, table and state while rows are being written."""
         names = (".npy", ".csv", ".json")
         rows, table, state = (self.out.with_suffix(f"{name}.partial") for name in names)
         return rows, table, state
 
     def begin(self, *, resume: bool) -> tuple[int, int]:
-        """Open the files, new ones or those that a run of the same left, and say where to go on.
+        """Open the files, new or those of an interrupted run, and return the place to continue from.
 
         Raises:
-            CheckpointError: If what was left is of another run, or not all there.
+            CheckpointError: If the files are those of a different run, or incomplete.
         """
         self.out.parent.mkdir(parents=True, exist_ok=True)
         rows, table, state = self.partial
@@ -105,7 +105,7 @@ class FeatureWriter:
         return self.place
 
     def restore(self, left: Mapping[str, Any]) -> None:
-        """Go back to the last rows that are whole."""
+        """Truncate the files to the last complete rows."""
         rows, table, state = self.partial
         if changed := sorted(name for name, value in self.made_of.items() if left["made_of"].get(name) != value):
             what = f"another {' and another '.join(changed)} than the rows that are there"
@@ -127,7 +127,7 @@ class FeatureWriter:
         skipped: int,
         place: tuple[int, int],
     ) -> None:
-        """Write rows, of images up to `place`, of which so many were left out."""
+        """Append the rows of images up to `place`, of which `skipped` were left out."""
         if values is not None:
             if not self.matrix.tell():
                 self.shape = values.shape[1:]
@@ -144,12 +144,12 @@ class FeatureWriter:
         write_atomically(state, json.dumps({"made_of": self.made_of, **reached, **sizes}))
 
     def write_header(self) -> None:
-        """Write what a .npy file begins with; NumPy leaves room for a larger number of rows."""
+        """Write the header of the .npy file; NumPy leaves room in it for a larger number of rows."""
         described = {"descr": npy.dtype_to_descr(self.dtype), "fortran_order": False}
         npy.write_array_header_1_0(self.matrix, {**described, "shape": (self.rows, *self.shape)})
 
     def finish(self) -> None:
-        """Give the files their names."""
+        """Complete the files and rename them."""
         rows, table, state = self.partial
         self.matrix.seek(0)
         self.write_header()
@@ -168,11 +168,11 @@ class FeatureWriter:
         state.unlink()
 
     def close(self) -> None:
-        """Leave the files as they are."""
+        """Close the files and keep them for a later run."""
         self.files.close()
 
     def discard(self) -> None:
-        """Remove what was begun."""
+        """Delete the partial files."""
         self.close()
         for path in self.partial:
             path.unlink(missing_ok=True)
@@ -203,7 +203,7 @@ def write_parquet(out: Path, rows: Path, table: Path) -> None:
 
 
 def pyarrow() -> tuple[Any, Any]:
-    """Import pyarrow, and its module for Parquet.
+    """Import pyarrow and its Parquet module.
 
     Raises:
         ConfigError: If it is missing.
@@ -215,10 +215,10 @@ def pyarrow() -> tuple[Any, Any]:
 
 
 def read_features(path: Path) -> FeatureBank:
-    """Open features of images that `dmjd embed` has written.
+    """Open features of images written by `dmjd embed`.
 
     Raises:
-        DataError: If there are none, or a table of names of as many rows.
+        DataError: If there are none, or no table with a name for each row.
     """
     if path.suffix != ".npy":
         raise DataError(f"not an .npy file; {path}; give the F.npy that dmjd embed --out F.npy has written")

@@ -1,4 +1,4 @@
-"""Features of images by a frozen backbone, whatever the device, the precision and the number of ranks."""
+"""Features of images from a frozen backbone, on any device, in any precision and on any number of ranks."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -31,11 +31,11 @@ LabelledFeatures = tuple[Tensor, Tensor]  # (n, D) and (n)
 
 
 class Seen(NamedTuple):
-    """What was seen in the next images of a set."""
+    """Values of the next images of a set."""
 
     values: Float[Tensor, "n ..."] | None  # of those that decode, on the CPU; None if none does
-    numbers: list[int]  # of these images
-    end: int  # number of the first image that was not looked at yet
+    numbers: list[int]  # indices of these images
+    end: int  # index of the first image that has not been read yet
 
 
 @torch.inference_mode()
@@ -49,19 +49,19 @@ def extract(
     workers: int | None = None,
     batch_size: int = 256,
 ) -> tuple[Float[Tensor, "n D"], list[int]]:
-    """Compute features of some images, leaving out what does not decode; every rank does its share.
+    """Compute features of some images, skipping those that do not decode; every rank does its share.
 
     Args:
-        pooled: From uint8 images (B, C, H, W) on the device to features (B, D).
+        pooled: Maps uint8 images (B, C, H, W) on the device to features (B, D).
         source: The images.
-        indices: Which of them, by number.
-        image_hw: Size that `pooled` takes: images are resized to cover it, and their middle is cut out.
-        ranks: Who computes.
-        workers: Processes that load images; None for as many as fit.
-        batch_size: Images at a time, on a rank.
+        indices: Indices of the wanted images.
+        image_hw: Input size of `pooled`: images are resized to cover it, then centre-cropped.
+        ranks: The ranks that share the work.
+        workers: Processes that load images; None chooses a number that suits the machine.
+        batch_size: Images per batch and rank.
 
     Returns:
-        Features on the CPU in the order of `indices`, and the numbers of their images, on every rank.
+        Features on the CPU in the order of `indices`, and the indices of their images, on every rank.
 
     Raises:
         DataError: If none decodes.
@@ -95,24 +95,24 @@ def extract(
 
 
 class FeatureExtractor:
-    """A backbone on its device, with what its `pretrained_cfg` says of images: channels, size, mean and deviation.
+    """A backbone on its device, with the channels, size, mean and standard deviation from its `pretrained_cfg`.
 
-    Images of any other size are resized to it, colour becomes grey and grey colour.
+    Images are resized to that size, and converted to grey or to colour where the channels require it.
 
     Args:
         name: A backbone file or timm:NAME.
-        ranks: Who computes.
-        precision: Of the matrix products, as `choose_precision` takes it.
-        workers: Processes that load images; None for as many as fit.
-        pretrained: With its weights, or the same network untrained.
-        drop_path_rate: Stochastic depth in training.
-        value_range: Of images deeper than 8 bits: None is what the backbone was trained with, if these were any, else
-            what a sample of them uses.
-        pages: Of TIFFs, as `Wanted` has them.
+        ranks: The ranks that share the work.
+        precision: Precision of matrix products, see `choose_precision`.
+        workers: Processes that load images; None chooses a number that suits the machine.
+        pretrained: Load the weights, or leave the same network untrained.
+        drop_path_rate: Stochastic depth rate in training.
+        value_range: Range of the values of images deeper than 8 bits. Default: the range of the training images if
+            these were deeper than 8 bits, else that of a sample of the images.
+        pages: How to read TIFFs of several pages, see `Wanted`.
 
     Raises:
         CheckpointError: If the backbone does not load.
-        ConfigError: If it takes no drop_path_rate.
+        ConfigError: If it does not support drop_path_rate.
     """
 
     def __init__(
@@ -141,12 +141,12 @@ class FeatureExtractor:
         self.normalize = Normalize(*self.statistics).to(self.device)
 
     def open(self, find: Callable[[Wanted], _Found]) -> _Found:
-        """Find a set in the channels of the model, and in the size of it where that is made to measure.
+        """Open a set with the channels of the model, and with its size if images are generated.
 
-        All ranks have to call this. The first one downloads and lists, and the others take what it has left on disk.
+        All ranks must call this: the first one downloads and lists images, and the others read its results from disk.
 
         Args:
-            find: Finds the parts of a set, of which the first is looked at where the range of values is not known.
+            find: Opens the parts of a set; the first part is sampled if the range of values is unknown.
         """
         found = self.ranks.main_first(lambda: find(self.wanted))
         if self.wanted.levels is None and (levels := measure_levels(next(iter(found)))):
@@ -155,31 +155,31 @@ class FeatureExtractor:
         return found
 
     def open_images(self, data: str, *, seed: int, part: str | None = None) -> Parts:
-        """Find the training and the held-out images of a set by its path or name; see `open_source`."""
+        """Open the training and the held-out images of a set by its path or name, see `open_source`."""
         return self.open(lambda wanted: open_source(data, wanted, seed=seed, part=part))
 
     @property
     def value_range(self) -> tuple[float, float]:
-        """What deep images range over, as a file of the backbone is to say."""
+        """Value range of the images, for the metadata of a backbone file."""
         levels = self.wanted.levels or BYTES
         return levels.low, levels.high
 
     def save_classifier(
         self, path: Path, network: nn.Module, architecture: Architecture, classes: Sequence[str]
     ) -> None:
-        """Write a classifier made of the model, with the names of its classes, as a file that timm opens as well."""
+        """Write a classifier built on the model, with the names of its classes, as a file that timm can open too."""
         task = {"name": "classify", "classes": list(classes)}
         save_backbone(path, network, architecture, *self.statistics, value_range=self.value_range, task=task)
 
     def features(
         self, source: Source, *, layers: tuple[int, ...] = (), batch_size: int = 256
     ) -> tuple[Float[Tensor, "n D"], list[int]]:
-        """Compute features of all images that decode, in order, and say which these are.
+        """Compute features of all images that decode, in order, and return them with the indices of these images.
 
         Args:
             source: The images.
-            layers: Blocks whose mean-pooled tokens are joined; none for the model's own output.
-            batch_size: Images at a time.
+            layers: Blocks whose mean-pooled tokens are concatenated; none for the model's own output.
+            batch_size: Images per batch and rank.
 
         Raises:
             ConfigError: If the model has no such layers.
@@ -198,15 +198,15 @@ class FeatureExtractor:
     def stream(
         self, see: Callable[[Tensor], Tensor], source: Source, *, batch_size: int, start: int = 0
     ) -> Iterator[Seen]:
-        """Look at the images of a set in order, batch by batch, so that no more than a batch has to be in memory.
+        """Compute values of the images of a set in order, batch by batch, so that only one batch is in memory.
 
-        Every rank does its share of each batch, and rank 0 alone has all of it; the others see nothing.
+        Every rank computes its share of each batch; only rank 0 receives the values.
 
         Args:
-            see: From images (B, C, H, W) of 0..255 on the device to values (B, ...).
+            see: Maps images (B, C, H, W) of 0..255 on the device to values (B, ...).
             source: The images.
-            batch_size: Images at a time, on a rank.
-            start: Number of the first image to look at.
+            batch_size: Images per batch and rank.
+            start: Index of the first image to read.
         """
         indices, together = range(start, len(source)), batch_size * self.ranks.world_size
         own = read_batches(
@@ -218,7 +218,7 @@ class FeatureExtractor:
             pin_memory=self.device.type == "cuda",
         )
         for first in tqdm(indices[::together], desc="features", unit=" batches", leave=False, disable=None):
-            images, numbers = next(own, (None, []))  # the last batch may have nothing for this rank
+            images, numbers = next(own, (None, []))  # the last batch may be empty on this rank
             values = None
             if images is not None and numbers:
                 with torch.inference_mode():
@@ -233,12 +233,12 @@ class FeatureExtractor:
     def labelled_features(
         self, parts: Parts, *, layers: tuple[int, ...] = (), batch_size: int = 256
     ) -> tuple[LabelledFeatures, LabelledFeatures]:
-        """Compute features and labels of the training and of the held-out images of a labelled set."""
+        """Compute features and labels of the training and the held-out images of a labelled set."""
         train, held_out = (self.features(part, layers=layers, batch_size=batch_size) for part in parts)
         return (train[0], labels_of(parts.train, train[1])), (held_out[0], labels_of(parts.held_out, held_out[1]))
 
     def pooled(self, images: Tensor, layers: tuple[int, ...] = (), *, normalized: bool = False) -> Tensor:
-        """Compute features (B, D) of images (B, C, H, W) of 0..255, or of what the model takes."""
+        """Compute features (B, D) of images (B, C, H, W) of 0..255, or `normalized` ones."""
         images = images if normalized else self.normalize(images)
         with self.autocast():
             if not layers:
@@ -246,11 +246,11 @@ class FeatureExtractor:
             return torch.cat([maps.flatten(2).mean(dim=2) for maps in self._maps(images, layers)], dim=1)
 
     def tokens(self, images: Tensor, layers: tuple[int, ...] = ()) -> Tensor:
-        """Compute features of every patch (B, L, D) of images of 0..255, row by row of the grid.
+        """Compute features of every patch (B, L, D) of images of 0..255, in raster order.
 
         Args:
-            images: Of shape (B, C, H, W).
-            layers: Blocks whose tokens are joined; none for those of the last block, after a norm of tokens.
+            images: Pixels, (B, C, H, W).
+            layers: Blocks whose tokens are concatenated; none for the normalised tokens of the last block.
 
         Raises:
             ConfigError: If the model has no such layers, or their grids differ.

@@ -1,4 +1,4 @@
-"""Nearest neighbours in feature space: what features are worth without any training."""
+"""k-NN classification in feature space: the quality of features without any training."""
 
 import torch
 from jaxtyping import Float, Int
@@ -18,16 +18,16 @@ def knn_votes(
 ) -> Float[Tensor, "n classes"]:
     """Let the k nearest neighbours in cosine similarity vote, each with weight exp(similarity / temperature).
 
-    The weighting is that of instance discrimination (Wu et al. 2018), usual for self-supervised features.
+    The weighting is that of instance discrimination (Wu et al. 2018), the standard for self-supervised features.
 
     Args:
         bank: Features of labelled images.
         bank_labels: Their classes.
         queries: Features to classify.
-        k: Neighbours that vote.
+        k: Number of neighbours that vote.
         temperature: In units of cosine similarity.
-        num_classes: Columns of the result, if more than the labels show.
-        max_similarities: As many exist at a time (2**28 are 1 GiB), at least one query's.
+        num_classes: Columns of the result, if there are more classes than the labels contain.
+        max_similarities: Number held in memory at a time (2**28 are 1 GiB), at least those of one query.
 
     Returns:
         Shares of the votes; rows sum to one.
@@ -47,6 +47,6 @@ def knn_votes(
 def knn_top1(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, *, k: int = 20, temperature: float = 0.07
 ) -> float:
-    """Share of queries for whose class their neighbours vote (`knn_votes`)."""
+    """Accuracy of the neighbours' votes (`knn_votes`), 0 to 1."""
     predicted = knn_votes(bank, bank_labels, queries, k=k, temperature=temperature).argmax(dim=1)
     return float((predicted == labels).float().mean())

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 PENALTIES = (10000.0, 1000.0, 100.0, 10.0, 1.0, 0.1, 0.01)
 NUM_FOLDS = 5
-NEVER = -1e4  # logit of a class that cannot be
+NEVER = -1e4  # logit of a class that was not fitted
 
 
 def fit_logistic(bank: Tensor, bank_labels: Tensor, *, penalty: float = 1.0) -> Any:
@@ -17,8 +17,8 @@ def fit_logistic(bank: Tensor, bank_labels: Tensor, *, penalty: float = 1.0) -> 
 
     Args:
         bank: Features of labelled images.
-        bank_labels: Their classes, two at least.
-        penalty: Weight of half the squared norm against the sum of the losses (scikit-learn's 1 / C).
+        bank_labels: Their classes, at least two.
+        penalty: Weight of half the squared norm relative to the sum of the losses (scikit-learn's 1 / C).
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -29,7 +29,7 @@ def fit_logistic(bank: Tensor, bank_labels: Tensor, *, penalty: float = 1.0) -> 
 
 
 def class_probabilities(probe: Any, queries: Tensor, num_classes: int) -> Float[Tensor, "n classes"]:
-    """Compute the probabilities of classes; those that the regression was not fitted on have none."""
+    """Compute class probabilities; 0 for classes that the regression was not fitted on."""
     found = torch.from_numpy(probe.predict_proba(queries.double().numpy()))
     return torch.zeros(len(queries), num_classes).index_copy_(1, torch.from_numpy(probe.classes_), found.float())
 
@@ -37,15 +37,15 @@ def class_probabilities(probe: Any, queries: Tensor, num_classes: int) -> Float[
 def logistic_regression(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, *, num_classes: int, penalty: float = 1.0
 ) -> Float[Tensor, "n classes"]:
-    """Fit a logistic regression on standardised features and return the classes' probabilities of `queries`."""
+    """Fit a logistic regression on standardised features and return the class probabilities of `queries`."""
     return class_probabilities(fit_logistic(bank, bank_labels, penalty=penalty), queries, num_classes)
 
 
 def logistic_head(probe: Any, num_classes: int) -> nn.Linear:
-    """Make the layer whose softmax is what a logistic regression says of features that are not standardised."""
+    """Convert a logistic regression to a linear layer on unstandardised features, whose softmax gives its output."""
     scaler, regression = probe[0], probe[-1]
     weight, bias = torch.from_numpy(regression.coef_), torch.from_numpy(regression.intercept_)
-    if len(weight) == 1:  # of two classes, scikit-learn has the logit of the second against the first
+    if len(weight) == 1:  # for two classes, scikit-learn has one logit, of the second against the first
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
     head = nn.Linear(weight.shape[1], num_classes, dtype=torch.float64)
     fitted = torch.from_numpy(regression.classes_)
@@ -57,7 +57,7 @@ def logistic_head(probe: Any, num_classes: int) -> nn.Linear:
 
 @torch.no_grad()
 def unstandardised(head: nn.Linear, mean: Float[Tensor, " D"], scale: Float[Tensor, " D"]) -> nn.Linear:
-    """Make the layer that does to features what `head` does to those less their mean, over their scale."""
+    """Fold standardisation into a layer: the result applied to features equals `head` on (features - mean) / scale."""
     found = nn.Linear(head.in_features, head.out_features)
     weight = head.weight.cpu().double() / scale.cpu()
     found.weight.copy_(weight)
@@ -66,7 +66,7 @@ def unstandardised(head: nn.Linear, mean: Float[Tensor, " D"], scale: Float[Tens
 
 
 def normalized_head(norm: Any, head: nn.Linear) -> nn.Linear:
-    """Make the layer that does what `head` does after a BatchNorm without affine, as it is in evaluation."""
+    """Fold a BatchNorm without affine, in evaluation mode, into the layer `head` that follows it."""
     return unstandardised(head, norm.running_mean, (norm.running_var + norm.eps).sqrt())
 
 
@@ -78,9 +78,9 @@ def linear_top1(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tens
 
 
 def choose_penalty(bank: Tensor, labels: Tensor, seed: int) -> float:
-    """Choose the penalty whose classifiers give the left out images of five stratified folds the smallest log-loss.
+    """Choose the penalty with the smallest log-loss in five-fold stratified cross-validation.
 
-    Images of classes that a fold leaves out wholly do not count; where none counts, it is 1.
+    Held-out images of a class that is missing from the other folds do not count; if none counts, the penalty is 1.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -96,7 +96,7 @@ def choose_penalty(bank: Tensor, labels: Tensor, seed: int) -> float:
             continue
         scaler = StandardScaler().fit(bank[fitted].double().numpy())
         known, unseen = (scaler.transform(bank[part].double().numpy()) for part in (fitted, ~fitted))
-        probe = LogisticRegression(max_iter=1000, tol=1e-3, warm_start=True)  # each fit begins where the last ended
+        probe = LogisticRegression(max_iter=1000, tol=1e-3, warm_start=True)  # each fit starts from the previous one
         for place, penalty in enumerate(PENALTIES):
             probe.set_params(C=1 / penalty).fit(known, labels[fitted].numpy())
             log_shares = torch.zeros(len(unseen), int(labels.max()) + 1, dtype=torch.float64)

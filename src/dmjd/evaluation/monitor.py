@@ -1,4 +1,4 @@
-"""How good the features of a backbone are while it is pre-trained."""
+"""The quality of a backbone's features during pre-training."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,19 +20,19 @@ from dmjd.method import DMJD
 Autocast = Callable[[], AbstractContextManager[None]]
 NUM_PREDICTED = 128  # images of each part whose hidden tokens are predicted: thousands of tokens
 AT_A_TIME = 32
-FEW = 20  # held-out images, below which training images say how far features spread
+FEW = 20  # with fewer held-out images, the spread of features is measured on training images
 
 
 @dataclass(frozen=True)
 class Monitor:
-    """Measures the mean-pooled features of the backbone as it is.
+    """Measures the pooled features of the backbone in its current state.
 
     Attributes:
         parts: Training and held-out images.
-        image_hw: Size that the backbone takes.
-        masks: Draws masks (B, V, L) for images by their seeds, as training does.
-        max_images: Images of each part that an evaluation looks at.
-        workers: Processes that load images; None for as many as fit.
+        image_hw: Input size of the backbone.
+        masks: Draws masks (B, V, L) for images from their seeds, as training does.
+        max_images: Maximum number of images of each part in an evaluation.
+        workers: Processes that load images; None chooses a number that suits the machine.
     """
 
     parts: Parts
@@ -48,28 +48,28 @@ class Monitor:
 
     @property
     def few(self) -> bool:
-        """Whether held-out images are too few to say how far features spread."""
+        """Whether there are too few held-out images to measure the spread of features."""
         return len(self.parts.held_out) < FEW
 
     @property
     def looked_at(self) -> list[Source]:
-        """Parts whose features are measured: held-out images, and then training ones if they vote or are needed."""
+        """Parts whose features are computed: held-out images, then training images if k-NN or spread needs them."""
         train, held_out = self.parts
         return [held_out, train] if self.labelled or self.few else [held_out]
 
     @property
     def num_images(self) -> int:
-        """Images that `measure` reads."""
+        """Number of images that `measure` reads."""
         predicted = sum(min(len(images), self.max_images, NUM_PREDICTED) for images in self.parts)
         return predicted + sum(min(len(images), self.max_images) for images in self.looked_at)
 
     def measure(self, model: ParallelModel, autocast: Autocast, *, probe: bool = False) -> dict[str, float]:
         """Measure, on all ranks together.
 
-        Always: how much of the hidden tokens is explained, of training and of held-out images (`Explained`). Of several
-        images also RankMe and standard deviation of their features, which show a collapse; with a visible branch how
-        much of the visible tokens of held-out images is explained; with labels k-NN accuracy on held-out images and,
-        with `probe`, that of a linear classifier.
+        Always: the explained variance of hidden tokens of training and of held-out images (`Explained`). With more than
+        one image, RankMe and standard deviation of their features, which reveal a collapse; with a visible branch, the
+        explained variance of visible tokens of held-out images; with labels, k-NN accuracy on held-out images and, with
+        `probe`, that of a linear classifier.
         """
         network, ranks = model.whole(), model.ranks
         assert isinstance(network, DMJD)
@@ -105,7 +105,7 @@ class Monitor:
 
     @torch.inference_mode()
     def explained(self, network: DMJD, images: Source, autocast: Autocast) -> dict[str, float]:
-        """Predict the tokens of a few images, the same ones at every call; how much of them is explained."""
+        """Predict the tokens of a few images, the same at every call, and return their explained variance."""
         device = next(network.parameters()).device
         hidden, visible = Explained(), Explained()
         middle = partial(center_crop, size=self.image_hw)

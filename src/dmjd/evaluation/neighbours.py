@@ -1,4 +1,4 @@
-"""Nearest neighbours and near-duplicates by cosine similarity: exact, block by block, never all pairs at a time."""
+"""Nearest neighbours and near-duplicates by cosine similarity: exact, computed in blocks to bound the memory."""
 
 from collections.abc import Iterator
 
@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from dmjd.errors import ConfigError, DataError
 
-SIMILARITIES = 2**24  # that exist at a time: 64 MiB
-BLOCK = 4096  # images that are compared with as many others at a time
+SIMILARITIES = 2**24  # held in memory at a time: 64 MiB
+BLOCK = 4096  # images compared with as many others at a time
 MOST_PAIRS = 1_000_000
 
 
@@ -24,16 +24,16 @@ def nearest(
     """Find the k rows of highest cosine similarity to each query.
 
     Args:
-        bank: Rows to find, which may lie in a file.
-        queries: What to find them by.
-        k: How many; all rows where there are fewer.
+        bank: Rows to search, which may be memory-mapped.
+        queries: Rows to compare them with.
+        k: Number of neighbours; all rows if there are fewer.
         device: Where to compute.
 
     Returns:
-        Similarities in falling order and the rows' numbers, on the CPU.
+        Similarities in descending order and the rows' indices, on the CPU.
 
     Raises:
-        DataError: If a row has values that are no numbers.
+        DataError: If a row has values that are not finite.
     """
     queries = F.normalize(queries.to(device), dim=1)
     best = queries.new_empty(len(queries), 0)
@@ -55,7 +55,7 @@ def near_pairs(
 
     Raises:
         ConfigError: If there are more than a million.
-        DataError: If a row has values that are no numbers.
+        DataError: If a row has values that are not finite.
     """
     pairs, similar, count = [torch.empty(0, 2, dtype=torch.long)], [torch.empty(0)], 0
     total = -(-len(bank) // BLOCK)
@@ -76,7 +76,7 @@ def near_pairs(
 
 
 def groups_of(pairs: Int[Tensor, "p 2"], count: int) -> list[list[int]]:
-    """Group the numbers below `count` that pairs join, directly or through others, in order of their first."""
+    """Find the connected components of the graph that pairs of numbers below `count` form, in order of their first."""
     first, second = pairs.numpy().T
     joined = coo_array((np.ones(len(pairs), np.int8), (first, second)), shape=(count, count))
     _, group = connected_components(joined, directed=False)
@@ -89,10 +89,10 @@ def groups_of(pairs: Int[Tensor, "p 2"], count: int) -> list[list[int]]:
 def blocks(
     bank: Float[np.ndarray, "n D"], size: int, device: torch.device
 ) -> Iterator[tuple[int, Float[Tensor, "b D"]]]:
-    """Read rows, so many at a time, as float32 of length one, with the number of the first.
+    """Read rows in blocks of `size`, as float32 of unit norm, each block with the index of its first row.
 
     Raises:
-        DataError: If a row has values that are no numbers.
+        DataError: If a row has values that are not finite.
     """
     for start in range(0, len(bank), size):
         block = torch.from_numpy(bank[start : start + size].astype(np.float32)).to(device)

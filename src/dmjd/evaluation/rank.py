@@ -1,4 +1,4 @@
-"""What can be told without labels: how many directions features use, and how much is predicted of hidden tokens."""
+"""Measures that need no labels: effective rank and spread of features, and explained variance of predictions."""
 
 import torch
 from jaxtyping import Float
@@ -17,19 +17,19 @@ def rankme(embeddings: Float[Tensor, "n D"]) -> float:
 
 
 def feature_std(embeddings: Float[Tensor, "n D"]) -> float:
-    """Spread of features over the unit sphere: the mean deviation of their directions' coordinates, times sqrt(D).
+    """Spread of features over the unit sphere: the mean standard deviation of normalised coordinates, times sqrt(D).
 
-    1 where they point everywhere alike, 0 where all point the same way: collapse (SimSiam, Chen and He 2021).
+    1 for directions spread evenly, 0 if all are the same: collapse (SimSiam, Chen and He 2021).
     """
     directions = F.normalize(embeddings.double(), dim=1)
     return float(directions.std(dim=0, correction=0).mean() * embeddings.shape[1] ** 0.5)
 
 
 class Explained:
-    """Share of the variance of targets that predictions explain (R squared), over tokens that come in batches.
+    """Share of the variance of targets that predictions explain (R squared), accumulated over batches of tokens.
 
-    1 where every target is hit, 0 where the mean target of all tokens would have been as good, or where all targets are
-    the same, and below 0 where it would have been better. Targets that differ in scale count by their variance.
+    1 for perfect predictions, 0 if the mean target of all tokens would be as good or all targets are the same, below 0
+    if the mean would be better. Dimensions of the target are weighted by their variance.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Explained:
         self.missed = 0.0
 
     def add(self, predicted: Float[Tensor, "N M T"], target: Float[Tensor, "N M T"]) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         predicted, target = predicted.cpu().double(), target.cpu().double()  # MPS has no float64
         self.missed += float((predicted - target).square().sum())
         target = target.flatten(0, 1)
@@ -47,8 +47,8 @@ class Explained:
 
     @property
     def share(self) -> float:
-        """What is explained."""
+        """The share explained so far."""
         mean = self.sum / max(self.count, 1)
         variance = float((self.squares - self.count * mean.square()).clamp_min(0).sum())
-        alike = variance <= 1e-9 * float(self.squares.sum())  # rounding is all that is left
+        alike = variance <= 1e-9 * float(self.squares.sum())  # all that remains is rounding error
         return 0.0 if alike else 1 - self.missed / variance

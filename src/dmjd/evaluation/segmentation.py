@@ -1,4 +1,4 @@
-"""Semantic segmentation, judged: mean IoU over all held-out images."""
+"""Evaluation of semantic segmentation: mean IoU over all held-out images."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,16 +24,15 @@ with extra("dense", "dmjd segment"):
 
 @dataclass(frozen=True)
 class PixelClassifier:
-    """Finds the class of every pixel of an image.
+    """Predicts the class of every pixel of an image.
 
     Attributes:
-        network: From normalised images to a list whose first entry is logits.
-        normalize: Brings pixels of 0..255 to what the network takes.
-        autocast: Context of the forward pass.
-        window_hw: Height and width of a training crop: images are seen at the size that `seen_hw` makes of its shorter
-            side.
-        slide: Look at windows of the crop's size, whose logits are averaged, instead of the whole image.
-        stride: Pixels from one window to the next; None for two thirds of a window.
+        network: Maps normalised images to a list whose first entry is logits.
+        normalize: Normalises pixels of 0..255 for the network.
+        autocast: Context manager for the forward pass.
+        window_hw: Height and width of a training crop; its shorter side sets the size of images, by `seen_hw`.
+        slide: Average the logits of windows of the crop's size, instead of seeing the whole image at once.
+        stride: Pixels between windows; None for two thirds of a window.
     """
 
     network: nn.Module
@@ -44,7 +43,7 @@ class PixelClassifier:
     stride: int | None = None
 
     def __call__(self, image: Num[Tensor, "C H W"]) -> Int[Tensor, "H W"]:
-        """Classify the pixels of an image of 0..255, where the network is."""
+        """Classify the pixels of an image of 0..255, on the network's device."""
         device = next(self.network.parameters()).device
         pixels = resize(image.to(device), seen_hw(image.shape[-2:], min(self.window_hw)))
         with self.autocast():
@@ -52,7 +51,7 @@ class PixelClassifier:
         return F.interpolate(logits, image.shape[-2:], mode="bilinear")[0].argmax(dim=0)
 
     def logits(self, image: Float[Tensor, "1 C H W"]) -> Float[Tensor, "1 classes H W"]:
-        """Compute logits of a whole image, or the mean of those of windows that cover it."""
+        """Compute the logits of a whole image, or their mean over windows that cover it."""
         if not self.slide:
             return self.network(image)[0].float()
         window = [min(side, full) for side, full in zip(self.window_hw, image.shape[-2:], strict=True)]
@@ -73,12 +72,12 @@ class PixelClassifier:
 
 
 def starts(full: int, window: int, stride: int) -> list[int]:
-    """Place windows a stride apart; the last one ends where the image ends."""
+    """Place windows a stride apart; the last one ends at the edge of the image."""
     return [min(stride * number, full - window) for number in range(math.ceil((full - window) / stride) + 1)]
 
 
 def judge_segmentation(classify: PixelClassifier, held_out: SegmentationSet, ranks: Ranks) -> Judged:
-    """Compare predictions with the labels of all held-out images, at their own size; every rank does its share."""
+    """Compare predictions with the labels of all held-out images at their original size; every rank does its share."""
     count, ignored = len(held_out.classes), held_out.ignore_index
     confusion = MulticlassConfusionMatrix(count, ignore_index=ignored, validate_args=False).to(ranks.device)
     shown: list[Shown] = []
@@ -102,7 +101,7 @@ def scores(
     """Compute mean IoU, mean class accuracy and pixel accuracy (0 to 1), and a row for every class.
 
     IoU = true positives / (true + predicted - true positives). Its mean is over classes that occur in truth or
-    prediction, that of accuracy over those that occur in truth; 0 if there is none.
+    prediction, that of accuracy over classes that occur in truth; 0 if there are none.
     """
     right, true, predicted = confusion.diagonal().double(), confusion.sum(1).double(), confusion.sum(0).double()
     union = true + predicted - right

@@ -1,25 +1,25 @@
-"""Did a run learn? A verdict from what is measured before and after it: without labels, and with them if there are."""
+"""Did a run learn? A verdict from measurements before and after it, without labels or with them if there are any."""
 
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 Kind = Literal["learned", "too little", "nothing", "collapsed", "overfitted"]
-COLLAPSED = 0.05  # spread of the features below which the network sees no difference between images
-FEWER = 0.5  # RankMe of the features over that of the untrained network, below which directions were lost
-PREDICTED = 0.05  # share of the tokens of a branch that has to be explained for it to have learned anything
-STUCK = (-0.02, 0.01)  # what predictions explain that are the mean target, or close to it
-GAP = 0.2  # between what is explained of training and of held-out images, where a run has learned them by heart
-FEW_LOOKS = 100  # times that an image was seen; published runs have 200 to 1600
-EARLY = 20  # looks up to which RankMe falls in runs that end well, too
-FEW_IMAGES = 1000  # below which weights of others are the better start
+COLLAPSED = 0.05  # spread of the features below which the network does not distinguish images
+FEWER = 0.5  # RankMe relative to that of the untrained network, below which the features have collapsed
+PREDICTED = 0.05  # share of the variance that a branch must explain to have learned anything
+STUCK = (-0.02, 0.01)  # share of the variance explained by predictions at, or close to, the mean target
+GAP = 0.2  # between the shares explained of training and of held-out images, above which a run has overfitted
+FEW_LOOKS = 100  # views of each image; published runs have 200 to 1600
+EARLY = 20  # views of each image up to which RankMe also falls in runs that end well
+FEW_IMAGES = 1000  # with fewer, pre-trained weights are the better start
 
 
 class Verdict(NamedTuple):
-    """What became of a run.
+    """The outcome of a run.
 
     Attributes:
-        kind: In a word or two.
-        line: In a sentence, with the numbers that it rests on.
+        kind: The outcome in a word or two.
+        line: A sentence with the numbers behind it.
         advice: What to change; empty if nothing.
     """
 
@@ -28,12 +28,12 @@ class Verdict(NamedTuple):
     advice: str = ""
 
     def knowing(self, num_images: int, looks: float, *, longer: str) -> "Verdict":
-        """Say what a run from random weights gains by more looks or more images, where either is short.
+        """Advise a run from random weights to train longer or on more images, if either was too little.
 
         Args:
-            num_images: That it was trained on.
-            looks: How often its views have shown each of them.
-            longer: The flag that makes it longer.
+            num_images: Number of training images.
+            looks: How many views of each image were seen.
+            longer: The flag that makes a run longer.
         """
         if self.kind == "collapsed" and looks < EARLY:
             first = (
@@ -51,13 +51,13 @@ class Verdict(NamedTuple):
 
 
 def judge(untrained: Mapping[str, float], trained: Mapping[str, float], *, longer: str = "--epochs") -> Verdict:
-    """Judge a run by what `Monitor` has measured before and after it; `longer` is the flag that makes it longer.
+    """Judge a run by the measurements of `Monitor` before and after it; `longer` is the flag that makes a run longer.
 
-    Held-out images tell: how much of their hidden tokens is explained (`explained`), against the same of training
-    images; whether a visible branch has learned where the masked one has not (`explained_visible`); how far their
-    features spread (`feature_std`) and in how many directions (`rankme`, which falls a little in runs that go well,
-    too); and, with labels, whether features are worth more than those of the untrained network. The bounds, but that of
-    the visible branch, were set on runs that were made to go wrong (docs/results.md, The verdict).
+    The verdict rests on held-out images: the explained variance of their hidden tokens (`explained`), compared with
+    that of training images; whether a visible branch has learned if the masked one has not (`explained_visible`); the
+    spread of their features (`feature_std`) and their effective rank (`rankme`, which falls a little in good runs too);
+    and, with labels, whether features are better than those of the untrained network. The bounds, except that of the
+    visible branch, were set on runs that were made to fail (docs/results.md, The verdict).
     """
     explained, seen = trained["explained"], trained["explained_train"]
     said = "predictions of hidden tokens are worse than the mean target (held-out images)"
@@ -69,14 +69,14 @@ def judge(untrained: Mapping[str, float], trained: Mapping[str, float], *, longe
             f"{said}, but on training images they explain {seen:.0%}",
             "more images, or a shorter run; wider crops (--crop.scale 0.2 1); a smaller network",
         )
-    # A run on its way passes the mean target, which explains nothing; one that has no way stays there.
-    gained = explained - untrained.get("explained", -1.0)  # runs begun by earlier versions have not measured it
+    # A run that learns passes the mean target, which explains nothing; one that does not learn stays there.
+    gained = explained - untrained.get("explained", -1.0)  # runs started by earlier versions did not measure it
     stuck = explained < PREDICTED and (STUCK[0] < explained < STUCK[1] or gained < STUCK[1])
     visible = trained.get("explained_visible", 0.0)
     if stuck and visible < PREDICTED:
         rate = "another --optim.blr, lower where the loss jumps and higher where it hardly falls"
         return Verdict("nothing", said, f"{rate}; look at the targets in the report; more {longer}")
-    before, after = untrained.get("rankme", 0.0), trained.get("rankme")  # not of a single image
+    before, after = untrained.get("rankme", 0.0), trained.get("rankme")  # missing for a single image
     if after is not None and (trained["feature_std"] < COLLAPSED or after < FEWER * before):
         return Verdict(
             "collapsed",
