@@ -291,6 +291,18 @@ def test_pretrain__with_a_teacher_on_one_branch_it_learns_resumes_and_reports(te
     assert main(["pretrain", "--data", str(tmp_path / "photos"), "--out", str(out), "--resume"]) == 0
 
 
+def test_ema_teacher__running_statistics_move_as_weights_do_and_counters_are_the_students():
+    student = timm.create_model("resnet10t", num_classes=0)
+    takes = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    teacher = EmaTeacher(FeatureMaps(deepcopy(student), takes=takes), (1, 1), decay=(0.75, 0.75))
+    student.bn1.running_mean += 1
+    student.bn1.num_batches_tracked += 5
+    teacher.update(student, 0.5)
+    mean = teacher.maps.network.bn1
+    torch.testing.assert_close(mean.running_mean, torch.full_like(mean.running_mean, 0.25))
+    assert mean.num_batches_tracked == 5
+
+
 def test_ema_teacher__after_n_steps_it_is_the_closed_form():
     torch.manual_seed(0)
     student = vit()
