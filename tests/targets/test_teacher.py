@@ -246,16 +246,18 @@ def test_ema_teacher__a_checkpoint_without_it_is_refused_beside_a_teacher_too():
 
 
 def test_teacher__its_fingerprint_is_what_its_targets_depend_on():
+    half = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
     others = [
         Teacher(FeatureMaps(vit(), layers=[0, 1]), (4, 4)),
         Teacher(FeatureMaps(vit()), (2, 2)),
         Teacher(FeatureMaps(vit(), bf16=True), (4, 4)),
-        Teacher(FeatureMaps(vit(), takes={"input_size": (3, 32, 32), "mean": (0.4,) * 3, "std": (0.5,) * 3}), (4, 4)),
+        Teacher(FeatureMaps(vit(), takes=half | {"mean": (0.4,) * 3}), (4, 4)),
         Teacher(FeatureMaps(vit()).half(), (4, 4)),
+        Teacher(FeatureMaps(vit(dynamic_img_size=True), takes=half | {"input_size": (3, 64, 64)}), (4, 4)),
     ]
     own = Teacher(FeatureMaps(vit()), (4, 4)).fingerprint()
     assert own == Teacher(FeatureMaps(vit()), (4, 4)).fingerprint()
-    assert len({own, *(teacher.fingerprint() for teacher in others)}) == 6
+    assert len({own, *(teacher.fingerprint() for teacher in others)}) == 7
 
 
 def test_teacher__a_cache_is_asked_first():
