@@ -109,6 +109,7 @@ def test_labelled_parts__held_out_classes_without_training_images_are_named(pets
 
 
 def test_samples__are_a_function_of_seed_epoch_and_index_alone(pets):
+    (pets / "train" / "cat" / "1.png").write_bytes((pets / "train" / "cat" / "0.png").read_bytes())
     train = open_source(str(pets)).train
     samples = LabelledSamples(train, transform(), seed=1)
     before = torch.get_rng_state()
@@ -118,6 +119,7 @@ def test_samples__are_a_function_of_seed_epoch_and_index_alone(pets):
     again = pickle.loads(pickle.dumps(samples))[2, 11][0]
     assert torch.equal(image, again)
     assert not torch.equal(image, samples[3, 11][0])
+    assert not torch.equal(samples[2, 0][0], samples[2, 1][0])  # of the same pixels
     assert not torch.equal(image, LabelledSamples(train, transform(), seed=2)[2, 11][0])
     torch.set_rng_state(before)
     _ = samples[0, 0]

@@ -118,6 +118,13 @@ def write_arrays(root: Path, pixels: np.ndarray) -> Path:
     return root
 
 
+def test_samples__two_images_of_the_same_pixels_are_cropped_each_in_its_way(tmp_path: Path) -> None:
+    twins = np.random.default_rng(0).integers(0, 256, (1, 12, 14, 3), dtype=np.uint8).repeat(2, axis=0)
+    samples = MaskedSamples(folder_images(write_arrays(tmp_path / "twins", twins), Wanted(3)), CROP, 0)
+    for first, second in (each.__getitems__([(0, 0), (0, 1)]).images for each in (samples, stacked(samples))):
+        assert not torch.equal(first, second)
+
+
 def test_samples__of_16_bits_are_those_of_8_where_the_values_are_the_same(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (6, 12, 14, 5), dtype=np.uint8)
     wide = [pixels.astype(np.uint16) * 257, pixels.astype(np.float32) * 3 - 100]
