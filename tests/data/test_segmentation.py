@@ -306,4 +306,5 @@ def test_augmentation__a_sample_depends_on_seed_epoch_and_index_alone(root):
     assert torch.equal(first[1], again[1])
     assert not torch.equal(first[0], AnnotatedSamples(train, augment, seed=1)[3, 0][0])
     assert not torch.equal(first[0], AnnotatedSamples(train, augment, seed=2)[2, 0][0])
+    assert not torch.equal(first[0], AnnotatedSamples(train, augment, seed=1)[2, 1][0])  # of the same pixels
     assert torch.equal(before, torch.random.get_rng_state())
