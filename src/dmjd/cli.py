@@ -373,7 +373,7 @@ def say_stopped(message: str) -> None:
 
 def explain(error: Exception) -> tuple[int, str]:
     """Turn a user's mistake into an exit code and one line."""
-    message = " ".join(str(error).split())
+    message = errors.one_line(error)
     if isinstance(error, errors.UserError):
         return error.exit_code, message
     if isinstance(error, FileNotFoundError):
@@ -393,7 +393,7 @@ def usage(error: CycloptsError) -> str:
     if isinstance(error, MissingArgumentError) and error.argument and error.argument.name == "*":
         # A group without a section has no name that a user could type: say which of its flags is missing.
         error.argument = next(flag for flag in error.argument.children if flag.required and not flag.has_tokens)
-    message = re.sub(r"\[([\w.]+)\]", r"\1", " ".join(str(error).split()).replace("][", ".")).rstrip(".")
+    message = re.sub(r"\[([\w.]+)\]", r"\1", errors.one_line(error).replace("][", ".")).rstrip(".")
     if isinstance(error, MissingArgumentError) and error.argument and error.argument.name == "--data":
         stray = f"not understood: {' '.join(error.unused_tokens)}; " if error.unused_tokens else ""
         return f"{stray}no data; --data; give a folder of images, or --data shapes for the built-in demo"

@@ -56,6 +56,11 @@ class Stopped(SystemExit):
         self.said, self.received = said, received
 
 
+def one_line(error: Exception, most: int | None = None) -> str:
+    """Bring what an error says, perhaps in many lines, to one of at most so many characters."""
+    return " ".join(str(error).split())[:most]
+
+
 @contextmanager
 def extra(name: str, where: str, kind: type[UserError] = ConfigError) -> Iterator[None]:
     """Import what an extra of this distribution brings in here; `where` says what needs it.

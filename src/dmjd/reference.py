@@ -17,7 +17,7 @@ from dmjd.backbones.convvit import ConvViTEncoder, convvit_base
 from dmjd.backbones.files import images_cfg
 from dmjd.backbones.normalize import default_statistics
 from dmjd.backbones.vit import create_vit
-from dmjd.errors import CheckpointError
+from dmjd.errors import CheckpointError, one_line
 from dmjd.heads import Decoder, Projector
 from dmjd.losses import LossName
 from dmjd.method import DMJD
@@ -63,7 +63,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             'run torch.save({"model": torch.load(FILE, weights_only=False)["model"]}, NEW) and load NEW'
         ) from None
     except Exception as error:  # a broken pickle fails in every way there is
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        reason = f"{type(error).__name__}: {one_line(error)}"[:200]
         raise CheckpointError(f"not a checkpoint ({reason}); {path}; check the file") from None
     weights = content.get("model", content) if isinstance(content, dict) else {}
     if not (isinstance(weights, dict) and weights and all(isinstance(value, Tensor) for value in weights.values())):

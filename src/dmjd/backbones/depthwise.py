@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
+from dmjd.errors import one_line
+
 try:
     import triton
     import triton.language as tl
@@ -161,7 +163,7 @@ def _runs(device: torch.device) -> bool:
                 found.append([out, *torch.autograd.grad(out.square().sum(), given)])
         torch.testing.assert_close(*found, rtol=0.02, atol=0.02)  # maps are rounded to TF32
     except Exception as error:  # Triton raises many types
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         print(f"warning: no Triton on {device} ({reason}); convolutions compute hidden tokens, too", file=sys.stderr)
         return False
     return True

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dmjd.backbones import Architecture, register_encoder
 from dmjd.backbones.convvit import ConvViT  # its file registers models with timm as well
 from dmjd.backbones.vit import pools_by_weights
-from dmjd.errors import CheckpointError, ConfigError
+from dmjd.errors import CheckpointError, ConfigError, one_line
 
 DIGEST = "sha256"
 METADATA = {"architecture", "model_args", "pretrained_cfg", "value_range", "task", "backbone_prefix", DIGEST, "format"}
@@ -143,7 +143,7 @@ def load_around(path: str | Path, model: nn.Module) -> None:
     try:
         model.load_state_dict(read_file(path)[1])
     except (RuntimeError, SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise CheckpointError(f"weights and metadata do not agree: {reason}; {path}; write the file again") from None
 
 
@@ -265,7 +265,7 @@ def _fetch(model: str, given: str, pretrained: bool, extra: dict[str, Any]) -> t
         _refuse_unknown(*architecture, {}, given)  # as whoever opens what is made of it will
         return timm.create_model(model, pretrained=pretrained, **extra), architecture
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise CheckpointError(f"its weights cannot be fetched ({reason}); {given}; check the network") from None
 
 
@@ -299,7 +299,7 @@ def _read(
         if pretrained:
             model.load_state_dict(weights)
     except (RuntimeError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise CheckpointError(f"weights and metadata do not agree: {reason}; {path}; write the file again") from None
     # Not an entry of `pretrained_cfg`: timm saves that, and refuses to open it with entries that it does not know.
     model.value_range = value_range

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dmjd.errors import CheckpointError, ConfigError, extra
+from dmjd.errors import CheckpointError, ConfigError, extra, one_line
 
 
 class HuggingFace(nn.Module):
@@ -31,7 +31,7 @@ class HuggingFace(nn.Module):
             model: Any = AutoModel.from_pretrained(name, trust_remote_code=False)
             processor: Any = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise CheckpointError(
                 f"transformers cannot load it ({reason}); hf:{name}; check name and network"
             ) from None

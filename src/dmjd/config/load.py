@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from dmjd.errors import ConfigError
+from dmjd.errors import ConfigError, one_line
 
 
 def layers(kind: Any, presets: Path, given: Mapping[str, Any]) -> list[Path]:
@@ -66,7 +66,7 @@ def read_yaml(path: Path, sections: Sequence[str] = ()) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text("utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"not YAML ({' '.join(str(error).split())}); {path}; correct the file") from None
+        raise ConfigError(f"not YAML ({one_line(error)}); {path}; correct the file") from None
     if not isinstance(content, dict):
         raise ConfigError(f"no settings but a {type(content).__name__}; {path}; write `name: value` lines")
     for name in sections:

@@ -23,7 +23,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, _imaging
 from torch import Tensor
 
 from dmjd.data.levels import Levels
-from dmjd.errors import DataError
+from dmjd.errors import DataError, one_line
 
 EXTENSIONS = frozenset(
     f".{ending}"
@@ -128,7 +128,7 @@ def decode(
     except BadImage:
         raise
     except Exception as error:  # decoders fail in every way there is, and late: in `load` and `convert` as well
-        raise BadImage(f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]) from None
+        raise BadImage(f"{type(error).__name__}: {one_line(error)}"[:200]) from None
     image = torch.from_numpy(array).permute(2, 0, 1)
     return image if wanted.levels is None else wanted.levels.scale(image)
 

@@ -28,7 +28,7 @@ from dmjd.data.annotated import refuse_pages, turn_of
 from dmjd.data.decode import EXTENSIONS, BadImage, Wanted, turn
 from dmjd.data.folder import FolderFiles
 from dmjd.data.packed import PackedStrings
-from dmjd.errors import DataError
+from dmjd.errors import DataError, one_line
 
 COCO_PARTS = (("train",), ("val", "valid", "test"))
 UNIQUE = (("categories", "id"), ("images", "id"), ("images", "file_name"), ("annotations", "id"))  # in a file of COCO
@@ -113,7 +113,7 @@ def draw(segmentation: Any, box: Sequence[float], height: int, width: int) -> Bo
         lengths = mask.merge(lengths) if isinstance(lengths, list) else lengths
         drawn = mask.decode(lengths).astype(bool)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise BadImage(f"segmentation: {type(error).__name__}: {' '.join(str(error).split())}"[:200]) from None
+        raise BadImage(f"segmentation: {type(error).__name__}: {one_line(error)}"[:200]) from None
     if drawn.shape != (height, width):
         raise BadImage(f"image of {height}x{width} pixels, segmentation of {drawn.shape[0]}x{drawn.shape[1]}")
     return drawn

@@ -16,7 +16,7 @@ from dmjd.data.decode import BadImage, Reduce, Wanted, decode
 from dmjd.data.packed import PackedNumbers, PackedStrings
 from dmjd.data.source import Opener, Source, register_source
 from dmjd.data.stored import Classes, StoredImages, classes_of, refuse_frames
-from dmjd.errors import DataError, extra
+from dmjd.errors import DataError, extra, one_line
 
 OPTIONS = ("config", "image", "label", "revision")
 LABELS = ("label", "labels", "fine_label")  # usual names of a column of classes, the most usual first
@@ -104,7 +104,7 @@ def _load(data: str, name: str, config: str | None = None, revision: str | None 
         else:
             loaded = datasets.load_dataset(name, config, revision=revision)
     except Exception as error:  # network, hub and files all raise errors of their own
-        reason = f"{type(error).__name__}: {_line(error)}"
+        reason = f"{type(error).__name__}: {one_line(error, 200)}"
         raise DataError(f"no set could be opened ({reason}); {data}; check its name and its options") from None
     return loaded if isinstance(loaded, dict) else {"": loaded}
 
@@ -124,12 +124,7 @@ def _undecoded(data: str, rows: Any, column: str) -> Any:
     try:
         return rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # of pyarrow, by what the column is instead
-        raise DataError(f"column {column} has no images ({_line(error)}); {data}; say ?image=COLUMN") from None
-
-
-def _line(error: Exception) -> str:
-    """Put a message on one line."""
-    return " ".join(str(error).split())[:200]
+        raise DataError(f"column {column} has no images ({one_line(error, 200)}); {data}; say ?image=COLUMN") from None
 
 
 def _image_column(data: str, features: Any, given: str | None) -> str:

@@ -8,6 +8,7 @@ import tifffile
 from PIL import UnidentifiedImageError
 
 from dmjd.data.decode import DICM, NUMPY, PNG, TIFF, BadImage, open_picture, open_regular, orientation, pages_of
+from dmjd.errors import one_line
 
 DEPTHS_OF_MODES = {"I": "int32", "F": "float32", "1": "bool"}  # of Pillow; those of 16 bits start with I;16
 
@@ -50,7 +51,7 @@ def peek(file: Path) -> Peek:
     except UnidentifiedImageError:
         raise BadImage("not an image of a known format") from None
     except Exception as error:  # decoders fail in every way there is
-        raise BadImage(f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]) from None
+        raise BadImage(f"{type(error).__name__}: {one_line(error)}"[:200]) from None
 
 
 def _picture(file: Path, head: bytes) -> Peek:

@@ -23,7 +23,7 @@ from dmjd.data.decode import BadImage, Wanted, open_picture, open_regular, turn
 from dmjd.data.folder import FolderFiles, image_names
 from dmjd.data.packed import PackedStrings
 from dmjd.data.source import evenly
-from dmjd.errors import DataError
+from dmjd.errors import DataError, one_line
 
 PARTS = (("train", "training"), ("val", "valid", "validation", "test"))
 SCALED = {"L;2": 85, "L;4": 17}  # grey of 2 and 4 bits, which Pillow multiplies by so much, to be shown
@@ -84,7 +84,7 @@ class SegmentationSet(FolderFiles):
         except BadImage as bad:
             raise BadImage(f"annotation: {bad}") from None
         except Exception as error:  # decoders fail in every way there is
-            raise BadImage(f"annotation: {type(error).__name__}: {' '.join(str(error).split())}"[:200]) from None
+            raise BadImage(f"annotation: {type(error).__name__}: {one_line(error)}"[:200]) from None
         if numbers.ndim != 2 or numbers.dtype.kind == "f":
             raise BadImage("annotation in colours; it has one number for every pixel")
         labels = torch.from_numpy(numbers.astype(np.int64))

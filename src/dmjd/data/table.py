@@ -24,7 +24,7 @@ from dmjd.data.hub import has_embedded_images, open_hub
 from dmjd.data.packed import PackedStrings, Packer
 from dmjd.data.source import Opener, Source, is_file_name, register_source
 from dmjd.data.stored import classes_of, parts_by_column
-from dmjd.errors import DataError, extra
+from dmjd.errors import DataError, extra, one_line
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ENDINGS = (*DELIMITERS, ".parquet", ".txt")
@@ -178,8 +178,7 @@ def _parquet(path: Path, names: Sequence[str]) -> tuple[list[str], Columns]:
     except FileNotFoundError:
         raise
     except (pyarrow.ArrowException, OSError, KeyError) as error:  # the last for two columns of one name
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"no whole Parquet file ({reason}); {path}; write it anew") from None
+        raise DataError(f"no whole Parquet file ({one_line(error, 200)}); {path}; write it anew") from None
 
 
 def _parquet_cells(file: Any, names: list[str]) -> Iterator[list[str]]:
@@ -258,7 +257,7 @@ def _fetch(url: str) -> bytes:
         with fsspec.open(url) as file:
             content: bytes = file.read(MAX_BYTES + 1)
     except Exception as error:  # every file system has errors of its own
-        raise BadImage(f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]) from None
+        raise BadImage(f"{type(error).__name__}: {one_line(error)}"[:200]) from None
     if len(content) > MAX_BYTES:
         raise BadImage("a file of more than 512 MiB")
     return content

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dmjd.engine.distributed import shared_like, whole
-from dmjd.errors import CheckpointError
+from dmjd.errors import CheckpointError, one_line
 
 FORMAT = 2  # 1 named the optimizer's states by number
 # Of the groups of an optimizer: what is no JSON, and what a run that goes on has of its own, as settings may change.
@@ -158,7 +158,7 @@ def load(path: Path, *, model: nn.Module, trained: nn.Module, optimizer: Optimiz
             saved |= states.get(f"group {number}", {})
             group.update({key: value for key, value in saved.items() if key not in OF_THIS_RUN})
     except (RuntimeError, SafetensorError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise CheckpointError(f"the checkpoint does not fit the model: {reason}; {path}; check the settings") from None
     fused = {parameter for group in optimizer.param_groups if group.get("fused") for parameter in group["params"]}
     for name, parameter in trained.named_parameters():

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from dmjd.errors import ConfigError
+from dmjd.errors import ConfigError, one_line
 
 # As MPS, the CPU's allocator and CUDA's libraries say it.
 NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED")
@@ -147,5 +147,5 @@ def memory_errors(remedy: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_memory_error(error):
             raise
-        message = " ".join(str(error).split())[:120] or "none is left"
+        message = one_line(error, 120) or "none is left"
         raise ConfigError(f"out of memory ({message}); on the device; {remedy}") from None

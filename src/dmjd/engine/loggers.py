@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from dmjd.errors import ConfigError
+from dmjd.errors import ConfigError, one_line
 
 PROJECT = "dmjd"
 Pictures = Mapping[str, UInt8[ndarray, "h w c"]]  # by their names
@@ -165,6 +165,5 @@ def open_loggers(
         try:
             opened[each] = LOGGERS[each](name, out, settings, first)
         except Exception as error:  # of libraries with errors of their own
-            said = " ".join(str(error).split())
-            raise ConfigError(f"{each} does not start ({said}); --log_to {each}; see its manual") from error
+            raise ConfigError(f"{each} does not start ({one_line(error)}); --log_to {each}; see its manual") from error
     return opened

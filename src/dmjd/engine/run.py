@@ -16,7 +16,7 @@ from dmjd.data.source import Readable, fingerprint
 from dmjd.engine import checkpoint
 from dmjd.engine.distributed import Ranks
 from dmjd.engine.loggers import Logger, Pictures, new_name, open_loggers, require
-from dmjd.errors import CheckpointError, DataError
+from dmjd.errors import CheckpointError, DataError, one_line
 
 ONCE = {"allow_change", "resume", "debug"}  # settings of a process, not of the run
 RESULTS = ("summary.json", "result.json")  # there when a run has come to its end
@@ -150,7 +150,7 @@ class Run:
                 act(logger)
             except Exception as error:  # a server is gone, a disk full: of libraries with errors of their own
                 del loggers[name]
-                said = " ".join(str(error).split())
+                said = one_line(error)
                 print(f"warning: no longer logged to {name} ({said}); metrics.jsonl has all", file=sys.stderr)
 
     def show(self, pictures: Pictures, step: int) -> None:

@@ -20,7 +20,7 @@ from numpy.lib import format as npy
 
 from dmjd.data.cells import plain_cell
 from dmjd.engine.checkpoint import flush, write_atomically
-from dmjd.errors import CheckpointError, DataError, extra
+from dmjd.errors import CheckpointError, DataError, extra, one_line
 
 PARQUET = ".parquet"
 ROW_GROUP = 2**26  # approximate bytes of features in one row group of a Parquet file
@@ -225,7 +225,7 @@ def read_features(path: Path) -> FeatureBank:
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise DataError(f"no features ({reason}); {path}; give the F.npy that dmjd embed has written") from None
     if rows.ndim != 2 or rows.dtype.kind != "f":
         said = f"{rows.dtype} of shape {rows.shape} instead of a row of numbers for each image"
