@@ -1,6 +1,6 @@
-"""A folder as the Hugging Face hub has it: config.json, model.safetensors and a model card, README.md.
+"""A folder in the layout of the Hugging Face hub: config.json, model.safetensors and a model card, README.md.
 
-timm and transformers open it, from disk or from the hub; transformers through its wrapper of timm's models, whose image
+timm and transformers open it from disk or from the hub; transformers uses its wrapper for timm models, whose image
 processor reads config.json too.
 """
 
@@ -20,17 +20,17 @@ from dmjd.formats.network import Original, compare, compare_models
 from dmjd.formats.timm_file import imports, save_model
 
 CARD = "card.md"
-# Of transformers: the class that opens the folder, and what of its output is compared; for features, and with classes.
+# The transformers class that opens the folder, and the output that is compared: for features, and for a classifier.
 AUTO = (("AutoModel", "pooler_output"), ("AutoModelForImageClassification", "logits"))
 
 
 def write_hub(original: Original, path: Path, card: Mapping[str, Any]) -> None:
-    """Write the folder, and see that timm, and transformers where it is installed, compute the same of it: 1e-5.
+    """Write the folder, and check that timm, and transformers if installed, compute the same from it: 1e-5.
 
     Args:
         original: The network.
-        path: The folder, which is made.
-        card: What the model card says of the run: `name`, `license`, `runs`, `version`.
+        path: The folder, which must not exist yet.
+        card: Facts for the model card: `name`, `license`, `runs`, `version`.
     """
     path.mkdir()
     save_model(original, path / "model.safetensors")
@@ -54,7 +54,7 @@ def write_hub(original: Original, path: Path, card: Mapping[str, Any]) -> None:
 
 
 def configuration(original: Original) -> dict[str, Any]:
-    """Describe the model as timm's `config.json` does: the name, its arguments and the images it takes."""
+    """Describe the model as timm's `config.json` does: its name, its arguments and its input images."""
     name, arguments = original.architecture
     model: Any = original.model
     mean, std = original.statistics
@@ -77,14 +77,14 @@ def configuration(original: Original) -> dict[str, Any]:
             "classifier": model.pretrained_cfg["classifier"],
         },
     }
-    if isinstance(pooling := getattr(model, "global_pool", None), str):  # many have a module, or theirs in the head
+    if isinstance(pooling := getattr(model, "global_pool", None), str):  # many have a module, or pool in the head
         config["global_pool"] = pooling
     return config | ({"label_names": list(original.classes)} if model.num_classes else {})
 
 
 def model_card(original: Original, card: Mapping[str, Any]) -> str:
-    """Fill in the model card."""
-    environment = Environment(  # Markdown: names stand in code spans, where nothing is a tag
+    """Render the model card."""
+    environment = Environment(  # no HTML escaping: names are in Markdown code spans, where tags have no effect
         loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
     environment.filters["code"] = code_span
@@ -109,5 +109,5 @@ def model_card(original: Original, card: Mapping[str, Any]) -> str:
 
 
 def code_span(value: Any) -> str:
-    """Write what a user has named as a code span in one cell of a table."""
+    """Write text chosen by a user as a code span that fits in a table cell."""
     return "`" + " ".join(str(value).split()).replace("`", "'").replace("|", "\\|") + "`"

@@ -1,4 +1,4 @@
-"""What a file of ours holds, as exports take it."""
+"""The network of a file of ours, for exports, and the comparison of an export with it."""
 
 import json
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from dmjd.backbones.pyramid import Pyramid
 Kind = Literal["backbone", "classifier", "segmenter", "detector"]
 DENSE: dict[str, Kind] = {"segment": "segmenter", "detect": "detector"}  # kinds of file by the verb that wrote them
 Size = tuple[int, int, int]
-BATCHES = (3, 1)  # numbers of images that an export is tried with
-TRACED = 2  # images that a graph is made from
+BATCHES = (3, 1)  # batch sizes that an export is tested with
+TRACED = 2  # batch size for tracing
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Original:
 
     Attributes:
         path: The file.
-        model: The timm model: all of it, or the backbone inside a segmenter or a detector.
-        architecture: Name and arguments that make it by `timm.create_model`.
-        kind: What the file holds.
-        classes: Their names, or numbers where the file has no names.
+        model: The timm model: the whole network, or the backbone inside a segmenter or a detector.
+        architecture: Name and arguments for `timm.create_model`.
+        kind: Kind of network in the file.
+        classes: Names of the classes, or their numbers if the file has no names.
         statistics: Mean and standard deviation of every channel, 0 to 1.
-        value_range: What of deep images becomes 0 and 1.
-        task: What the network was trained for, as its file describes it.
+        value_range: The values of images that become 0 and 1.
+        task: The task that the network was trained for, as its file describes it.
     """
 
     path: Path
@@ -48,32 +48,32 @@ class Original:
 
     @property
     def model_size(self) -> Size:
-        """Channels, height and width of the images that the model is made for."""
+        """Channels, height and width of the images that the timm model is built for."""
         channels, height, width = self.model.pretrained_cfg["input_size"]  # type: ignore[index]
         return channels, height, width
 
     @property
     def input_size(self) -> Size:
-        """Channels, height and width of the images that all of it was trained on last."""
+        """Channels, height and width of the images that the whole network was last trained on."""
         channels, height, width = self.model_size
         sides = str(self.task.get("crop_size", f"{height}x{width}")).split("x")
         return channels, int(sides[0]), int(sides[-1])
 
     def features(self, images: Float[Tensor, "B C H W"]) -> Tensor:
-        """Compute what the model says of images of 0..1."""
+        """Compute the output of the timm model for images of 0..1."""
         return self.model(Normalize(*self.statistics)(images * 255))
 
 
 def draw_images(count: int, size: Size) -> Float[Tensor, "B C H W"]:
-    """Draw images of 0..1, the same ones every time."""
+    """Draw random images of 0..1, the same ones at every call."""
     return torch.rand(count, *size, generator=torch.Generator().manual_seed(count))
 
 
 def open_original(path: Path) -> Original:
-    """Open a file that pre-training, fine-tuning, segmentation or detection has written.
+    """Open a file written by pre-training, fine-tuning, segmentation or detection.
 
     Raises:
-        CheckpointError: If it is none.
+        CheckpointError: If it is not such a file.
     """
     model: Any = load_backbone(path)
     metadata, task, config = read_file(path)[0], task_of(path), model.pretrained_cfg
@@ -91,7 +91,7 @@ def open_original(path: Path) -> Original:
 
 
 class FromPixels(nn.Module):
-    """A network with its normalisation inside: images of 0..1 in; features, or logits of classes, out."""
+    """A network that includes its normalisation: images of 0..1 in, features or logits out."""
 
     def __init__(self, original: Original):
         super().__init__()
@@ -99,16 +99,16 @@ class FromPixels(nn.Module):
         self.network = segmenter(original) if original.kind == "segmenter" else original.model
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Tensor:
-        """Compute what the network says of images of 0..1."""
+        """Compute the network's output for images of 0..1."""
         found = self.network(self.normalize(images * 255))
-        return found[0] if isinstance(found, list) else found  # a segmenter lists its heads' logits
+        return found[0] if isinstance(found, list) else found  # a segmenter returns a list with the logits of each head
 
 
 def segmenter(original: Original) -> nn.Module:
-    """Make the segmenter of a file, with its weights.
+    """Build the segmenter of a file, with its weights.
 
     Raises:
-        CheckpointError: If weights and description do not agree.
+        CheckpointError: If the weights do not match the description.
         ConfigError: If the extra `dense` is missing.
     """
     from dmjd.networks.segmenter import Segmenter
@@ -128,10 +128,10 @@ def segmenter(original: Original) -> nn.Module:
 def compare(
     original: Callable[[Tensor], Tensor], exported: Callable[[Tensor], Tensor], size: Size, tolerance: float
 ) -> None:
-    """See that both say the same of images of 0..1 of a size, whatever their number.
+    """Check that both have the same output for images of 0..1 of a size, for several batch sizes.
 
     Raises:
-        AssertionError: If not, relative to the largest number.
+        AssertionError: If they differ by more than the tolerance, relative to the largest output.
     """
     for count in BATCHES:
         images = draw_images(count, size)
@@ -141,10 +141,10 @@ def compare(
 
 
 def compare_models(original: Original, loaded: nn.Module) -> None:
-    """See that a timm model that was loaded is the original: 1e-5.
+    """Check that a loaded timm model computes the same as the original: 1e-5.
 
     Raises:
-        AssertionError: If it is not.
+        AssertionError: If it does not.
     """
     normalize = Normalize(*original.statistics)
     compare(original.features, lambda images: loaded(normalize(images * 255)), original.model_size, tolerance=1e-5)

@@ -1,4 +1,4 @@
-"""A graph for ONNX Runtime and its kin, for any number of images."""
+"""A graph for ONNX runtimes, for any batch size."""
 
 import json
 from pathlib import Path
@@ -15,10 +15,10 @@ OPSET = 20
 
 
 def write_onnx(original: Original, path: Path) -> None:
-    """Write the graph, images of 0..1 in, and see that ONNX Runtime computes the same: 1e-4.
+    """Write the graph, whose input is images of 0..1, and check that ONNX Runtime computes the same: 1e-4.
 
     Raises:
-        ConfigError: If there is none for this kind of network, or the extra `onnx` is missing.
+        ConfigError: If this kind of network has no graph, or the extra `onnx` is missing.
     """
     with extra("onnx", "--to onnx"):
         import onnxruntime

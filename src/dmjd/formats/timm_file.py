@@ -11,14 +11,14 @@ from dmjd.formats.network import Original, compare_models
 
 
 def write_timm(original: Original, path: Path) -> None:
-    """Write the timm model and see that timm makes the same of it: 1e-5."""
+    """Write the timm model, and check that timm's `create_model` with this file computes the same: 1e-5."""
     save_model(original, path)
     name, arguments = original.architecture
     compare_models(original, timm.create_model(name, **arguments, checkpoint_path=str(path)).eval())
 
 
 def save_model(original: Original, path: Path) -> None:
-    """Write the timm model as a file of ours, which timm and all verbs open."""
+    """Write the timm model as a file of ours, which timm and all verbs can open."""
     save_backbone(
         path,
         original.model,
@@ -30,7 +30,7 @@ def save_model(original: Original, path: Path) -> None:
 
 
 def how_to_load(original: Original, path: Path) -> str:
-    """Write what to type in Python; timm's transforms ask the model for the size and the statistics of its images."""
+    """Write the Python code that loads the file; timm's transforms get image size and statistics from the model."""
     name, arguments = original.architecture
     plain: Any = json.loads(json.dumps(arguments))
     given = "".join(f", {key}={value!r}" for key, value in plain.items())
@@ -42,6 +42,6 @@ def how_to_load(original: Original, path: Path) -> str:
 
 
 def imports(original: Original) -> str:
-    """Write the imports that timm needs to know the model."""
+    """Write the imports needed before timm can create the model."""
     ours = "import dmjd.backbones.convvit  # tells timm of the model\n"
     return "import timm\n" + (ours if original.architecture[0].startswith("convvit_") else "")

@@ -1,4 +1,4 @@
-"""A program of torch.export, for any number of images."""
+"""A program of torch.export, for any batch size."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,12 @@ from dmjd.formats.network import TRACED, FromPixels, Original, compare, draw_ima
 
 
 def write_torch(original: Original, path: Path) -> None:
-    """Write the program, images of 0..1 in, and see that it computes the same: 1e-5.
+    """Write the program, whose input is images of 0..1, and check that it computes the same: 1e-5.
 
-    The program is compared before it is stored: files of this kind hold pickles, which nothing here loads.
+    The program is compared before it is saved: such files contain pickles, which nothing here loads.
 
     Raises:
-        ConfigError: If there is none for this kind of network.
+        ConfigError: If this kind of network has no program.
     """
     program, network = trace(original)
     compare(network, program.module(), original.input_size, tolerance=1e-5)
@@ -25,7 +25,7 @@ def write_torch(original: Original, path: Path) -> None:
 
 @torch.no_grad()
 def trace(original: Original) -> tuple[Any, FromPixels]:
-    """Trace what a network does to images of 0..1; returns the program and the network.
+    """Export a network for images of 0..1; returns the program and the network.
 
     Raises:
         ConfigError: If it cannot be traced.
@@ -39,7 +39,7 @@ def trace(original: Original) -> tuple[Any, FromPixels]:
 
 
 def describe(original: Original) -> dict[str, Any]:
-    """Describe what goes in and comes out, for whoever opens the file without this package."""
+    """Describe input and output, for users who open the file without this package."""
     outputs = {
         "backbone": "features (batch, width)",
         "classifier": "logits (batch, classes)",
