@@ -1,6 +1,6 @@
-"""Small sets are decoded once and held in memory, instead of being decoded again in every epoch.
+"""Small sets are decoded once and held in memory, instead of being decoded in every epoch.
 
-Small images of one size are a single tensor, which lives where the network is: a batch is cropped from it at once.
+Small images of one size form a single tensor on the network's device, from which a batch is cropped at once.
 """
 
 from collections import deque
@@ -22,11 +22,11 @@ from dmjd.data.decode import DTYPES, BadImage, Reduce
 from dmjd.data.source import Source, View
 from dmjd.data.workers import usable_cores
 
-MEMORY_LIMIT = 2**30  # bytes of decoded images that are worth holding, rather than decoding them every epoch
-DEVICE_SHARE = 0.25  # of the memory of a GPU that images may take; what is free would change from run to run
-CPU_SIDE = 128  # pixels; cropping larger images by whole matrices would be slower there than one by one
+MEMORY_LIMIT = 2**30  # bytes of decoded images up to which a set is held in memory
+DEVICE_SHARE = 0.25  # share of a GPU's total memory that images may take; free memory would vary from run to run
+CPU_SIDE = 128  # pixels; on a CPU, cropping larger images by matrix products is slower than one by one
 CHUNK = 256  # images that a thread decodes at a time
-THREADED = 2**16  # bytes of an image from which threads pay: for smaller ones they mostly wait for Python's lock
+THREADED = 2**16  # bytes of an image from which threads pay off: for smaller ones they mostly wait for the GIL
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -37,9 +37,9 @@ class Stack:
     """Images of one size and depth in one tensor.
 
     Attributes:
-        pixels: Those that decode.
-        numbers: For each image of the set its own number, or that of the next one that decodes.
-        rows: The row of `pixels` where that is.
+        pixels: The images that decode.
+        numbers: For each image of the set its own index, or that of the next one that decodes.
+        rows: The row of `pixels` that holds it.
     """
 
     pixels: Num[Tensor, "m C H W"]
@@ -51,7 +51,7 @@ class Stack:
         return replace(self, pixels=self.pixels.to(device))
 
     def fits(self, device: torch.device) -> bool:
-        """Tell whether cropping from here is worth while: a GPU has the memory, or the images are small."""
+        """Tell whether cropping on the device pays off: a GPU has the memory, or on a CPU the images are small."""
         if device.type != "cuda":
             return max(self.pixels.shape[2:]) <= CPU_SIDE
         return self.pixels.nbytes <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[1]
@@ -63,14 +63,14 @@ class PackedImages(View):
     Names and labels are looked up in the source.
 
     Args:
-        source: What to decode; not empty.
-        threads: That decode; 0 to decode here.
+        source: Source to decode; not empty.
+        threads: Number of threads that decode; 0 for the calling thread.
 
     Attributes:
         pixels: All images one after the other, each H W C.
-        shapes: Height, width and channels of each, and the place of its type in `DTYPES`.
-        offsets: Where each begins.
-        bad: Those that did not decode, with the reason.
+        shapes: Height, width and channels of each, and the index of its type in `DTYPES`.
+        offsets: First byte of each.
+        bad: Images that did not decode, with the reason.
     """
 
     pixels: UInt8[Tensor, " bytes"]
@@ -103,7 +103,7 @@ class PackedImages(View):
 
     @property
     def broken(self) -> dict[str, str]:
-        """Those that did not decode by name, with the reason."""
+        """Names of the images that did not decode, with the reason."""
         return {self.name(index): reason for index, reason in self.bad.items()}
 
     @cached_property
@@ -119,10 +119,10 @@ class PackedImages(View):
         return Stack(pixels.permute(0, 3, 1, 2), torch.tensor(good)[rows], rows)
 
     def read(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
-        """Look one image up.
+        """Look up an image.
 
         Raises:
-            BadImage: As decoding did.
+            BadImage: If it did not decode.
         """
         if index in self.bad:
             raise BadImage(self.bad[index])
@@ -132,12 +132,12 @@ class PackedImages(View):
         return pixels.view(height, width, channels).permute(2, 0, 1)
 
     def __getstate__(self) -> dict[str, object]:
-        """Let go of the stack on the way to a worker: it is looked up again where it is needed."""
+        """Drop the stack on pickling for a worker: it is computed again where it is needed."""
         return {name: value for name, value in self.__dict__.items() if name != "stack"}
 
 
 class _TooLarge(Exception):
-    """There is more than fits into `MEMORY_LIMIT`."""
+    """The images exceed `MEMORY_LIMIT`."""
 
 
 def _decoded(source: Source, threads: int) -> Iterator[Tensor | BadImage]:
@@ -160,13 +160,13 @@ def _decoded(source: Source, threads: int) -> Iterator[Tensor | BadImage]:
 
 
 def in_threads(work: Callable[[T], U], items: Iterable[T], threads: int, **options: Any) -> Iterator[U]:
-    """Do what `map` does in threads, which are only a little ahead, or in none.
+    """Do what `map` does, in threads that work only a little ahead.
 
     Args:
-        work: Done with each item.
-        items: In order.
-        threads: How many; 0 to work here.
-        options: Of the `ThreadPoolExecutor`.
+        work: Called with each item; results come in the order of the items.
+        items: Taken from only as far as the threads are ahead.
+        threads: Number of threads; 0 for the calling thread.
+        options: Further arguments of `ThreadPoolExecutor`.
     """
     if not threads:
         yield from map(work, items)
@@ -180,14 +180,14 @@ def in_threads(work: Callable[[T], U], items: Iterable[T], threads: int, **optio
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:  # also where nobody asks for the rest
+    finally:  # also if the generator is closed early
         pool.shutdown(cancel_futures=True)
 
 
 def in_memory(source: Source) -> Source:
-    """Hold the decoded images of a source in memory if they are few and small; else leave it as it is.
+    """Hold the decoded images of a source in memory if they are few and small; else return it as it is.
 
-    The size is judged by the largest of a few images from all over the set. Large ones are decoded on all cores.
+    The size is estimated from the largest of a few images spread over the set. Large images are decoded on all cores.
     """
     if source.in_memory:
         return source
@@ -199,12 +199,12 @@ def in_memory(source: Source) -> Source:
         return source
     try:
         return PackedImages(source, threads=min(usable_cores(), 16) if max(sizes) > THREADED else 0)
-    except _TooLarge:  # others are larger than those few
+    except _TooLarge:  # other images are larger than those few
         return source
 
 
 def stack_of(source: Source) -> Stack | None:
-    """Find the images of a source in one tensor, if they are held in one."""
+    """Return the images of a source in one tensor, if they are held in one."""
     if isinstance(source, PackedImages):
         return source.stack
     if isinstance(source, ArrayImages):

@@ -1,6 +1,6 @@
-"""Millions of short texts, or of numbers, in one buffer.
+"""Millions of short strings, or of numbers, in one buffer.
 
-A list would be copied into every worker process, object by object, and an array as a whole.
+Worker processes would each get a copy of a list, object by object, or of an array; they share the memory of tensors.
 """
 
 from array import array
@@ -16,11 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class PackedStrings:
-    """A numbered set of texts; tensors, because worker processes share the memory of these.
+    """A sequence of strings in two tensors, whose memory worker processes share.
 
     Attributes:
-        content: The texts one after the other, in UTF-8; bytes of file names that are no Unicode stay as they are.
-        ends: Where they end.
+        content: The strings one after the other, in UTF-8; bytes of file names that are not Unicode stay as they are.
+        ends: The end of each string.
     """
 
     content: UInt8[Tensor, " bytes"]
@@ -28,7 +28,7 @@ class PackedStrings:
 
     @classmethod
     def pack(cls, texts: Iterable[str]) -> "PackedStrings":
-        """Pack texts, none of them or many, as they come."""
+        """Pack strings as they come; there may be none."""
         packer = Packer()
         for text in texts:
             packer.append(text)
@@ -38,10 +38,10 @@ class PackedStrings:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> str:
-        """Look one text up.
+        """Look up a string.
 
         Raises:
-            IndexError: If there is none of this number.
+            IndexError: If the index is out of range.
         """
         if not 0 <= index < len(self.ends):
             raise IndexError(f"no text {index} among {len(self.ends)}")
@@ -57,34 +57,34 @@ class PackedStrings:
 
     @cached_property
     def _views(self) -> tuple[np.ndarray, np.ndarray]:
-        """The same memory as arrays, which are ten times as fast to index."""
+        """The same memory as NumPy arrays, which are ten times as fast to index."""
         return self.content.numpy(), self.ends.numpy()
 
     def __getstate__(self) -> dict[str, Tensor]:
-        """Let go of the views: a tensor on its way to a worker moves to shared memory, and its old memory is freed."""
+        """Drop the views: pickling for a worker moves a tensor to shared memory and frees its old memory."""
         self.__dict__.pop("_views", None)
         return {"content": self.content, "ends": self.ends}
 
 
 class Packer:
-    """Packs texts that come one by one, of several columns in turn."""
+    """Packs strings one by one, so that several columns can be packed in turn."""
 
     def __init__(self) -> None:
         self.content, self.ends = bytearray(), array("q")
 
     def append(self, text: str) -> None:
-        """Put one more behind the others."""
+        """Append a string."""
         self.content += text.encode(errors="surrogateescape")
         self.ends.append(len(self.content))
 
     def packed(self) -> PackedStrings:
-        """Hand over what was packed; nothing can be appended afterwards."""
+        """Return the packed strings; nothing can be appended afterwards."""
         return PackedStrings(*(torch.from_numpy(np.asarray(each)) for each in (self.content, self.ends)))
 
 
 @dataclass(frozen=True, eq=False)
 class PackedNumbers:
-    """A numbered set of whole numbers; a tensor, because worker processes share the memory of it.
+    """A sequence of integers in a tensor, whose memory worker processes share.
 
     Attributes:
         content: The numbers.
@@ -96,15 +96,15 @@ class PackedNumbers:
         return len(self.content)
 
     def __getitem__(self, index: int) -> int:
-        """Look one number up; raises `IndexError`."""
+        """Look up a number; raises `IndexError`."""
         return int(self._view[index])
 
     @cached_property
     def _view(self) -> np.ndarray:
-        """The same memory as an array, which is ten times as fast to index."""
+        """The same memory as a NumPy array, which is ten times as fast to index."""
         return self.content.numpy()
 
     def __getstate__(self) -> dict[str, Tensor]:
-        """Let go of the view, as `PackedStrings` does."""
+        """Drop the view, as `PackedStrings` does."""
         self.__dict__.pop("_view", None)
         return {"content": self.content}

@@ -1,4 +1,4 @@
-"""What the header of an image file says, before anything is decoded, turned or converted."""
+"""The header of an image file, as stored: nothing is decoded, turned or converted."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +10,18 @@ from PIL import UnidentifiedImageError
 from dmjd.data.decode import DICM, NUMPY, PNG, TIFF, BadImage, open_picture, open_regular, orientation, pages_of
 from dmjd.errors import one_line
 
-DEPTHS_OF_MODES = {"I": "int32", "F": "float32", "1": "bool"}  # of Pillow; those of 16 bits start with I;16
+DEPTHS_OF_MODES = {"I": "int32", "F": "float32", "1": "bool"}  # modes of Pillow; those of 16 bits start with I;16
 
 
 @dataclass(frozen=True)
 class Peek:
-    """What a header says.
+    """Contents of a header.
 
     Attributes:
-        channels: Of a page, transparency and the fourth ink of print left out, as decoding leaves them out.
+        channels: Channels of a page, without transparency and the black of CMYK, as after decoding.
         dtype: NumPy's name of the type that values are stored in.
         pages: Pages of a TIFF or frames of a medical image; 1 for any other file, animated ones included.
-        turned: EXIF orientation, 1 (not at all) to 8.
+        turned: EXIF orientation, 1 (upright) to 8.
     """
 
     channels: int
@@ -34,7 +34,7 @@ def peek(file: Path) -> Peek:
     """Read the header of an image file.
 
     Raises:
-        BadImage: If there is none that can be read.
+        BadImage: If it cannot be read.
     """
     try:
         with open_regular(file) as opened:
@@ -50,7 +50,7 @@ def peek(file: Path) -> Peek:
         raise
     except UnidentifiedImageError:
         raise BadImage("not an image of a known format") from None
-    except Exception as error:  # decoders fail in every way there is
+    except Exception as error:  # decoders raise all kinds of errors
         raise BadImage(f"{type(error).__name__}: {one_line(error)}"[:200]) from None
 
 
@@ -69,7 +69,7 @@ def _tiff(file: Path) -> Peek:
         page = pages[0]
         colour = page.photometric in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.SEPARATED)
         alpha = page.photometric == tifffile.PHOTOMETRIC.RGB and page.samplesperpixel == 4 and page.dtype == np.uint8
-        alpha = alpha and page.extrasamples != (tifffile.EXTRASAMPLE.UNSPECIFIED,)  # near infrared, as of a satellite
+        alpha = alpha and page.extrasamples != (tifffile.EXTRASAMPLE.UNSPECIFIED,)  # near infrared of a satellite
         return Peek(3 if colour or alpha else page.samplesperpixel, str(page.dtype), len(pages), orientation(file))
 
 

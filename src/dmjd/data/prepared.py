@@ -1,18 +1,18 @@
-"""Sets that `dmjd prepare` wrote: images decoded once, made smaller, and mapped into memory when they are looked at.
+"""Sets written by `dmjd prepare`: images decoded once, scaled down, and memory-mapped when they are read.
 
 A set is a folder:
 
-* `set.json`: how the set was made, its parts with their classes and numbers of images, and of every other file that is
-  read its size and SHA-256. It is written last.
-* `PART-00000.bin`, `PART-00001.bin`, ...: pixels, one image after the other, each H W C at its own depth and from a
-  multiple of 4 bytes on. Channels come last because torch resizes bytes that lie so more than half as fast again.
+* `set.json`: how the set was made, its parts with their classes and numbers of images, and size and SHA-256 of every
+  other file that is read. It is written last.
+* `PART-00000.bin`, `PART-00001.bin`, ...: pixels, one image after the other, each H W C at its own depth, at an offset
+  that is a multiple of 4 bytes. Channels come last because torch resizes such bytes more than 1.5 times as fast.
 * `PART.index.safetensors`: `names` and `ends` (see `PackedStrings`), `places` (n, 6), which are file, offset in bytes,
-  height, width, depth (its place in `DTYPES`) and CRC-32, and `labels` (n) where there are classes.
+  height, width, depth (index in `DTYPES`) and CRC-32, and `labels` (n) where there are classes.
 * `skipped.tsv`: the images that did not decode, with the reasons.
 
-An image whose CRC-32 is another one when it is looked at does not decode. Sets of format 1 have none.
+An image whose CRC-32 does not match counts as one that does not decode. Sets of format 1 have no CRC-32.
 
-PART is `all` in a set without parts. All numbers are little-endian, as nearly all machines have them.
+PART is `all` in a set without parts. All numbers are little-endian, as on nearly all machines.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ FORMAT = 2
 READABLE = (1, 2)  # the first has no CRC-32
 KIND = "images prepared by dmjd"
 SET, JOURNAL = "set.json", "unfinished.jsonl"
-ALIGNED = 4  # bytes, of which every image begins at a multiple
+ALIGNED = 4  # bytes; the offset of every image is a multiple of this
 AGAIN = "copy it again, or prepare the set anew in another --out"
 
 
@@ -51,10 +51,10 @@ class PreparedReader:
 
     Attributes:
         root: Folder of the set.
-        stem: How the part's files are called.
-        wanted: What is wanted of the images.
-        in_chans: Channels that they have.
-        places: File, offset, height, width, depth and perhaps CRC-32 of each.
+        stem: Prefix of the part's file names.
+        wanted: How to read the images.
+        in_chans: Channels of the stored images.
+        places: File, offset, height, width, depth and, except in format 1, CRC-32 of each.
     """
 
     root: Path
@@ -64,7 +64,7 @@ class PreparedReader:
     places: Int[Tensor, "n _"]
 
     def __call__(self, index: int, reduce: Reduce | None) -> Num[Tensor, "C H W"]:
-        """Look at an image where it lies; channels or a range other than its own make a copy.
+        """Return an image as a view of the mapped file, or as a copy if channels or range are converted.
 
         Raises:
             BadImage: If it has changed since it was written.
@@ -82,7 +82,7 @@ class PreparedReader:
         return image if self.wanted.levels is None else self.wanted.levels.scale(image)
 
     def _mapped(self, file: int) -> UInt8[Tensor, " bytes"]:
-        """Map a file into memory, once in every process; writing to it by mistake would change a private copy."""
+        """Memory-map a file, once per process; an accidental write would change a private copy only."""
         if file not in self._maps:
             path = self.root / pixel_file(self.stem, file)
             self._maps[file] = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
@@ -90,11 +90,11 @@ class PreparedReader:
 
     @cached_property
     def _maps(self) -> dict[int, Tensor]:
-        """Files by number, as far as they were looked at."""
+        """Mapped files by number."""
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Let go of the files on the way to a worker, which maps them itself."""
+        """Drop the mapped files on pickling for a worker, which maps them itself."""
         return {name: value for name, value in self.__dict__.items() if name != "_maps"}
 
 
@@ -102,9 +102,9 @@ class PreparedReader:
 
 
 def shrink(image: Num[Tensor, "C H W"], size: int) -> Num[Tensor, "C h w"]:
-    """Resize an image until its short side has `size` pixels (bicubic, antialiased); smaller ones stay as they are.
+    """Scale an image down to a short side of `size` pixels (bicubic, antialiased); smaller images stay as they are.
 
-    Deep images keep to the values that they had: at an edge of 4095 the cubic goes beyond, and 12 bits would be 13.
+    Deep images are clipped to their own range: at an edge of 4095 the cubic overshoots, and 12 bits would become 13.
     """
     height, width = image.shape[1:]
     short = min(height, width)
@@ -117,7 +117,7 @@ def shrink(image: Num[Tensor, "C H W"], size: int) -> Num[Tensor, "C h w"]:
 
 
 def pack(images: Iterable[Num[Tensor, "C _ _"]]) -> tuple[UInt8[Tensor, " bytes"], list[list[int]]]:
-    """Lay images of one number of channels one after the other.
+    """Pack images with the same number of channels one after the other.
 
     Returns:
         Their pixels, and offset, height, width, depth and CRC-32 of each.
@@ -135,10 +135,10 @@ def write_index(path: Path, source: Source, kept: Int[Tensor, " n"], places: Int
     """Write the index of a part.
 
     Args:
-        path: Where to.
-        source: Where the images come from.
-        kept: Their numbers there.
-        places: Where they lie now.
+        path: File to write.
+        source: Source of the images.
+        kept: Indices of the images in the source.
+        places: Places of the images in the set.
     """
     names = PackedStrings.pack(source.name(index) for index in kept.tolist())
     labels = {"labels": labels_of(source, kept.tolist())} if has_labels(source) else {}
@@ -146,17 +146,17 @@ def write_index(path: Path, source: Source, kept: Int[Tensor, " n"], places: Int
 
 
 def pixel_file(stem: str, number: int) -> str:
-    """Name a file of pixels."""
+    """Return the name of a file of pixels."""
     return f"{stem}-{number:05d}.bin"
 
 
 def index_file(stem: str) -> str:
-    """Name the index of a part."""
+    """Return the name of a part's index."""
     return f"{stem}.index.safetensors"
 
 
 def stem_of(part: str) -> str:
-    """Tell how the names of a part's files begin."""
+    """Return the prefix of a part's file names."""
     return part or "all"
 
 
@@ -164,11 +164,11 @@ def stem_of(part: str) -> str:
 
 
 def open_prepared(data: str, wanted: Wanted) -> dict[str, Source]:
-    """Open a set and find its parts, without looking at a pixel.
+    """Open a set and find its parts, without reading a pixel.
 
     Raises:
-        DataError: If it is not finished, a file of it is missing or cut, or its images have other channels than the
-            wanted ones.
+        DataError: If the set is not finished, a file of it is missing or truncated, or its images do not have the
+            wanted channels.
     """
     root = Path(data)
     content = read_set(root)
@@ -197,10 +197,10 @@ def open_prepared(data: str, wanted: Wanted) -> dict[str, Source]:
 
 
 def read_set(root: Path) -> dict[str, Any]:
-    """Read what a set says of itself, and see that its files are there and as long as they were.
+    """Read the description of a set, and check that its files exist and have the recorded sizes.
 
     Raises:
-        DataError: If they are not, the set is not finished, or another version wrote it.
+        DataError: If they do not, the set is not finished, or its format is unknown.
     """
     path = root / SET
     try:
@@ -224,10 +224,10 @@ def read_set(root: Path) -> dict[str, Any]:
 
 
 def verify(root: Path) -> None:
-    """Read every file of a set and see that not a bit has changed since it was written.
+    """Read every file of a set and check that no bit has changed since it was written.
 
     Raises:
-        DataError: If one has, or as `read_set` does.
+        DataError: If one has changed, or as in `read_set`.
     """
     for name, described in read_set(root)["files"].items():
         with (root / name).open("rb") as file:
@@ -236,7 +236,7 @@ def verify(root: Path) -> None:
 
 
 def _accepts(data: str) -> bool:
-    """Tell a set, finished or not, from other folders; these may well have some set.json too."""
+    """Tell a set, finished or not, from other folders, which may have a set.json of another kind."""
     root = Path(data)
     try:
         return (root / JOURNAL).is_file() or json.loads((root / SET).read_bytes())["kind"] == KIND

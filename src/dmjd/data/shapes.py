@@ -1,8 +1,8 @@
-"""The built-in data set `shapes`: small synthetic scenes, so that every verb can be tried without a network.
+"""The built-in data set `shapes`: small synthetic scenes, so that every verb can be tried offline.
 
-A class is a texture in a form (a striped disc, a dotted cross). Colour, contrast, place, size and turn are drawn
-independently of it, and all forms cover the same area, so the statistics of colour and brightness say next to nothing
-about the class: a network has to look at local structure. A scene is a function of (seed, split, index) alone.
+A class is a texture in a form (a striped disc, a dotted cross). Colour, contrast, position, size and rotation are drawn
+independently of it, and all forms cover the same area, so statistics of colour and brightness say next to nothing about
+the class: a network has to learn local structure. A scene is a function of (seed, split, index) alone.
 """
 
 from functools import lru_cache
@@ -21,12 +21,12 @@ Plane = NDArray[np.float32]
 
 
 class Scene(NamedTuple):
-    """One picture with its answers.
+    """One image with its labels.
 
     Attributes:
         image: RGB, uint8, (H, W, 3).
         label: The class of the main object, an index into `CLASSES`.
-        segmentation: uint8, (H, W); 0 is background, c + 1 is class c. An id is one object: no class occurs twice.
+        segmentation: uint8, (H, W); 0 is background, c + 1 is class c. No class occurs twice, so an id is one object.
         boxes: float32, (K, 4); x0, y0, x1, y1 in pixels, tight around the object's visible pixels. Main object first.
         box_labels: int64, (K,); indices into `CLASSES`.
     """
@@ -39,19 +39,19 @@ class Scene(NamedTuple):
 
 
 def scene(split: Literal["train", "val"], index: int, *, size: int = 64, seed: int = 0) -> Scene:
-    """Draws scene number `index` of a split.
+    """Draw scene number `index` of a split.
 
     Args:
-        split: The two splits share no scene.
-        index: 0 or more; the label is `index % len(CLASSES)`, so that any run of indices is balanced.
+        split: `train` or `val`, which share no scene.
+        index: 0 or more; the label is `index % len(CLASSES)`, so that any range of indices is balanced.
         size: Height and width in pixels, 16 or more; the layout scales with it.
-        seed: Another seed is another data set.
+        seed: Each seed gives another data set.
 
     Returns:
         The same scene for the same arguments, in any order of calls.
 
     Raises:
-        ValueError: An unknown split, a negative index or seed, or a size below 16.
+        ValueError: If the split is unknown, the index or the seed negative, or the size below 16.
     """
     if split not in _SPLITS:
         raise ValueError(f"split must be 'train' or 'val', not {split!r}")
@@ -67,7 +67,7 @@ def scene(split: Literal["train", "val"], index: int, *, size: int = 64, seed: i
     _draw(image, segmentation, label, size * rng.uniform(0.28, 0.34), rng)
     image += rng.standard_normal((size, size, 1), dtype=np.float32) * 0.5
     sliver = segmentation == other + 1
-    if np.count_nonzero(sliver) < (size / 16) ** 2:  # so little in sight is not an object anyone could find
+    if np.count_nonzero(sliver) < (size / 16) ** 2:  # too little is visible to count as an object
         segmentation[sliver] = 0
     found = [c for c in (label, other) if (segmentation == c + 1).any()]
     boxes = np.array([_box(segmentation == c + 1) for c in found], np.float32)
@@ -76,24 +76,24 @@ def scene(split: Literal["train", "val"], index: int, *, size: int = 64, seed: i
 
 @lru_cache(maxsize=4)
 def _grid(size: int) -> tuple[Plane, Plane]:
-    """Pixel centres: x as a row, y as a column."""
+    """Return the pixel centres: x as a row, y as a column."""
     centres = np.arange(size, dtype=np.float32) + np.float32(0.5)
     return centres[None, :], centres[:, None]
 
 
 def _turned(x: Plane, y: Plane, angle: float) -> tuple[Plane, Plane]:
-    """Coordinates in a frame turned by `angle` (radians)."""
+    """Compute coordinates in a frame rotated by `angle` (radians)."""
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     return cos * x + sin * y, cos * y - sin * x
 
 
 def _colour(rng: np.random.Generator) -> Plane:
-    """A calm colour, grey with a tint: loud ones would be all that an untrained network's features speak of."""
+    """Draw a muted colour, grey with a tint: strong ones would dominate an untrained network's features."""
     return (rng.uniform(100, 155) + rng.uniform(-16, 16, 3)).astype(np.float32)
 
 
 def _background(size: int, rng: np.random.Generator) -> Plane:
-    """A soft gradient between two colours, in any direction."""
+    """Draw a soft gradient between two colours, in a random direction."""
     x, y = _grid(size)
     half = np.float32(size / 2)
     along, _ = _turned(x - half, y - half, rng.uniform(0, 2 * np.pi))
@@ -102,45 +102,45 @@ def _background(size: int, rng: np.random.Generator) -> Plane:
 
 
 def _draw(image: Plane, segmentation: NDArray[np.uint8], label: int, radius: float, rng: np.random.Generator) -> None:
-    """Paints one object of class `label` over the scene, in place, and marks its pixels."""
+    """Paint one object of class `label` over the scene, in place, and mark its pixels."""
     size = len(image)
     form, texture = divmod(label, len(TEXTURES))
     x, y = _grid(size)
-    # Turned corners may just leave the picture.
+    # Rotated corners may extend a little beyond the image.
     middle = rng.uniform(1.3 * radius, size - 1.3 * radius, 2).astype(np.float32)
     u, v = _turned(x - middle[0], y - middle[1], rng.uniform(-0.3, 0.3))
     distance = _form(FORMS[form], u, v, np.float32(radius))
-    # The period follows the picture, not the object; the phase is free, so no pixel's place tells the texture.
+    # The period depends on the image, not the object; the phase is random, so no pixel's position reveals the texture.
     wave = np.float32(2 * np.pi / (size * rng.uniform(0.1, 0.15)))
     phase = rng.uniform(0, 2 * np.pi, 2).astype(np.float32)
     tone = _texture(TEXTURES[texture], u * wave + phase[0], v * wave + phase[1])
     contrast = np.float32(rng.choice((-1, 1)) * rng.uniform(25, 55))  # light on dark or dark on light
     paint = _colour(rng) + contrast * tone[..., None]
-    # The dark rim makes the form a local thing to see; early sketches without one taught the texture and no form.
+    # The dark rim makes the form visible locally; early versions without one taught the texture but not the form.
     paint += _step(distance + 0.14 * radius) * (_colour(rng) - 80 - paint)
     image += _step(-distance) * (paint - image)
     segmentation[distance <= 0] = label + 1
 
 
 def _step(distance: Plane) -> Plane:
-    """0 below, 1 above and smooth within half a pixel of distance 0, (H, W, 1): an antialiased edge."""
+    """Compute an antialiased edge, (H, W, 1): 0 below, 1 above and smooth within half a pixel of distance 0."""
     t = (distance + 0.5).clip(0, 1)[..., None]
     return t * t * (3 - 2 * t)
 
 
 def _form(name: str, u: Plane, v: Plane, radius: np.float32) -> Plane:
-    """Distance to the outline in pixels, negative inside; every form has the area of a disc of `radius`."""
+    """Compute the distance to the outline in pixels, negative inside; all forms have the area of a disc of `radius`."""
     if name == "disc":
         return np.hypot(u, v) - radius
     if name == "triangle":
-        v = v - radius * 0.389  # from its centroid to the middle of its box, so that it stays in the picture
+        v = v - radius * 0.389  # from its centroid to the middle of its box, so that it stays in the image
         return np.maximum(abs(u) * 0.866 - v * 0.5, v) - radius * 0.778
     bar = np.maximum(abs(u) - radius * 1.108, abs(v) - radius * 0.443)
     return np.minimum(bar, np.maximum(abs(v) - radius * 1.108, abs(u) - radius * 0.443))
 
 
 def _texture(name: str, u: Plane, v: Plane) -> Plane:
-    """Tone in -1..1, of period 2 pi in both coordinates; its sign is drawn outside, so brightness tells nothing."""
+    """Compute a tone in -1..1 of period 2 pi in both coordinates; its sign is drawn by the caller."""
     if name == "striped":
         tone = np.sin(u)
     elif name == "barred":
@@ -153,6 +153,6 @@ def _texture(name: str, u: Plane, v: Plane) -> Plane:
 
 
 def _box(inside: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    """The tight box around the True pixels: the far edges lie behind the last pixel."""
+    """Compute the tight box around the True pixels; the far edges lie behind the last pixel."""
     xs, ys = np.flatnonzero(inside.any(0)), np.flatnonzero(inside.any(1))
     return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1

@@ -1,4 +1,4 @@
-"""An image file as a set of one, beside all that `--data` takes."""
+"""A single image file as a set of one, in addition to what `--data` takes."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -12,13 +12,13 @@ from dmjd.data.source import Source, open_all
 
 
 def open_all_or_one(data: str, wanted: Wanted) -> list[Source]:
-    """Find every image of a set, part by part, or the one image of a file.
+    """Open every image of a set, part by part, or the one image of a file.
 
-    An array of four dimensions is a set, as for `--data`, and one of two an image. One of three is an image where the
-    first or the last of them may be its channels, else a set of grey images.
+    An array of four dimensions is a set, as for `--data`, and one of two an image. One of three is an image if its
+    first or last dimension may be the channels, else a set of grey images.
 
     Raises:
-        DataError: If there is nothing of the name, or no image in it.
+        DataError: If there is no such file or set, or no image in it.
     """
     path = Path(data)
     if not _is_image(path, wanted.in_chans):
@@ -28,7 +28,7 @@ def open_all_or_one(data: str, wanted: Wanted) -> list[Source]:
 
 
 def _is_image(path: Path, in_chans: int) -> bool:
-    """Tell whether there is a file that ends as images do, and is no array of several."""
+    """Tell whether this is a file with the extension of an image, and not an array of several images."""
     if path.suffix.lower() == ".npy":
         with suppress(OSError, ValueError, EOFError):  # reading it says what is wrong
             shape = open_memmap(path, mode="r").shape

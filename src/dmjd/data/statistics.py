@@ -1,4 +1,4 @@
-"""What is known of the values of a set: their range, and the mean and standard deviation of every channel."""
+"""Statistics of the values of a set: their range, and the mean and standard deviation of every channel."""
 
 import json
 from collections.abc import Iterable
@@ -11,12 +11,12 @@ from torch import Tensor
 from dmjd.data.levels import BYTES, Levels
 from dmjd.errors import ConfigError, DataError
 
-MIN_STD = 1e-3  # of a channel that is everywhere the same
+MIN_STD = 1e-3  # for a constant channel
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What images are normalised by.
+    """Statistics to normalise images by.
 
     Attributes:
         mean: Mean of every channel, 0 to 1 of the range.
@@ -35,10 +35,10 @@ class Statistics:
 
     @classmethod
     def read(cls, path: Path) -> "Statistics":
-        """Read a JSON file: `mean`, `std` and perhaps `value_range`, as lists of numbers.
+        """Read a JSON file: `mean`, `std` and optionally `value_range`, as lists of numbers.
 
         Raises:
-            ConfigError: If it is missing or something else.
+            ConfigError: If it is missing or malformed.
         """
         try:
             content = json.loads(path.read_text())
@@ -52,10 +52,10 @@ class Statistics:
 
 
 def statistics_of(images: Iterable[Tensor], levels: Levels) -> Statistics:
-    """Measure a sample of images (C, H, W) of one number of channels, at their depth; every image counts the same.
+    """Measure a sample of images (C, H, W) with the same channels, at their depth; every image counts the same.
 
     Raises:
-        DataError: If there is none.
+        DataError: If there are no images.
     """
     moments = []
     for image in images:

@@ -1,7 +1,7 @@
-"""What sets share that are no folders: images by number, and their classes and parts from what a column or a path says.
+"""Shared by sets that are not folders: images by index, and classes and parts from a column or the paths.
 
-Lists, archives, arrays and tables differ in where an image lies. Each brings a reader, a small picklable function from
-the number of an image to its pixels; all the rest is here.
+Archives, arrays, prepared and hub sets differ in where an image lies. Each provides a reader, a small picklable
+function from the index of an image to its pixels; everything else is here.
 """
 
 import math
@@ -19,19 +19,19 @@ from dmjd.data.source import HELD_OUT_PARTS, Source, Subset, places_of
 from dmjd.errors import DataError
 
 PARTS = ("train", *HELD_OUT_PARTS)
-Classes = tuple[tuple[str, ...], PackedNumbers | None]  # names of the classes, and the number of each image's
+Classes = tuple[tuple[str, ...], PackedNumbers | None]  # names of the classes, and the class index of each image
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StoredImages:
-    """Images that something other than a folder stores.
+    """Images that are stored in something other than a folder.
 
     Attributes:
-        address: What the set is called.
+        address: Name of the set.
         names: Name of each image.
         classes: Names of the classes, if there are any.
-        labels: Number of the class of each, if there are classes.
-        reader: Decodes an image of a number at its depth; raises `BadImage`.
+        labels: Class index of each, if there are classes.
+        reader: Decodes the image of an index at its depth; raises `BadImage`.
     """
 
     address: str
@@ -53,7 +53,7 @@ class StoredImages:
         return self.names[index]
 
     def label(self, index: int) -> int | None:
-        """Look up the number of an image's class; None if there are no classes."""
+        """Look up the class index of an image; None if there are no classes."""
         return None if self.labels is None else self.labels[index]
 
     def read(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
@@ -62,9 +62,9 @@ class StoredImages:
 
 
 def classes_of(labels: Iterable[str]) -> Classes:
-    """Number the classes that a column of labels names, in alphabetical order, or by size if all are numbers.
+    """Number the classes in a column of labels, in alphabetical order, or in numerical order if all are numbers.
 
-    As with folders, a single class makes no labels.
+    As with folders, a single class counts as no labels.
     """
     distinct, found = _numbered(labels)
     try:
@@ -76,7 +76,7 @@ def classes_of(labels: Iterable[str]) -> Classes:
 
 
 def classes_of_folders(names: Sequence[str]) -> Classes:
-    """Number the classes of paths if each is CLASS/IMAGE, of two classes or more, as those of a folder: by alphabet."""
+    """Number the classes of paths, alphabetically as in a folder, if all are CLASS/IMAGE with two classes or more."""
     if not all(name.count("/") == 1 for name in names):
         return (), None
     distinct, found = _numbered(name.partition("/")[0] for name in names)
@@ -84,22 +84,22 @@ def classes_of_folders(names: Sequence[str]) -> Classes:
 
 
 def _in_order(classes: Sequence[str], distinct: dict[str, int], found: Int[np.ndarray, " n"]) -> Classes:
-    """Number texts that were numbered as they came by their places among the classes."""
+    """Renumber labels, numbered by first occurrence, by their places among the classes."""
     if len(classes) < 2:
         return (), None
     return tuple(classes), PackedNumbers(torch.tensor(places_of(distinct, classes))[torch.from_numpy(found)])
 
 
 def parts_by_column(source: Source, splits: Iterable[str], where: object) -> dict[str, Source]:
-    """Part a set by a column that has the name of the part of each image.
+    """Split a set by a column with the name of each image's part.
 
     Args:
         source: The whole set.
-        splits: The column, one text an image.
+        splits: The column, one name per image.
         where: File of the column, for messages.
 
     Raises:
-        DataError: If it has any other word than the names of parts.
+        DataError: If the column contains anything but names of parts.
     """
     distinct, found = _numbered(splits)
     if others := sorted(distinct.keys() - set(PARTS)):
@@ -108,7 +108,7 @@ def parts_by_column(source: Source, splits: Iterable[str], where: object) -> dic
 
 
 def _numbered(texts: Iterable[str]) -> tuple[dict[str, int], Int[np.ndarray, " n"]]:
-    """Number texts in the order in which they first come: the number of each distinct one, and that of every text."""
+    """Number strings by first occurrence; returns the number of each distinct string, and that of every string."""
     distinct: dict[str, int] = {}
     return distinct, np.fromiter((distinct.setdefault(text, len(distinct)) for text in texts), dtype=np.int64)
 
@@ -117,7 +117,7 @@ def refuse_frames(data: str, wanted: Wanted) -> None:
     """Refuse sets whose files would have to be opened one by one to count their pages.
 
     Raises:
-        DataError: If pages are wanted as frames.
+        DataError: If pages are to be read as frames.
     """
     if wanted.pages == "frames":
         raise DataError(f"pages as frames are for folders and lists; {data}; unpack it, or say --data_pages bands")

@@ -1,7 +1,7 @@
-"""A list of images: a file of comma- or tab-separated values, a Parquet file, or a text of one path a line.
+"""A list of images: a file of comma- or tab-separated values, a Parquet file, or a text file with one path per line.
 
-The column `path` says where the images are: relative to the list's folder, absolute, or a URL. The columns `label` and
-`split`, if there are any, bring classes and parts; where a row lacks its label, none is used.
+The column `path` has the paths of the images, relative to the list's folder or absolute, or their URLs. The optional
+columns `label` and `split` give classes and parts; if a row lacks its label, no labels are used.
 """
 
 import csv
@@ -28,7 +28,7 @@ from dmjd.errors import DataError, extra, one_line
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ENDINGS = (*DELIMITERS, ".parquet", ".txt")
-# Kinds of URLs that only read a file. Others of fsspec's unpack, cache or interpret what they read.
+# Protocols of URLs that only read a file. Others of fsspec's unpack, cache or interpret it.
 PROTOCOLS = frozenset(("abfs", "az", "file", "ftp", "gcs", "gs", "hf", "http", "https", "oci", "oss", "s3", "sftp"))
 
 Columns = dict[str, PackedStrings]
@@ -36,7 +36,7 @@ Columns = dict[str, PackedStrings]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ListedImages(FolderImages):
-    """Images that a list names; `root` is its folder, and absolute names and URLs lead elsewhere.
+    """Images named by a list; `root` is its folder, but absolute paths and URLs may lead elsewhere.
 
     Attributes:
         listed_in: The list.
@@ -54,16 +54,16 @@ class ListedImages(FolderImages):
         name = self.names[index]
         if "://" not in name:
             return self.image(index, reduce)
-        if name.startswith("file://"):  # as any other file: no pipe, no device
+        if name.startswith("file://"):  # checked like any other file: no pipe, no device
             return decode(name.removeprefix("file://"), self.wanted, name=name, reduce=reduce)
         return decode(_fetch(name), self.wanted, name=name, reduce=reduce)
 
 
 def open_list(data: str, wanted: Wanted) -> dict[str, Source]:
-    """Open a list by its ending; a Parquet file that holds the images itself is opened by the library of such files.
+    """Open a list by its extension; a Parquet file that contains the images is opened as a Hugging Face set.
 
     Raises:
-        DataError: If there is no such list, it is broken or empty, or names an image twice or one that is not there.
+        DataError: If there is no such list, it is broken or empty, or it names an image twice or a missing one.
     """
     path = Path(data)
     if path.suffix.lower() == ".parquet" and has_embedded_images(path):
@@ -92,14 +92,15 @@ def read_columns(path: Path, *, needed: Sequence[str], optional: Sequence[str] =
 
     Args:
         path: The list.
-        needed: Columns of which there must be one at least.
-        optional: Others that are read as well.
+        needed: Columns of which at least one must exist.
+        optional: Other columns to read.
 
     Returns:
-        Those that there are, but no column `label` with an empty cell: such a set is as one without labels.
+        The columns that exist, except a column `label` with an empty cell: such a set counts as one without labels.
 
     Raises:
-        DataError: If the list cannot be read, has no row or none of the columns, or leaves a cell of another one empty.
+        DataError: If the list cannot be read, has no row or none of the needed columns, or a column other than `label`
+            has an empty cell.
     """
     read = _parquet if path.suffix.lower() == ".parquet" else _text
     try:
@@ -133,7 +134,7 @@ def _empty(cells: PackedStrings) -> Int[np.ndarray, " n"]:
 
 
 def _text(path: Path, names: Sequence[str]) -> tuple[list[str], Columns]:
-    """Read the header of a text file, and the columns of these names."""
+    """Read the header of a text file, and the named columns."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         if path.suffix.lower() == ".txt":
             return ["path"], {"path": PackedStrings.pack(line.rstrip("\r\n") for line in file if line.strip())}
@@ -147,7 +148,7 @@ def _text(path: Path, names: Sequence[str]) -> tuple[list[str], Columns]:
 
 
 def _pack(names: Iterable[str], rows: Iterable[Sequence[str]]) -> Columns:
-    """Make columns of these names out of rows, one by one; white space at an end is part of a file's name alone."""
+    """Pack rows into columns of these names; white space around cells is stripped, except in paths."""
     packers = {name: Packer() for name in names}
     for row in rows:
         for (name, packer), cell in zip(packers.items(), row, strict=True):
@@ -156,7 +157,7 @@ def _pack(names: Iterable[str], rows: Iterable[Sequence[str]]) -> Columns:
 
 
 def _cells(rows: Iterable[list[str]], width: int, places: list[int], path: Path) -> Iterator[list[str]]:
-    """Pick cells out of rows, all of which must be of one width; empty lines do not count."""
+    """Pick cells from rows, all of which must have `width` cells; empty lines are skipped."""
     for number, row in enumerate(filter(None, rows), start=1):
         if len(row) != width:
             raise DataError(
@@ -166,7 +167,7 @@ def _cells(rows: Iterable[list[str]], width: int, places: list[int], path: Path)
 
 
 def _parquet(path: Path, names: Sequence[str]) -> tuple[list[str], Columns]:
-    """Read the names of all columns of a Parquet file, and the columns of these names."""
+    """Read the names of all columns of a Parquet file, and the named columns."""
     with extra("tables", str(path), DataError):
         import pyarrow
         from pyarrow import parquet
@@ -177,7 +178,7 @@ def _parquet(path: Path, names: Sequence[str]) -> tuple[list[str], Columns]:
             return header, _pack(there, _parquet_cells(file, there))
     except FileNotFoundError:
         raise
-    except (pyarrow.ArrowException, OSError, KeyError) as error:  # the last for two columns of one name
+    except (pyarrow.ArrowException, OSError, KeyError) as error:  # KeyError for two columns of one name
         raise DataError(f"no whole Parquet file ({one_line(error, 200)}); {path}; write it anew") from None
 
 
@@ -192,7 +193,7 @@ def _parquet_cells(file: Any, names: list[str]) -> Iterator[list[str]]:
 
 
 def _check_paths(path: Path, names: PackedStrings) -> None:
-    """Refuse a list that names an image twice, or a file that is not there; what URLs lead to is not looked at."""
+    """Refuse a list that names an image twice, or a missing file; URLs are not followed."""
     hashes = _hashes(names)
     ordered = np.sort(hashes)
     if alike := {*ordered[1:][ordered[1:] == ordered[:-1]].tolist()}:
@@ -214,7 +215,7 @@ def _check_paths(path: Path, names: PackedStrings) -> None:
     there = np.sort(_hashes(_files(path.parent, folders)))
     absent = np.searchsorted(there, hashes) == np.searchsorted(there, hashes, side="right")
     unseen = (names[int(row)] for row in np.flatnonzero(absent))
-    # The file system may fold case.
+    # The file system may ignore case.
     missing = [name for name in unseen if "://" not in name and not (path.parent / name).exists()]
     if missing:
         raise DataError(
@@ -224,19 +225,19 @@ def _check_paths(path: Path, names: PackedStrings) -> None:
 
 
 def _hashes(names: Iterable[str]) -> Int[np.ndarray, " n"]:
-    """Compute a hash of 64 bits of each name, to compare millions in 8 bytes each."""
+    """Compute a 64-bit hash of each name, to compare millions at 8 bytes each."""
     return np.fromiter(map(hash, names), dtype=np.int64)
 
 
 def _files(root: Path, folders: Iterable[str]) -> Iterator[str]:
-    """List folders, each once for all its files: a question for each of a million would take minutes on a network."""
+    """List folders, each once for all its files: checking a million files one by one takes minutes on a network."""
     for folder in folders:
         with suppress(OSError), os.scandir(root / folder) as entries:
             yield from (folder + entry.name for entry in entries)
 
 
 def _check_protocols(protocols: Iterable[str], path: Path) -> None:
-    """See that what reads URLs of these kinds is installed."""
+    """Check that these protocols are supported and what reads them is installed."""
     with extra("remote", f"URLs in {path}", DataError):
         import fsspec
     for protocol in sorted(protocols):
@@ -250,13 +251,13 @@ def _check_protocols(protocols: Iterable[str], path: Path) -> None:
 
 
 def _fetch(url: str) -> bytes:
-    """Read what a URL leads to; raises `BadImage` if nothing comes."""
+    """Download the file of a URL; raises `BadImage` if that fails."""
     import fsspec
 
     try:
         with fsspec.open(url) as file:
             content: bytes = file.read(MAX_BYTES + 1)
-    except Exception as error:  # every file system has errors of its own
+    except Exception as error:  # every file system raises errors of its own
         raise BadImage(f"{type(error).__name__}: {one_line(error)}"[:200]) from None
     if len(content) > MAX_BYTES:
         raise BadImage("a file of more than 512 MiB")
@@ -264,7 +265,7 @@ def _fetch(url: str) -> bytes:
 
 
 def _frames(root: Path, columns: Columns) -> Columns:
-    """Give every page of a file a row of its own, as FILE#PAGE where there are several."""
+    """Give every page of a file its own row, as FILE#PAGE where there are several."""
 
     def rows() -> Iterator[list[str]]:
         for name, *rest in zip(*columns.values(), strict=True):  # the paths come first

@@ -1,4 +1,4 @@
-"""Worker processes that load batches: watched while they live, and ended with the process that started them."""
+"""Worker processes that load batches: watched while they run, and ended with the process that started them."""
 
 import os
 import signal
@@ -19,13 +19,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from dmjd.errors import ConfigError, UserError
 
-LOOK = 5  # seconds between two looks at the workers
-# What schedulers and terminals send to all processes of a run: the main one answers, and needs its workers to the end.
+LOOK = 5  # seconds between two checks of the workers
+# Signals that schedulers and terminals send to all processes of a run: the main process handles them, and needs its
+# workers to the end.
 TO_THE_GROUP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 def usable_cores() -> int:
-    """Count the cores that this process may use, beside the other ranks on its machine."""
+    """Count the cores for this process: its share of those of the machine, next to other ranks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
@@ -39,18 +40,18 @@ def load_batches(
     pin_memory: bool,
     generator: Generator | None = None,
 ) -> Iterable[Any]:
-    """Load batches by their keys, in order, by so many worker processes, or by none.
+    """Load batches by their keys, in order, in worker processes or in this one.
 
     Args:
-        samples: What batches are made of, by key: one by one, or by `__getitems__` all of a batch.
-        keys: Of every batch.
-        collate: Makes a batch of samples.
-        workers: Processes.
+        samples: Samples by key: one by one, or those of a batch by `__getitems__`.
+        keys: Keys of every batch.
+        collate: Makes a batch from samples.
+        workers: Number of worker processes; 0 for none.
         pin_memory: Make copies to a GPU asynchronous.
-        generator: What seeds the workers; default: torch's global one.
+        generator: Seeds the workers. Default: torch's global generator.
 
     Raises:
-        ConfigError: On iteration, if a worker was killed, has failed, or was stopped and stays so.
+        ConfigError: On iteration, if a worker was killed, failed, or was stopped and not continued.
     """
     loader = DataLoader(
         cast("Dataset[Any]", _Excused(samples) if workers else samples),
@@ -66,22 +67,22 @@ def load_batches(
 
 
 class _Worker(SpawnProcess):
-    """A process that nothing less ends: SIGTERM is for the whole group, and blocked in it."""
+    """A process that only SIGKILL ends: SIGTERM is sent to the whole group, and is blocked here."""
 
     def terminate(self) -> None:
-        """End it; this is what torch calls where a worker does not leave by itself."""
+        """Kill it; torch calls this for a worker that does not exit by itself."""
         self.kill()
 
 
 class _Context(SpawnContext):
-    """Starts workers as new processes: fork deadlocks beside threads (CPython gh-112275)."""
+    """Spawns workers as new processes: fork with threads deadlocks (CPython gh-112275)."""
 
     Process = _Worker
 
 
 @contextmanager
 def _blocked() -> Iterator[None]:
-    """Start processes that signals to the whole group never reach: they inherit what is blocked. Ours come later."""
+    """Block signals to the whole group for processes started inside; those for this one arrive afterwards."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -93,13 +94,13 @@ def _blocked() -> Iterator[None]:
 
 
 def _set_up_worker(worker: int, parent: int) -> None:
-    """Keep workers from competing for each other's cores, and from outliving the process `parent`."""
+    """Keep a worker from competing for others' cores, and from outliving the process `parent`."""
     torch.set_num_threads(1)
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
 
 def _leave_with(parent: int) -> None:
-    """End this process soon after its parent. torch's own watch misses a parent that goes while workers start."""
+    """End this process soon after its parent: torch's own watchdog misses one that ends while workers start."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -107,7 +108,7 @@ def _leave_with(parent: int) -> None:
 
 @dataclass(frozen=True)
 class _Excused:
-    """Samples of a worker, where a user's error is handed over as it is: torch would add a traceback to its message."""
+    """Samples of a worker that return a `UserError` instead of raising it, since torch would add a traceback."""
 
     samples: Any
 
@@ -133,14 +134,14 @@ def _collate_excused(collate: Callable[[list[Any]], Any], samples: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Watched:
-    """Batches of workers that are looked at every few seconds."""
+    """Batches of workers that are checked every few seconds."""
 
     loader: DataLoader[Any]
 
     def __iter__(self) -> Iterator[Any]:
-        # torch would raise an error about a worker that ended from wherever the main process is at that moment.
+        # torch's SIGCHLD handler would raise an error about a worker at whatever point the main process is.
         before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-        with _blocked():  # Python's own helper process would say at length that it was ended
+        with _blocked():  # else signals would end Python's resource tracker, which would say so at length
             resource_tracker.ensure_running()
         with _blocked():
             batches: Any = iter(self.loader)
@@ -164,10 +165,10 @@ class _Watched:
 
 
 def _watch(workers: Sequence[SpawnProcess], stopped: set[int], over: threading.Event) -> None:
-    """End workers that were stopped at two looks in a row, and note their pids; nothing less ends them.
+    """Kill workers that are stopped at two checks in a row, and note their pids.
 
-    The main process may wait for one in a system call without a limit, for a batch or for the memory that one is in.
-    A worker that waits for slow storage is not stopped.
+    The main process may wait for one in a system call without a timeout, for a batch or for the memory that it is in. A
+    worker that waits for slow storage is not in the stopped state.
     """
     before: set[int] = set()
     while not over.wait(LOOK):
@@ -180,12 +181,12 @@ def _watch(workers: Sequence[SpawnProcess], stopped: set[int], over: threading.E
 
 
 def _reason(workers: Sequence[SpawnProcess], stopped: set[int], error: Exception) -> Exception:
-    """Find out why no batch came: a worker that was ended because it was stopped, was killed or has failed, or none."""
-    # What cannot be received is that of a worker about to end, which takes a while where it has much memory.
+    """Find out why no batch came: a worker was stopped and then killed, was killed or failed; else return `error`."""
+    # The batch that cannot be received is that of a worker about to end, which takes a while if it has much memory.
     ended = connection.wait([worker.sentinel for worker in workers], timeout=10)
     for worker in workers:
         if worker.sentinel in ended:
-            worker.join(10)  # its files are closed, which the sentinel tells, before its exit code is there
+            worker.join(10)  # the sentinel is ready before the exit code is
         if not worker.exitcode:
             continue
         if worker.pid in stopped:
@@ -200,13 +201,13 @@ def _reason(workers: Sequence[SpawnProcess], stopped: set[int], error: Exception
 
 
 def look_at(pid: int) -> tuple[str, str]:
-    """Read the state of a process, such as R, S, T (stopped by a signal, not by a debugger), and when it started.
+    """Read the state of a process, such as R, S, T (stopped by a signal, not by a debugger), and its start time.
 
     Returns:
-        Both, the start in ticks of the system's clock; nothing where there is no such process, or no /proc.
+        Both, the start in ticks of the system's clock; empty strings if there is no such process, or no /proc.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name before may hold anything
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # a name may contain )
     except OSError:
         return "", ""
     return fields[0], fields[19]
