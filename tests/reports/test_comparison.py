@@ -111,8 +111,8 @@ def test_write_comparison__draws_losses_together_only_where_they_have_a_common_s
     other = write_run(tmp_path / "c", masked={"target": "pixels", "loss": "l2"})
     text, tables = compared(tmp_path, [*alike, other])
     assert tables.titles[:2] == ["Loss of a and b", "Loss of a and b over time"]
-    assert "Losses have a common scale only where" in text
-    assert "No other run here has the scale of c." in text
+    assert "Losses can be compared only between runs" in text
+    assert "No other run here can be compared with c." in text
     _, tables = compared(tmp_path, [alike[0], other])
     assert not any(title.startswith("Loss") for title in tables.titles)
     assert "k-NN top-1, percent" in tables.titles

@@ -80,7 +80,7 @@ def test_page__says_what_is_wrong_before_what_there_is(page: str) -> None:
         "Leakage: 1 of 150 held-out images is",
         "1 of 1,000 files does not decode (0.10%)",
         "What to run",
-        "What there is",
+        "Contents of the set",
     ]
     places = [page.index(each) for each in order]
     assert places == sorted(places)
@@ -139,15 +139,15 @@ def test_problems__are_said_in_words(change: dict[str, Any], words: str) -> None
         ({"near_pairs": 2}, "Pairs of images that are almost equal: 2."),
         (
             {"pages": {3: 7}, "data_pages": "frames"},
-            "Files have several pages (7 of 3 pages); they were looked at as frames",
+            "Files have several pages (7 of 3 pages); they were treated as frames",
         ),
         ({"pages": {3: 1}}, "Files have several pages (1 of 3 pages); they were refused."),
-        ({"flat": 4}, "Images of an even surface: 4."),
+        ({"flat": 4}, "Images that are almost uniform: 4."),
         ({"long": 4}, "Images more than five times as long as wide: 4."),
         ({"labels": {"train": {"a": 500, "b": 5}}}, "The largest class has 500 images, the smallest 5."),
-        ({"passed_over": {".txt": 3, "": 1}}, "Other files were passed over: 3 .txt, 1 without an ending."),
-        ({"turned": 4}, "Photographs stored turned (EXIF): 4."),
-        ({"value_range": [0.0, 4095.0]}, "Values range over 0 to 4095"),
+        ({"passed_over": {".txt": 3, "": 1}}, "Other files were ignored: 3 .txt, 1 without an ending."),
+        ({"turned": 4}, "Photographs stored rotated (EXIF): 4."),
+        ({"value_range": [0.0, 4095.0]}, "Values range from 0 to 4095"),
     ],
 )
 def test_notes__are_said_in_words(change: dict[str, Any], words: str) -> None:

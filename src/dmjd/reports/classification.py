@@ -29,11 +29,11 @@ def write_classification(
     """Write result.json, per_class.csv, confusion.png and report.html.
 
     Args:
-        out: Directory of the results, made if there is none.
-        verb: What the command line calls it.
-        settings: As YAML.
+        out: Directory of the results, created if needed.
+        verb: Name of the verb.
+        settings: Settings as YAML.
         summary: The numbers: top1, top1_low, top1_high, top5, mean_class_accuracy, images, train_images and seconds,
-            and best_top1 if there is one; and `part`, the name of what is judged by.
+            and best_top1 if there is one; and `part`, the name of the part that was evaluated.
         rows: The table by class: class, images, accuracy, precision and taken_for.
         confusion: Images by true and predicted class.
         classes: Names of the classes.
@@ -41,7 +41,7 @@ def write_classification(
     out.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # the table has names that the picture's font has not
+        warnings.filterwarnings("ignore", "Glyph")  # the font may lack characters of a name; the table shows them
         draw_confusion(confusion, classes).savefig(buffer, dpi=110)
     (out / "confusion.png").write_bytes(buffer.getvalue())
     hardest = sorted(rows, key=lambda row: row["accuracy"] if row["images"] else 2)
@@ -65,7 +65,7 @@ def draw_confusion(confusion: Int[np.ndarray, "true predicted"], classes: Sequen
     shown = axes.imshow(confusion / confusion.sum(axis=1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true")
     if named:
-        # Folders may be called anything: no mathematics, nothing that is not text.
+        # Class names come from folders: do not parse them as mathematics, and escape what is not valid text.
         names = [name.encode(errors="backslashreplace").decode() for name in classes]
         axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
         axes.set_yticks(range(len(names)), names, parse_math=False)

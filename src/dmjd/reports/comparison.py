@@ -1,4 +1,4 @@
-"""The page of several pre-training runs side by side: what differs between them, and what came of it."""
+"""The page of several pre-training runs side by side: their differences in settings and results."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,22 +11,22 @@ from dmjd.reports.curves import HUES, SOLID, Line, overlay
 from dmjd.reports.page import compact, duration, write_page
 from dmjd.reports.pretraining import DASH, MEASURES, RunRecord, read_run, text
 
-UNSHOWN = MAY_CHANGE - {"data", "preset", "device"}  # settings that make no difference worth a row
-BY_LABELS = ("knn_top1", "linear_top1")  # measures that compare any two runs on the same images
+UNSHOWN = MAY_CHANGE - {"data", "preset", "device"}  # settings that do not affect results
+BY_LABELS = ("knn_top1", "linear_top1")  # measures that are comparable between any two runs on the same images
 
 
 def write_comparison(runs: Sequence[Path], path: Path) -> Path:
-    """Write the page of some runs, in the order given.
+    """Write the page of several runs, in the given order.
 
     Args:
         runs: Directories written by `dmjd pretrain`, finished or not.
-        path: The page.
+        path: File to write.
 
     Returns:
-        Where it is.
+        Its path.
 
     Raises:
-        ConfigError: If one is no such directory, they are too many, or one is given twice.
+        ConfigError: If one is not such a directory, there are too many, or one is given twice.
     """
     if len(runs) > len(HUES):
         raise ConfigError(f"{len(runs)} runs; a page has {len(HUES)} at most; leave some out")
@@ -63,14 +63,14 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
 
 
 def state(record: RunRecord) -> str:
-    """Say how far a run got."""
+    """Describe how far a run got."""
     if record.facts:
         return "finished"
     return f"not finished, step {record.now['step']:,.0f}" if "step" in record.now else "not begun"
 
 
 def measures(known: Mapping[str, RunRecord], same_data: bool) -> dict[str, list[dict[str, Any]]]:
-    """Write each measure that some run has for all runs; on the same images, the best of those by labels is marked."""
+    """Write each measure that any run has, for all runs; mark the best accuracy if all have the same images."""
     table = {}
     for key, title in MEASURES.items():
         values = [record.measured(key) for record in known.values()]
@@ -90,7 +90,7 @@ def measures(known: Mapping[str, RunRecord], same_data: bool) -> dict[str, list[
 
 
 def effort(known: Mapping[str, RunRecord]) -> dict[str, list[str]]:
-    """Write time and images of all runs."""
+    """Write training time, number of images and device of all runs."""
     rows: dict[str, list[str]] = {}
     for title, key in {"Training images": "num_images", "Epochs": "epoch", "Images seen": "images"}.items():
         rows[title] = [compact(record.now[key]) if key in record.now else DASH for record in known.values()]
@@ -102,7 +102,7 @@ def effort(known: Mapping[str, RunRecord]) -> dict[str, list[str]]:
 
 
 def differing(known: Mapping[str, RunRecord]) -> dict[str, list[str]]:
-    """List the settings that are not the same in all runs, by their flags."""
+    """List the settings that differ between runs, by their flags."""
     settings = [by_flag(record.settings) for record in known.values()]
     flags = dict.fromkeys(flag for each in settings for flag in each)  # in the order of the files
     rows = {flag: [cell(each.get(flag)) for each in settings] for flag in flags}
@@ -117,7 +117,7 @@ def cell(value: Any) -> str:
 
 
 def same_losses(known: Mapping[str, RunRecord]) -> list[list[str]]:
-    """Group runs whose losses have a common scale: of the same images, tokens, targets and losses."""
+    """Group runs whose losses are comparable: they have the same images, tokens, targets and losses."""
     groups: dict[str, list[str]] = {}
     for name, record in known.items():
         settings = by_flag(record.settings)
@@ -132,7 +132,7 @@ def same_losses(known: Mapping[str, RunRecord]) -> list[list[str]]:
 
 
 def curves(known: Mapping[str, RunRecord], alike: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """Draw what can be compared: losses of runs that are alike, and measures and speed of all."""
+    """Draw what can be compared: losses within each group of comparable runs, and measures and speed of all runs."""
     lines = {name: record.lines for name, record in known.items()}
     drawn = []
     for group in alike:

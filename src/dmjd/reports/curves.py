@@ -1,4 +1,4 @@
-"""Curves of what a run has logged, as drawings inside a page that follow the reader's light or dark theme."""
+"""Plots of the logged metrics of a run, inside a page, in the colours of the reader's light or dark theme."""
 
 import io
 import math
@@ -12,10 +12,10 @@ from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-# Figures are drawn in these stand-in colours; `svg` turns each into the CSS variable of its name.
+# Figures are drawn in these placeholder colours; `svg` replaces each with its CSS variable.
 INK, MUTED, LINE, WARN = "#010101", "#020202", "#030303", "#040404"
 HUES = ("#050505", "#060606", "#070707", "#080808", "#090909", "#0a0a0a", "#0b0b0b", "#0c0c0c")
-SOLID = 4  # of these; lines of the others are dashed
+SOLID = 4  # hues with solid lines; the others are dashed
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", WARN: "warn"} | {hue: f"hue{i}" for i, hue in enumerate(HUES)}
 
 CURVES: dict[str, dict[str, str]] = {
@@ -43,29 +43,29 @@ CURVES: dict[str, dict[str, str]] = {
 EXPLAINED = ("explained", "explained_train", "explained_visible")
 SHARES = frozenset(["top1", "knn_top1", "miou", "map", "mask_map", "feature_std", *EXPLAINED])  # shown in percent
 EVALUATED = frozenset(["rankme", *SHARES])  # drawn over epochs, the others over steps
-PIECES = 250  # of a long curve, each drawn by its extremes
+PIECES = 250  # parts of a long curve, each drawn by its minimum and maximum
 
 Line = dict[str, Any]  # of metrics.jsonl
 
 
 def series(lines: Sequence[Line], key: str, x: str = "step") -> Float[np.ndarray, "2 n"]:
-    """List where a quantity was logged, and its values there; `null` counts as not a number."""
+    """Return the places where a quantity was logged and its values there; `null` becomes NaN."""
     points = [(line[x], math.nan if line[key] is None else line[key]) for line in lines if key in line]
     return np.array(points, np.float64).reshape(-1, 2).T
 
 
 def draw_curves(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """Draw every figure of `CURVES` that has something to show, with its title."""
+    """Draw every figure of `CURVES` that has data, with its title."""
     return [figure for title, keys in CURVES.items() if (figure := curve(title, keys, lines))]
 
 
 def curve(title: str, keys: Mapping[str, str], lines: Sequence[Line]) -> dict[str, Any] | None:
-    """Draw logged quantities: a smooth line over the faint raw one; None where nothing was logged.
+    """Draw logged quantities: a smooth line over the faint raw one; None if nothing was logged.
 
     Args:
-        title: Of the figure.
+        title: Title of the figure.
         keys: Quantities by the names of their lines.
-        lines: Of metrics.jsonl.
+        lines: Lines of metrics.jsonl.
     """
     x = "epoch" if EVALUATED & set(keys.values()) else "step"
     logged = {name: points for name, key in keys.items() if (points := series(lines, key, x)).size}
@@ -87,14 +87,14 @@ def curve(title: str, keys: Mapping[str, str], lines: Sequence[Line]) -> dict[st
 def overlay(
     title: str, key: str, runs: Mapping[str, Sequence[Line]], x: str = "images", *, shown: Container[str] | None = None
 ) -> dict[str, Any] | None:
-    """Draw a quantity of several runs over each other; None where fewer than two have logged it.
+    """Draw a quantity of several runs in one figure; None if fewer than two have logged it.
 
     Args:
-        title: Of the figure.
+        title: Title of the figure.
         key: The quantity.
         runs: Lines of metrics.jsonl by the name of the run, in the order of their colours.
-        x: What it is drawn over: `images` seen, or `seconds`, as minutes.
-        shown: Names of the runs that are drawn; all if None.
+        x: The x-axis: `images` seen, or `seconds`, shown as minutes.
+        shown: Names of the runs to draw; all if None.
     """
     logged = {
         (place, name): points
@@ -119,10 +119,10 @@ def overlay(
 def draw_line(
     axes: Any, at: Float[np.ndarray, " n"], values: Float[np.ndarray, " n"], *, key: str, place: int, name: str
 ) -> tuple[str, Float[np.ndarray, " _"]]:
-    """Draw a quantity in the colour of its place: smooth over faint raw values, or dots where it was evaluated.
+    """Draw a quantity in the colour of its place: a smooth line over faint raw values, with dots at evaluations.
 
     Returns:
-        What is drawn, in words, and the finite values.
+        A description of the line in words, and the finite values.
     """
     colour, style = HUES[place], "-" if place < SOLID else "--"
     finite = np.isfinite(values)
@@ -140,12 +140,12 @@ def draw_line(
 
 
 def name_of(title: str) -> str:
-    """Turn a title into what ids of its figure begin with."""
+    """Turn a title into the prefix of the ids in its figure."""
     return re.sub(r"\W+", "-", title.lower())
 
 
 def set_scale(axes: Any, title: str, drawn: Sequence[Float[np.ndarray, " _"]]) -> None:
-    """Choose the scale and the marks of a figure for the values drawn."""
+    """Choose the scale and the ticks of a figure for the values drawn."""
     if not drawn:
         axes.text(0.5, 0.5, "no finite value", color=MUTED, ha="center", va="center", transform=axes.transAxes)
         axes.set_yticks([])
@@ -159,9 +159,9 @@ def set_scale(axes: Any, title: str, drawn: Sequence[Float[np.ndarray, " _"]]) -
 
 
 def plain_axes(height: float = 2.5) -> tuple[Figure, Any]:
-    """Make a figure, `height` inches high, whose axes have a base line, faint rules and numbers, and no more.
+    """Make a figure, `height` inches high, whose axes have only a base line, faint grid lines and tick labels.
 
-    Margins are said, not found out: matplotlib would draw everything three times for that.
+    Margins are fixed: matplotlib's automatic layout would draw everything three times.
     """
     figure = Figure(figsize=(4.6, height))
     figure.subplots_adjust(left=0.125, right=0.985, bottom=0.44 / height, top=1 - 0.1 / height)
@@ -178,7 +178,7 @@ def plain_axes(height: float = 2.5) -> tuple[Figure, Any]:
 
 
 def add_legend(axes: Any, **names: Any) -> None:
-    """Put the names of the lines into rows of three above the axes; `names` goes to matplotlib."""
+    """Put a legend in rows of three above the axes; `names` is passed to matplotlib."""
     legend = axes.legend(
         frameon=False, fontsize=8, labelcolor=MUTED, ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 1), **names
     )
@@ -187,9 +187,9 @@ def add_legend(axes: Any, **names: Any) -> None:
 
 
 def svg(figure: Figure, name: str, label: str) -> Markup:
-    """Write a figure as SVG inside a page: real text, theme colours, and ids of its own, which start with `name`.
+    """Write a figure as inline SVG with real text, theme colours, and unique ids that start with `name`.
 
-    `label` says what is drawn, for those who cannot see it.
+    `label` describes the figure for screen readers.
     """
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
@@ -204,13 +204,13 @@ def svg(figure: Figure, name: str, label: str) -> Markup:
 
 
 def smoothed(values: Float[np.ndarray, " n"], window: int) -> Float[np.ndarray, " n"]:
-    """Average over `window` values around each one, and over fewer at the ends."""
+    """Compute a moving average over `window` values, and over fewer at the ends."""
     kernel = np.ones(max(1, window))
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
 def thinned(values: Float[np.ndarray, " n"]) -> Integer[np.ndarray, " m"]:
-    """Choose where to draw a long curve: the ends, and the extremes of each part, so that no spike is lost."""
+    """Choose the points of a long curve to draw: both ends, and the extremes of each part, so that no spike is lost."""
     pieces = np.array_split(np.arange(values.size), min(values.size, PIECES))
     extremes = [piece[pick(values[piece])] for piece in pieces for pick in (np.argmin, np.argmax)]
     return np.unique([0, values.size - 1, *extremes])

@@ -26,13 +26,13 @@ def write_dense(
     """Write result.json, per_class.csv and report.html.
 
     Args:
-        out: Directory of the results, made if there is none.
-        verb: What the command line calls it.
-        settings: As YAML.
+        out: Directory of the results, created if needed.
+        verb: Name of the verb.
+        settings: Settings as YAML.
         lead: First sentence of the page.
-        summary: The numbers: shares from 0 to 1 are floats; besides them images, train_images and seconds.
-        rows: The table by class, which begins with its name; shares are floats, "" where there is none.
-        pictures: By name of a held-out image: itself, the truth and the prediction.
+        summary: The numbers: shares from 0 to 1 as floats, and images, train_images and seconds.
+        rows: The table by class, each row starting with the name; shares are floats, or "" if there is none.
+        pictures: The image, the truth and the prediction, by name of the held-out image.
         legend: Names of the classes and their colours.
     """
     shares = {name: value for name, value in summary.items() if isinstance(value, float) and name != "seconds"}
@@ -57,6 +57,6 @@ def write_dense(
 
 
 def measure(name: str) -> str:
-    """Write the name of a number for reading, such as mIoU for miou and AP50 for map50."""
+    """Format the name of a number for display, such as mIoU for miou and AP50 for map50."""
     words = re.sub(r"\bm?ap", "AP", name.replace("_", " ")).replace("iou", "IoU")
     return words if words.startswith("mIoU") else words[0].upper() + words[1:]

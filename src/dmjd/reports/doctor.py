@@ -1,4 +1,4 @@
-"""The page of a set of images: what is wrong with it and what to do, then what is in it."""
+"""The page of a set of images: its problems and what to do about them, then its contents."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +18,8 @@ from dmjd.reports.page import jpeg, write_page
 SHOWN_FAULTS = 20
 SHOWN_PAIRS = 8
 MOST_KINDS = 8  # in a list
-CROWDED = 4  # steps of the range of values, up to which most of it is empty
-UNEVEN = 10  # times as many images in the largest class as in the smallest, from which that is worth a line
+CROWDED = 4  # if nearly all values lie in at most so many steps of the range, most of it is empty
+UNEVEN = 10  # ratio of the largest class to the smallest from which the page mentions it
 
 Problem = tuple[str, str]  # what is wrong, and what to do
 
@@ -38,12 +38,12 @@ def write_checkup(
         out: Folder of the page.
         found: The numbers, as in summary.json.
         parts: The set, from which pictures of copies are read.
-        looks: The images that were looked at.
-        copies: Those of them that are there more than once.
-        values: What their pixels are; None if all are the same.
+        looks: The images that were examined.
+        copies: Copies among them.
+        values: Distribution of their pixel values; None if all are the same.
 
     Returns:
-        Where it is.
+        Its path.
     """
     good = [each for each in looks if not each.fault]
     levels = values.statistics.levels if values else BYTES
@@ -67,7 +67,7 @@ def write_checkup(
 
 
 def problems(found: Mapping[str, Any]) -> list[Problem]:
-    """Say what has to be put right, the worst first."""
+    """List what has to be put right, the worst first."""
     checks: tuple[Callable[[Mapping[str, Any]], Problem | None], ...] = (
         leakage,
         pages,
@@ -81,7 +81,7 @@ def problems(found: Mapping[str, Any]) -> list[Problem]:
 
 
 def leakage(found: Mapping[str, Any]) -> Problem | None:
-    """Held-out images that training sees too."""
+    """Report held-out images that are also in the training part."""
     count = found["leaked"]
     if not count:
         return None
@@ -93,28 +93,28 @@ def leakage(found: Mapping[str, Any]) -> Problem | None:
 
 
 def pages(found: Mapping[str, Any]) -> Problem | None:
-    """Pages that may be channels or images, which no file says."""
+    """Report files of several pages, which may be channels or images: the files do not say."""
     if not found["pages_unsaid"]:
         return None
     what = (
-        f"Files have several pages ({pages_listed(found)}), which may be channels of one image or images of their own. "
-        "Here they were looked at as images of their own; training stops at the first of them."
+        f"Files have several pages ({pages_listed(found)}), which may be channels of one image or separate images. "
+        "Here they were treated as separate images; training stops at the first of them."
     )
-    return what, "Say --data_pages bands or --data_pages frames, to doctor once more and then to the other verbs."
+    return what, "Give --data_pages bands or --data_pages frames, to doctor again and then to the other verbs."
 
 
 def broken(found: Mapping[str, Any]) -> Problem | None:
-    """Files that do not decode."""
+    """Report files that do not decode."""
     count, share = found["broken"], found["broken"] / found["looked_at"]
     if not count:
         return None
     stops = "Pre-training stops above 1%." if share > 0.01 else "Training leaves them out, and names them."
     what = f"{count:,} of {found['looked_at']:,} files {do(count)} not decode ({share:.2%}). {stops}"
-    return what, "Fetch them again or remove them; broken.tsv names them with the reasons."
+    return what, "Replace or remove them; broken.tsv lists them with the reasons."
 
 
 def refused(found: Mapping[str, Any]) -> Problem | None:
-    """Files that decode, but not as most do."""
+    """Report files that decode, but differ from most others in kind."""
     count, chans = found["refused"], found["in_chans"]
     if not count:
         return None
@@ -122,89 +122,89 @@ def refused(found: Mapping[str, Any]) -> Problem | None:
         f"{count:,} of {found['looked_at']:,} files {do(count)} not fit the others, which are read as images of "
         f"{chans} channel{'s' if chans > 1 else ''}. Training stops at the first of them."
     )
-    return what, "Move them out of the folder, or convert them; broken.tsv names them with the reasons."
+    return what, "Move them out of the folder, or convert them; broken.tsv lists them with the reasons."
 
 
 def classes(found: Mapping[str, Any]) -> Problem | None:
-    """Held-out classes without images to learn from."""
+    """Report held-out classes without training images."""
     labels = found["labels"]
     missing = sorted({name for part in labels.values() for name in part} - set(labels.get("train", ())))
     if "train" not in labels or not missing:
         return None
     verb, names = "es have" if len(missing) > 1 else " has", ", ".join(missing[:5])
     what = f"{len(missing)} held-out class{verb} no training images: {names}{' ...' if len(missing) > 5 else ''}."
-    return what, "Check how the folders are called: a class has the same name in every part."
+    return what, "Check the names of the folders: a class must have the same name in every part."
 
 
 def depths(found: Mapping[str, Any]) -> Problem | None:
-    """Values of several types in one set."""
+    """Report values of several types in one set."""
     types = found["types"]
     if len(types) < 2:
         return None
     what = (
-        f"Values are of different types: {listed(types)}. Those of 8 bits are taken to range over 0 to 255, all deeper "
+        f"Values are of different types: {listed(types)}. Those of 8 bits are taken to range from 0 to 255, all deeper "
         "ones over one common range."
     )
-    return what, "If they come from different instruments, bring them to one type first."
+    return what, "If they come from different instruments, convert them to one type first."
 
 
 def empty_range(found: Mapping[str, Any]) -> Problem | None:
-    """A range that a few values far from all others make."""
+    """Report a range of values that a few outliers stretch."""
     low, high = found.get("value_range", (0, 255))
     if (low, high) == (0, 255) or found["filled"] > CROWDED:
         return None
     what = (
         f"Nearly all values lie in {found['filled']} of {BINS} steps of their range, {low:g} to {high:g}: a value that "
-        "stands for missing pixels, or a few bright ones, makes it so wide. Training sees little of what is within."
+        "stands for missing pixels, or a few bright pixels, stretches it. Training then sees hardly any contrast."
     )
-    return what, "Fill missing pixels, or say --data_range LOW HIGH."
+    return what, "Fill in missing pixels, or give --data_range LOW HIGH."
 
 
 def notes(found: Mapping[str, Any]) -> list[Problem]:
-    """Say what is worth knowing, but needs nothing done at once."""
+    """List what is worth knowing, but does not have to be put right."""
     low, high = found.get("value_range", (0, 0))
     smallest, largest = ([pick(part.values()) for part in found["labels"].values()] or [1] for pick in (min, max))
     said: list[tuple[bool, str, str]] = [
         (found["equal"] > 0, f"Images that are exact copies of others: {found['equal']:,}.",
          "Training sees them more often than the rest; duplicates.tsv names them."),
         (found["near_pairs"] > 0, f"Pairs of images that are almost equal: {found['near_pairs']:,}.",
-         "Look at a few below: they may be copies at another size or quality, or frames of one film."),
+         "Look at a few below: they may be copies at another size or quality, or frames of one video."),
         (bool(found["pages"]) and not found["pages_unsaid"], f"Files have several pages ({pages_listed(found)}); they "
-         f"were {'looked at as ' + found['data_pages'] if found['data_pages'] else 'refused'}.",
-         "Say --data_pages bands if the pages are channels of one image, --data_pages frames if each is an image."),
+         f"were {'treated as ' + found['data_pages'] if found['data_pages'] else 'refused'}.",
+         "Give --data_pages bands if the pages are channels of one image, --data_pages frames if each is an image."),
         ("mean" not in found, "All values are the same.", "Nothing can be learned from them; check the files."),
-        (found["flat"] > 0, f"Images of an even surface: {found['flat']:,}.", "Look whether they are empty."),
+        (found["flat"] > 0, f"Images that are almost uniform: {found['flat']:,}.", "Check whether they are empty."),
         (found["long"] > 0, f"Images more than five times as long as wide: {found['long']:,}.",
          "A square crop shows little of them: cut them into pieces."),
         (max(largest) > UNEVEN * min(smallest), f"The largest class has {max(largest):,} images, the smallest "
          f"{min(smallest):,}.", "This does not matter for pre-training; judge classifiers by their mean over classes."),
-        (bool(found["passed_over"]), f"Other files were passed over: {listed(found['passed_over'])}.",
-         "If some are images, give them one of the usual endings; put images in the place of links to folders."),
-        (found["turned"] > 0, f"Photographs stored turned (EXIF): {found['turned']:,}.", "They are turned back."),
-        ((low, high) not in ((0, 0), (0, 255)), f"Values range over {low:g} to {high:g}; this becomes 0 to 1.",
-         "Say --data_range if you know better."),
+        (bool(found["passed_over"]), f"Other files were ignored: {listed(found['passed_over'])}.",
+         "If some are images, give them a usual ending; replace links to folders with the images themselves."),
+        (found["turned"] > 0, f"Photographs stored rotated (EXIF): {found['turned']:,}.", "They are read upright."),
+        ((low, high) not in ((0, 0), (0, 255)), f"Values range from {low:g} to {high:g}, which becomes 0 to 1.",
+         "Give --data_range if you know a better range."),
     ]  # fmt: skip
     return [(what, advice) for holds, what, advice in said if holds]
 
 
 def pages_listed(found: Mapping[str, Any]) -> str:
-    """List how many files have how many pages."""
+    """Format the numbers of files by their number of pages."""
     return listed({f"of {pages} pages": count for pages, count in found["pages"].items()})
 
 
 def listed(counts: Mapping[str, int]) -> str:
-    """List names and how many there are of each."""
+    """Format counts by name, as a list."""
     text = ", ".join(f"{count:,} {name or 'without an ending'}" for name, count in list(counts.items())[:MOST_KINDS])
     return f"{text} and {len(counts) - MOST_KINDS} more kinds" if len(counts) > MOST_KINDS else text
 
 
 def are(count: int) -> str:
-    """Choose the verb's number."""
+    """Choose between singular and plural."""
     return "is" if count == 1 else "are"
 
 
 def do(count: int) -> str:
-    """Choose the verb's number."""
+    """Choose between singular and plural."""
     return "does" if count == 1 else "do"
 
 
@@ -212,7 +212,7 @@ def do(count: int) -> str:
 
 
 def picture_pair(parts: Mapping[str, Source], one: Look, two: Look, levels: Levels) -> dict[str, Any]:
-    """Show two images that are copies of each other."""
+    """Prepare two images that are copies of each other for the page."""
     shots = []
     for each in (one, two):
         image = levels.scale(parts[each.part].read(each.index)).byte()
@@ -224,7 +224,7 @@ def picture_pair(parts: Mapping[str, Source], one: Look, two: Look, levels: Leve
 
 
 def figures(good: Sequence[Look], values: Values | None) -> list[dict[str, Any]]:
-    """Draw how large images are and what values they have."""
+    """Draw the distributions of image sizes and of pixel values."""
     sides = {"heights": [each.shape[1] for each in good], "widths": [each.shape[2] for each in good]}
     figure, axes = plain_axes()
     steps = np.histogram_bin_edges([*sides["heights"], *sides["widths"]], bins=40)
@@ -240,7 +240,7 @@ def figures(good: Sequence[Look], values: Values | None) -> list[dict[str, Any]]
 
 
 def draw_values(shares: Float64[np.ndarray, "C bins"], values: Values) -> Markup:
-    """Draw a line for the values of every channel; of more than three, all in one colour."""
+    """Draw the distribution of values of every channel, in one colour if there are more channels than hues."""
     figure, axes = plain_axes()
     levels, few = values.statistics.levels, len(shares) <= len(HUES)
     steps = np.linspace(levels.low, levels.high, shares.shape[1] + 1)

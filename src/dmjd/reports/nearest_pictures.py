@@ -1,6 +1,6 @@
-"""Held-out images beside the training images that a backbone finds most like them, and those that pixels do.
+"""Held-out images beside their nearest training images, by the features of a backbone and by pixels.
 
-The file of neighbours holds small pictures, so that the page can be drawn again without the images.
+The file of neighbours holds thumbnails, so that the page can be rendered again without the images.
 """
 
 import json
@@ -23,7 +23,7 @@ Names = Sequence[Sequence[str]]
 
 @dataclass(frozen=True, kw_only=True)
 class NearestPictures:
-    """Pictures of images and of those nearest to them, by the backbone's features and by pixels, the nearest first.
+    """Pictures of images and of their neighbours by the backbone's features and by pixels, nearest first.
 
     Attributes:
         queries: The held-out images.
@@ -41,19 +41,19 @@ class NearestPictures:
 
 
 def write_nearest(path: Path, pictures: NearestPictures, names: Mapping[str, Any]) -> None:
-    """Write what the report shows of neighbours.
+    """Write the neighbours that the report shows.
 
     Args:
         path: File to write.
         pictures: Its content.
-        names: Of the pictures, under their names here, and `compared`, the number of training images looked at.
+        names: Names of the images, under the attributes' names, and `compared`, the number of training images searched.
     """
     tensors = {name: value.cpu().contiguous() for name, value in vars(pictures).items()}
     save_tensors(tensors, path, {"names": json.dumps(names)})
 
 
 def read_nearest(path: Path) -> dict[str, Any]:
-    """Read such a file and lay its pictures out for the page.
+    """Read such a file and arrange its pictures for the page.
 
     Raises:
         CheckpointError: If the file is broken, or of another version.
@@ -87,5 +87,5 @@ def shots(tensors: Mapping[str, np.ndarray], names: Mapping[str, Names], kind: s
 
 
 def colour(picture: UInt8[np.ndarray, "c h w"]) -> UInt8[np.ndarray, "h w 3"]:
-    """Lay a picture of one or three channels out as photographs are."""
+    """Convert a picture of one or three channels to RGB, channels last."""
     return np.broadcast_to(picture, (3, *picture.shape[1:])).transpose(1, 2, 0).copy()

@@ -13,34 +13,34 @@ Picture = UInt8[np.ndarray, "H W 3"]
 
 
 def class_colours(count: int) -> UInt8[np.ndarray, "n 3"]:
-    """Choose colours of 0..255 for classes, the same in every run; one more, grey, is for what has no class."""
+    """Choose colours of 0..255 for classes, the same in every run, and grey as one more for pixels without a class."""
     numbers = np.arange(count)
     hues = np.stack([numbers * 0.618034 % 1, 0.95 - numbers % 3 * 0.2, 0.95 - numbers % 4 * 0.15], axis=1)
     return np.vstack([hsv_to_rgb(hues) * 255, [[128, 128, 128]]]).astype(np.uint8)
 
 
 def legend_of(classes: Sequence[str]) -> list[tuple[str, str]]:
-    """Pair the names of classes with their colours as CSS writes them."""
+    """Pair the names of classes with their colours in CSS notation."""
     colours = class_colours(len(classes))[:-1].tolist()
     return [(name, "#{:02x}{:02x}{:02x}".format(*colour)) for name, colour in zip(classes, colours, strict=True)]
 
 
 def rgb(image: Num[Tensor, "C H W"]) -> Picture:
-    """Lay an image of 0..255 out as pictures are: the first three channels, or the first as grey where there are fewer.
+    """Convert an image of 0..255 to RGB: its first three channels, or the first as grey if it has fewer.
 
-    Deep images, which are float32, are rounded.
+    Images deeper than 8 bits, which are float32, are rounded.
     """
     shown = image[: 3 if len(image) > 2 else 1].expand(3, -1, -1).permute(1, 2, 0)
     return shown.round().clamp(0, 255).byte().cpu().numpy().copy()
 
 
 def colour_pixels(numbers: Integer[Tensor, "H W"], count: int) -> Picture:
-    """Draw the classes of pixels, of `count` classes; `count` itself stands for none."""
+    """Draw the classes of pixels, numbered below `count`; `count` itself stands for no class."""
     return class_colours(count)[numbers.cpu().numpy()]
 
 
 def overlay_pixels(image: Picture, numbers: Integer[Tensor, "H W"], count: int) -> Picture:
-    """Colour an image, half and half, by the classes of its pixels."""
+    """Blend an image equally with the colours of its pixels' classes."""
     return (image * 0.5 + colour_pixels(numbers, count) * 0.5).astype(np.uint8)
 
 
@@ -48,9 +48,9 @@ def overlay_objects(image: Num[Tensor, "C H W"], found: Mapping[str, Tensor], cl
     """Draw objects on an image, in the colours of their classes.
 
     Args:
-        image: The image, of 0..255.
-        found: By name: `boxes` (n, 4) as left, top, right, bottom in pixels; `labels` (n) from 0; and, if there are
-            any, `masks` (n, H, W), True inside.
+        image: Pixels of 0..255.
+        found: `boxes` (n, 4) as left, top, right, bottom in pixels; `labels` (n) from 0; and optionally `masks`
+            (n, H, W), True inside.
         classes: Names of the classes.
     """
     picture = rgb(image)

@@ -1,11 +1,11 @@
-"""The page of a plan, in plain text: what a run takes, and what of that is assumed."""
+"""The page of a plan, in plain text: the cost of a run, and the assumptions behind it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 GIB, MIB = 2**30, 2**20
-MANY_TIMES = 3  # the steps of the recipe, from which on that is said
-MANY_READS = 1000  # a second, from which on shared file systems, Lustre or NFS, may not open so many files; judgement
+MANY_TIMES = 3  # multiple of the recipe's steps from which the page warns of a long run
+MANY_READS = 1000  # files a second that a shared file system (Lustre, NFS) may not be able to open; a judgement
 
 
 def write_plan(found: Mapping[str, Any]) -> str:
@@ -169,12 +169,12 @@ def _assumptions(found: Mapping[str, Any]) -> list[str]:
 
 
 def short(number: float) -> str:
-    """Write a number with two digits, or all that it has in front of the point."""
+    """Format a number with two digits, or with all digits before the decimal point."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.1f}" if number >= 1 else f"{number:.2g}"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Write a table: all columns but the first and the last to the right, as numbers are."""
+    """Format a table; all columns except the first and the last are right-aligned, since they are numbers."""
     cells = [heads, *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     last = len(heads) - 1

@@ -1,4 +1,4 @@
-"""What a classifier says of images, as a table or as lines of JSON."""
+"""A classifier's predictions, as a table or as lines of JSON."""
 
 import csv
 import json
@@ -15,16 +15,16 @@ from dmjd.engine.checkpoint import flush, write_atomically
 from dmjd.engine.run import rows_of
 from dmjd.errors import DataError
 
-OWN = ("path", "class", "probability")  # columns that are there whatever the classes are called
+OWN = ("path", "class", "probability")  # columns that exist whatever the names of the classes
 
 
 class PredictionTable:
-    """Writes a row for every image, which `path` holds when the table is finished.
+    """Writes a row for every image; `path` appears only when the table is finished.
 
     Args:
-        path: File of the table; one that ends in .jsonl has an object in every line.
+        path: File of the table; with the suffix .jsonl, every line is a JSON object.
         classes: Names of the classes.
-        top: Likeliest classes to write; None for the likeliest one and the probabilities of all.
+        top: Number of likeliest classes to write; None for the likeliest one and the probabilities of all.
     """
 
     def __init__(self, path: Path, classes: Sequence[str], *, top: int | None = None):
@@ -50,9 +50,9 @@ class PredictionTable:
 
         Args:
             images: The set.
-            values: Probabilities of the classes of some images; None if there are none.
-            numbers: Which images.
-            comparable: Whether the set has labels, by names of these classes.
+            values: Class probabilities of some images; None if there are none.
+            numbers: Indices of these images.
+            comparable: Whether the set has labels whose names are those of the classes.
         """
         if values is None:
             return
@@ -79,20 +79,20 @@ class PredictionTable:
         self.file.write(json.dumps(said, ensure_ascii=False) + "\n")
 
     def skip(self, images: Source, numbers: Sequence[int]) -> None:
-        """Note why images do not decode."""
+        """Record why images do not decode."""
         for number in numbers:
             self.skipped[images.name(number)] = why_bad(images, number)
 
     def close(self) -> None:
-        """Remove the file, unless it is finished."""
+        """Delete the file, unless it is finished."""
         self.file.close()
         self.partial.unlink(missing_ok=True)
 
     def finish(self) -> dict[str, Any]:
-        """Give the file its name, write `skipped.tsv` beside it or remove that of an earlier table, and sum up.
+        """Rename the file, write `skipped.tsv` beside it or delete that of an earlier table, and return a summary.
 
         Raises:
-            DataError: If no image was seen.
+            DataError: If no image decoded.
         """
         if not self.images:
             name, reason = next(iter(self.skipped.items()))

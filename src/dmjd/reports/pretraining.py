@@ -1,4 +1,4 @@
-"""The page of a pre-training run: what was trained, how good it is, what it predicts."""
+"""The page of a pre-training run: what was trained, how good its features are, what it predicts."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from dmjd.reports.nearest_pictures import read_nearest
 from dmjd.reports.page import write_page
 from dmjd.reports.token_pictures import read_samples
 
-DASH = "\u2013"  # where there is no value
+DASH = "\u2013"  # in place of a missing value
 MEASURES = {
     "explained": "Hidden tokens explained",
     "explained_visible": "Visible tokens explained",
@@ -28,13 +28,13 @@ MEASURES = {
 
 
 class RunRecord(NamedTuple):
-    """What a run directory holds; what is not there is empty.
+    """The records of a run directory; missing ones are empty.
 
     Attributes:
-        name: Of the directory.
-        lines: Of metrics.jsonl.
-        facts: Of summary.json: there once the run has finished.
-        settings: Of config.yaml.
+        name: Name of the directory.
+        lines: Lines of metrics.jsonl.
+        facts: Content of summary.json, which exists once the run has finished.
+        settings: Content of config.yaml.
     """
 
     name: str
@@ -50,14 +50,14 @@ class RunRecord(NamedTuple):
         return {key: value for key in found if (value := number(found, key)) is not None}
 
     def measured(self, key: str) -> tuple[float | None, float | None]:
-        """Look a measure up: untrained, and trained; of an unfinished run at step 0, and so far."""
+        """Look up a measure untrained and trained; for an unfinished run, at step 0 and at its last evaluation."""
         first = next((line for line in self.lines if line["step"] == 0 and key in line), {})
         latest = next((line for line in reversed(self.lines) if line["step"] > 0 and key in line), {})
         return number(self.facts.get("untrained") or first, key), number(self.facts.get("trained") or latest, key)
 
 
 def read_run(run: Path) -> RunRecord:
-    """Read what a directory of `dmjd pretrain` says of the run.
+    """Read the records of a run from a directory of `dmjd pretrain`.
 
     Raises:
         ConfigError: If it holds neither settings nor metrics, or is a run of another verb.
@@ -76,12 +76,12 @@ def read_run(run: Path) -> RunRecord:
 
 
 def write_report(run: Path, path: Path | None = None) -> Path:
-    """Write the page of a run from what its directory holds; parts whose files are missing are left out.
+    """Write the page of a run from the files in its directory; sections whose files are missing are left out.
 
     Args:
         run: Directory written by `dmjd pretrain`: `config.yaml`, `metrics.jsonl`, and, as far as the run got,
             `summary.json`, `samples.safetensors` and `neighbours.safetensors`.
-        path: The page; `run/report.html` if None.
+        path: File to write; `run/report.html` if None.
 
     Raises:
         ConfigError: If `run` holds neither settings nor metrics, or is a run of another verb.
@@ -123,7 +123,7 @@ def write_report(run: Path, path: Path | None = None) -> Path:
 
 
 def key_numbers(record: RunRecord) -> list[Line]:
-    """Make a row for each measure that is known: untrained, trained and difference, as text."""
+    """Make a row for each known measure: untrained, trained and difference, as text."""
     rows = []
     for key, name in MEASURES.items():
         before, after = record.measured(key)
@@ -140,7 +140,7 @@ def key_numbers(record: RunRecord) -> list[Line]:
 
 
 def text(key: str, value: float | None) -> str:
-    """Write a measure for reading."""
+    """Format a measure for display."""
     if value is None:
         return DASH
     return (f"{value:.1f}" if key == "rankme" else f"{value:.1%}").replace("-", "\u2212")
@@ -153,6 +153,6 @@ def longer(settings: Mapping[str, Any]) -> str:
 
 
 def number(values: Mapping[str, Any], key: str) -> float | None:
-    """Look up a finite number; None where it is missing or not finite."""
+    """Look up a finite number; None if it is missing or not finite."""
     value = values.get(key)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""What every judgement by labels leaves behind: result.json, per_class.csv and report.html."""
+"""The files of every evaluation with labels: result.json, per_class.csv and report.html."""
 
 import csv
 import io
@@ -27,13 +27,13 @@ def write_results(
     """Write result.json, per_class.csv and report.html.
 
     Args:
-        out: Directory of the results, made if there is none; the curves come from its metrics.jsonl.
-        verb: What the command line calls it.
-        settings: As YAML; they stand at the end of the page.
+        out: Directory of the results, created if needed; the curves come from its metrics.jsonl.
+        verb: Name of the verb.
+        settings: Settings as YAML, for the end of the page.
         summary: The numbers.
         rows: The table by class, at least one row.
-        template: Of the page.
-        page: What else the template shows.
+        template: Template of the page.
+        page: Further values for the template.
     """
     out.mkdir(parents=True, exist_ok=True)
     table = io.StringIO(newline="")

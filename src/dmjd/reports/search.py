@@ -17,37 +17,37 @@ from dmjd.reports.overlays import rgb
 from dmjd.reports.page import jpeg, write_page
 
 SHOWN = 20  # queries, or groups of duplicates, on the page
-BESIDE = 12  # pictures of each
+BESIDE = 12  # pictures for each of them
 WIDTH = 240  # of a picture, in pixels
 
-Picture = dict[str, str]  # what stands below it, and its file as a URI if there is one
+Picture = dict[str, str]  # its caption, and the image as a data URI if it could be read
 
 
 class Album:
-    """The pictures of a table of features, by the rows of the table.
+    """The images of a table of features, by the rows of the table.
 
     Args:
-        names: What the table calls them.
-        parts: The set that they are in; none if nobody knows where it is.
+        names: Their names in the table.
+        parts: The set that contains them; empty if its location is unknown.
     """
 
     def __init__(self, names: Sequence[str], parts: Sequence[Source]):
         self.names, self.parts = names, parts
 
     def pictures(self, rows: Iterable[int]) -> dict[int, str]:
-        """Read the pictures of some rows, as URIs; those that are not there any more are left out."""
+        """Read the images of some rows as data URIs, leaving out those that no longer exist."""
         wanted = {self.names[row]: row for row in rows}
         found = {}
         for images in self.parts:
             for index in range(len(images)):
-                name = images.name(index).encode(errors="backslashreplace").decode()  # as it went to the file
+                name = images.name(index).encode(errors="backslashreplace").decode()  # as it was written to the file
                 if (row := wanted.get(plain_cell(name))) is not None and (picture := picture_of(images, index)):
                     found[row] = picture
         return found
 
 
 def picture_of(images: Source, index: int) -> str:
-    """Make a small picture of an image; nothing if it does not decode."""
+    """Make a thumbnail of an image; an empty string if it does not decode."""
     try:
         return jpeg(rgb(images.read(index)), WIDTH)
     except BadImage:
@@ -64,9 +64,9 @@ def write_neighbours(
     """Write neighbours.csv and search.html.
 
     Args:
-        out: Folder, made if there is none.
-        queries: Each as a set and a number in it.
-        rows: Neighbours of each, the nearest first.
+        out: Folder, created if needed.
+        queries: Queries, each as a set and an index in it.
+        rows: Neighbours of each query, nearest first.
         similar: Their cosine similarities.
         album: Names and pictures of the neighbours.
     """
@@ -103,9 +103,9 @@ def write_duplicates(
     """Write duplicates.csv and search.html.
 
     Args:
-        out: Folder, made if there is none.
-        groups: Rows that are joined by pairs.
-        pairs: Rows that are almost the same, two by two.
+        out: Folder, created if needed.
+        groups: Groups of rows that are connected by pairs.
+        pairs: Pairs of rows that are almost the same.
         similar: Their cosine similarities.
         album: Names and pictures of the rows.
     """
@@ -133,7 +133,7 @@ def write_duplicates(
 
 
 def counted(count: int, one: str, several: str) -> str:
-    """Write a number of things."""
+    """Format a count with its noun."""
     return f"{count:,} {one if count == 1 else several}"
 
 

@@ -1,4 +1,4 @@
-"""Held-out images as one picture each, for programs that show pictures beside numbers."""
+"""Held-out images as one picture each, for loggers that show images beside metrics."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ GAP = 4  # white pixels between two pictures
 
 
 def read_strips(path: Path) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
-    """Lay held-out images side by side with their targets, and with what each view showed and what was predicted of it.
+    """Put each held-out image in a row with its target, and with the input and the prediction of each view.
 
     Args:
-        path: The file of samples of a run, see `dmjd.reports.token_pictures.write_samples`.
+        path: File of samples of a run, see `dmjd.reports.token_pictures.write_samples`.
     """
     with safe_open(path, "numpy") as file:
         about = file.metadata()
@@ -33,12 +33,12 @@ def read_strips(path: Path) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
 
 
 def in_colour_at(shot: UInt8[np.ndarray, "c h w"], size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
-    """Show a picture, grey or coloured, at a width and height; small ones as squares."""
+    """Resize a picture, grey or in colour, to a width and height, without interpolation."""
     colours = np.broadcast_to(shot, (3, *shot.shape[1:])).transpose(1, 2, 0)
     return np.asarray(Image.fromarray(np.ascontiguousarray(colours)).resize(size, Image.Resampling.NEAREST))
 
 
 def join(shots: list[UInt8[np.ndarray, "H W 3"]]) -> UInt8[np.ndarray, "H all 3"]:
-    """Lay pictures of one size in a row."""
+    """Join pictures of the same size in a row."""
     spaced = [np.pad(shot, ((0, 0), (0, GAP), (0, 0)), constant_values=255) for shot in shots]
     return np.concatenate(spaced, axis=1)[:, :-GAP]

@@ -1,6 +1,6 @@
-"""Held-out images as a masked model sees them: what was hidden, what is true there, what was predicted.
+"""Held-out images as a masked model sees them: what was hidden, the targets there, and the predictions.
 
-The file of samples holds pictures only; targets have drawn what they predict, so nothing here knows the kinds of them.
+The file of samples holds only pictures: targets draw themselves, so nothing here depends on their kind.
 """
 
 import math
@@ -22,23 +22,23 @@ from dmjd.errors import CheckpointError
 from dmjd.reports.curves import HUES, INK, MUTED, add_legend, plain_axes, svg
 from dmjd.reports.page import png
 
-PICTURE_BUDGET = 1_200_000  # characters of inline pictures: keeps the file below 2 MB
+PICTURE_BUDGET = 1_200_000  # characters of inline pictures, which keeps the page below 2 MB
 ERROR_COLOURS = ("#10314d", "#2c6c9f", "#e8e4da", "#d9824a", "#8c1d18")  # from none to `WORST`
-WORST = 2.0  # error with the last of these colours; the one in the middle is that of the mean target
-SMALL = 128  # pixels of width below which a browser is to show pixels as squares
+WORST = 2.0  # error with the last of these colours; the middle one is the error of the mean target
+SMALL = 128  # width in pixels below which a browser should enlarge a picture without smoothing
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """What the report shows of held-out images.
+    """The held-out images of a report, and their predictions.
 
     Attributes:
         images: The images.
-        masked: What of them each view hides.
-        target: Pictures of their targets, of 1 or 3 channels.
-        predicted: Pictures of what was predicted from each view; only hidden places are shown.
+        masked: The tokens that each view hides.
+        target: Pictures of their targets, with 1 or 3 channels.
+        predicted: Pictures of the predictions of each view; only hidden tokens are shown.
         errors: Error of every token's prediction, where 1 is as good as the mean target; only hidden ones are shown.
-        patch_colours: Colours of the features of all tokens.
+        patch_colours: Colours that represent the features of all tokens.
         times_hidden: How often each token of N training images was hidden, over all views.
     """
 
@@ -52,7 +52,7 @@ class Samples:
 
 
 def write_samples(path: Path, samples: Samples, metadata: Mapping[str, str]) -> None:
-    """Write what the report shows of held-out images.
+    """Write the held-out images that the report shows.
 
     Args:
         path: File to write.
@@ -64,7 +64,7 @@ def write_samples(path: Path, samples: Samples, metadata: Mapping[str, str]) -> 
 
 
 def read_samples(path: Path) -> dict[str, Any]:
-    """Read such a file and lay its pictures out for the page.
+    """Read such a file and arrange its pictures for the page.
 
     Raises:
         CheckpointError: If the file is broken, or of another version.
@@ -92,10 +92,10 @@ def read_samples(path: Path) -> dict[str, Any]:
 def sample_rows(
     tensors: Mapping[str, np.ndarray], grid: tuple[int, int], backdrop: str
 ) -> list[list[list[dict[str, Any]]]]:
-    """Lay out each image in groups: itself and its target; then for each view what was seen and what was predicted.
+    """Arrange each image in groups: the image and its target, then the input and the prediction of each view.
 
-    Features of the tokens and errors of the predictions stand beside them, where a run has drawn them. As many images
-    as fit in the budget of inline pictures, at least one.
+    Features of the tokens and errors of the predictions are added if the file has them. As many images are shown as
+    fit in the budget of inline pictures, but at least one.
     """
     rows: list[list[list[dict[str, Any]]]] = []
     budget = PICTURE_BUDGET
@@ -131,9 +131,9 @@ def views_of(
     grid: tuple[int, int],
     backdrop: str,
 ) -> Iterator[tuple[Bool[np.ndarray, " L"], np.ndarray, np.ndarray]]:
-    """Draw the views of an image: the tokens that one hides, what is seen of it, and the predictions in their places.
+    """Draw each view of an image: its hidden tokens, its visible pixels, and the predictions at the hidden tokens.
 
-    What was not predicted is the image there, or by another `backdrop` the target in a third of its light.
+    Elsewhere, the prediction shows the image, or with the backdrop `target` the target at a third of its brightness.
     """
     known = image if backdrop == "image" else target // 3
     for hidden, guess in zip(masked.astype(bool), predicted, strict=True):
@@ -142,14 +142,14 @@ def views_of(
 
 
 def picture(caption: str, alt: str, shot: UInt8[np.ndarray, "c h w"]) -> dict[str, Any]:
-    """Describe a picture for the page; `small` ones are drawn as squares."""
+    """Describe a picture for the page; `small` ones are enlarged without smoothing."""
     return {"caption": caption, "alt": alt, "src": png(shot), "small": shot.shape[-1] < SMALL}
 
 
 def error_picture(
     errors: Float[np.ndarray, " L"], hidden: Bool[np.ndarray, " L"], grid: tuple[int, int]
 ) -> UInt8[np.ndarray, "3 h w"]:
-    """Colour the errors of hidden tokens, a pixel each, from 0 to `WORST`; visible tokens are grey."""
+    """Colour the errors of hidden tokens from 0 to `WORST`, one pixel per token; visible tokens are grey."""
     shades = LinearSegmentedColormap.from_list("errors", ERROR_COLOURS)
     colours = (shades(errors / WORST)[:, :3] * 255).round().astype(np.uint8)
     return np.where(hidden[:, None], colours, np.uint8(128)).reshape(*grid, 3).transpose(2, 0, 1)
@@ -161,7 +161,7 @@ def places(hidden: Bool[np.ndarray, " L"], grid: tuple[int, int], shape: tuple[i
 
 
 def coverage(times_hidden: Integer[np.ndarray, "N L"], grid: tuple[int, int], num_views: int) -> dict[str, Any]:
-    """Measure prediction and corruption rate, and draw how often tokens were hidden: by place, and how many how often.
+    """Measure prediction and corruption rate, and draw how often tokens were hidden, by place and as a histogram.
 
     Independent masks of the same corruption rate would predict 1 - (1 - corruption)^views of the tokens.
     """
@@ -188,7 +188,7 @@ def coverage(times_hidden: Integer[np.ndarray, "N L"], grid: tuple[int, int], nu
 
 
 def draw_places(mean: Float[np.ndarray, "h w"], num_views: int) -> Figure:
-    """Draw the mean times that the token of each place was hidden, of `num_views`."""
+    """Draw the mean number of times that the token at each place was hidden, out of `num_views`."""
     figure = Figure(figsize=(4.6, 2.9), layout="constrained")
     axes = figure.subplots()
     blues = LinearSegmentedColormap.from_list("blues", ["#f1f5f9", "#8fb6d6", "#2c6c9f", "#10314d"])
@@ -203,7 +203,7 @@ def draw_places(mean: Float[np.ndarray, "h w"], num_views: int) -> Figure:
 
 
 def draw_shares(shares: Float[np.ndarray, " n"], chance: Float[np.ndarray, " n"]) -> Figure:
-    """Draw the share of tokens that were hidden 0, 1, ... times, and what it would be for independent masks."""
+    """Draw the share of tokens that were hidden 0, 1, ... times, and the share expected of independent masks."""
     (figure, axes), times = plain_axes(height=2.9), np.arange(len(shares))
     bars = axes.bar(times, shares * 100, 0.55, color=HUES[0], label="measured")
     axes.bar_label(bars, [f"{share:.1%}" for share in shares], color=INK, fontsize=8, padding=3)
