@@ -94,6 +94,16 @@ def test_auto__a_step_is_shared_evenly_by_its_micro_batches(photos):
     assert auto(photos, minutes=0.02, masking=masking, optim={"accumulation": 4}).run.batch_size == 20  # of 23 images
 
 
+def test_auto__micro_batches_need_not_divide_a_batch_that_nobody_gave(photos):
+    shape = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+    small = {"minutes": 0.02, "model": shape, "optim": {"accumulation": 3}}
+    assert auto(photos, **small).run.batch_size % 3 == 0
+    with pytest.raises(
+        ConfigError, match=r"batch_size 8 is no multiple of optim\.accumulation 3; choose a multiple of 3"
+    ):
+        auto("nowhere", batch_size=8, **small)
+
+
 def test_auto__a_network_that_is_named_is_taken_with_its_patches(photos):
     settings = auto(photos, minutes=0.02, model={"backbone": "timm:test_vit"})
     assert (settings.model.image_size, settings.model.patch_size, settings.model.embed_dim) == ("32", 16, None)
@@ -182,7 +192,8 @@ def starve(monkeypatch):
     return starved
 
 
-def test_auto__a_larger_network_without_memory_is_not_taken(photos, starve):
+def test_auto__a_larger_network_without_memory_is_not_taken(photos, starve, monkeypatch):
+    monkeypatch.setattr(automatic.auto, "FEW", 24)
     starve(128)
     assert auto(photos, minutes=10_000).model.embed_dim == 128
 

@@ -74,6 +74,9 @@ def choose(settings: PretrainSettings, own: Mapping[str, Any], parse: Parse) -> 
 
 def _choose(settings: PretrainSettings, own: Mapping[str, Any], parse: Parse, ranks: Ranks) -> tuple[Chosen, list[str]]:
     run, kind = settings.run, "cpu" if ranks.device.type == "cpu" else "gpu"
+    parts = ranks.world_size * settings.optim.accumulation
+    # Of the user's own batch, if there is one.
+    ranks.micro_batch(parse({"batch_size": parts}).run.batch_size, settings.optim.accumulation)
     given, minutes = given_network(settings), run.minutes or MINUTES
     usual = Facts(1, auto.SIDES["cpu"][-1], settings.model.in_chans, "cpu", minutes)
     make(parse(auto.networks(usual, own, given)[0]))  # what does not go together is refused before images are found
@@ -97,7 +100,6 @@ def _choose(settings: PretrainSettings, own: Mapping[str, Any], parse: Parse, ra
 
     chosen, seconds, passes, larger = largest(networks, training, parse, measure)
     fitting = parse(chosen | {"epochs": passes})
-    parts = ranks.world_size * fitting.optim.accumulation
     chosen = chosen | auto.schedule(facts, fitting.run.epochs, asdict(fitting.masking), parts)
     if steps := fitting.run.steps:  # the user's own
         passes = steps * parse(chosen).run.batch_size / len(images)
@@ -312,6 +314,6 @@ def describe(
         f"{network}, {model.image_size} px in patches of {model.patch_size}: {1000 * seconds:.3g} ms an image",
         f"{masking.num_views} views of an image hide {masking.mask_ratio:.0%} each; {predicted}",
         f"{passes:.3g} epochs, {steps} steps of {run.batch_size} images, peak learning rate {settings.lr:.2g}: "
-        f"about {minutes:.0f} minutes; an image is seen {passes * masking.num_views:.0f} times",
+        f"about {minutes:.0f} minutes; an image is seen {float(f'{passes * masking.num_views:.3g}'):g} times",
         "for another length --minutes or --epochs; every other flag stands above what is chosen here",
     ]

@@ -51,6 +51,10 @@ def test_networks__one_that_a_user_names_is_the_only_one():
     assert network["decoder"] == auto.NETWORKS[2][1]  # of the first that is as wide
 
 
+def test_networks__of_a_handful_of_images_the_smallest_one_alone_comes_into_question():
+    assert len(auto.networks(facts(num_images=5), {})) == 1
+
+
 def test_networks__have_the_channels_of_the_set():
     assert {network["model"]["in_chans"] for network in auto.networks(facts(in_chans=12), {})} == {12}
 

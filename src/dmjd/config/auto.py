@@ -27,6 +27,7 @@ NETWORKS: tuple[tuple[Chosen, Chosen], ...] = (
     ({"size": "base"}, {"embed_dim": 512, "depth": 8, "num_heads": 16, "mlp_ratio": 4.0}),
 )
 WIDTHS = (128, 192, 384, 768)  # of these networks
+FEW = 100  # images below which only the smallest network is considered; judgement
 OFTEN = 100  # views of every image that any network but the smallest must get; judgement
 MOST = 1600  # views of an image, for any network: as in the longest published recipes
 STEPS = 2000  # steps that a run should still have after its batch is doubled
@@ -106,7 +107,8 @@ def networks(facts: Facts, own: Mapping[str, Any], given: Given | None = None) -
     if given:
         place = next((place for place, width in enumerate(WIDTHS) if given.width <= width), -1)
         return [{"model": model | given.model, "decoder": NETWORKS[place][1]}]
-    return [{"model": {"backbone": "vit", **network, **model}, "decoder": decoder} for network, decoder in NETWORKS]
+    sizes = NETWORKS if facts.num_images >= FEW else NETWORKS[:1]
+    return [{"model": {"backbone": "vit", **network, **model}, "decoder": decoder} for network, decoder in sizes]
 
 
 def epochs(facts: Facts, seconds: float, views: int) -> float:

@@ -22,7 +22,6 @@ from dmjd.config.load import by_flag, read_yaml
 from dmjd.config.rules import (
     LONGEST,
     PRESETS,
-    divides,
     flags_of,
     height_width,
     names_settings,
@@ -256,7 +255,6 @@ class FinetuneSettings:
 
     def __post_init__(self) -> None:
         names_settings(self, self.run.allow_change)
-        divides(self.run.batch_size, self.optim.accumulation)
         within(0, 0.9999999, self, "ema")
 
     @property
@@ -291,15 +289,14 @@ class DenseSettings(PartSettings):
         return height_width("crop_size", self.crop_size)
 
 
-def check_dense(run: RunSettings, dense: DenseSettings, optim: OptimSettings) -> None:
+def check_dense(run: RunSettings, dense: DenseSettings) -> None:
     """Refuse incompatible settings of a dense task.
 
     Raises:
-        ConfigError: If there are no images to train on or predict, or gradient accumulation does not divide the batch.
+        ConfigError: If there are no images to train on or predict.
     """
     if not run.data and dense.predict is None:
         raise ConfigError("no data: give --data to train, or --predict with a trained --backbone")
-    divides(run.batch_size, optim.accumulation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,7 +342,7 @@ class SegmentSettings:
 
     def __post_init__(self) -> None:
         names_settings(self, self.run.allow_change)
-        check_dense(self.run, self.dense, self.optim)
+        check_dense(self.run, self.dense)
         within(0, 65_535, self, "ignore_index")
         within(1, LONGEST, self, "stride")
         within(1, 16_384, self, "decoder_channels")
@@ -392,7 +389,7 @@ class DetectSettings:
 
     def __post_init__(self) -> None:
         names_settings(self, self.run.allow_change)
-        check_dense(self.run, self.dense, self.optim)
+        check_dense(self.run, self.dense)
         within(1, 16_384, self, "fpn_channels", "head_channels")
         within(1, 1024, self, "window")
 

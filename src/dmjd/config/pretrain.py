@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from dmjd.config.common import LogSettings, OptimSettings, RunSettings, flat, group
-from dmjd.config.rules import divides, height_width, names_settings, one_of, ordered, within
+from dmjd.config.rules import height_width, names_settings, one_of, ordered, within
 from dmjd.errors import ConfigError
 
 MOST_TOKENS = 65_536  # of an image
@@ -315,7 +315,6 @@ class PretrainSettings:
 
     def __post_init__(self) -> None:
         names_settings(self, self.run.allow_change)
-        divides(self.run.batch_size, self.optim.accumulation)
         if self.teacher.cache and not self.crop.variants:
             raise ConfigError("teacher.cache keeps the targets of crops that come again: set crop.variants, such as 2")
         if self.monitor.channels and not all(0 <= each < self.model.in_chans for each in self.monitor.channels):

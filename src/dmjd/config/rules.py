@@ -73,16 +73,6 @@ def names_settings(settings: Any, names: Sequence[str]) -> None:
             raise ConfigError(f"no setting of this name; --allow_change {name}; did you mean {hint}?")
 
 
-def divides(batch_size: int, accumulation: int) -> None:
-    """Refuse a batch size that is not a multiple of the number of micro-batches.
-
-    Raises:
-        ConfigError: If there is a remainder.
-    """
-    if batch_size % accumulation:
-        raise ConfigError(f"batch_size {batch_size} is no multiple of optim.accumulation {accumulation}")
-
-
 def height_width(name: str, size: str) -> tuple[int, int]:
     """Parse a size in pixels, SIDE or HEIGHTxWIDTH.
 

@@ -82,8 +82,10 @@ class Ranks:
         """
         parts = accumulation * self.world_size
         if batch_size % parts:
-            of = f"{self.world_size} processes" + (f" x optim.accumulation {accumulation}" if accumulation > 1 else "")
-            raise ConfigError(f"batch_size {batch_size} is no multiple of {of}; choose a multiple of {parts}")
+            of = [f"{self.world_size} processes"] * (self.world_size > 1)
+            of += [f"optim.accumulation {accumulation}"] * (accumulation > 1)
+            said = f"batch_size {batch_size} is no multiple of {' x '.join(of)}"
+            raise ConfigError(f"{said}; choose a multiple of {parts}")
         return batch_size // parts
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
