@@ -17,12 +17,12 @@ LOCK = ".lock"
 
 @contextmanager
 def claim(out: Path, *, resume: bool, ranks: Ranks) -> Iterator[None]:
-    """Hold the directory of a run, and listen to the signals that stop one, until the verb ends.
+    """Lock the directory of a run, and handle the signals that stop one, until the verb ends.
 
     Raises:
-        ConfigError: If another process holds it; or it holds a run and it was not said to resume it; or there is no
-            such directory and it was.
-        Stopped: When a signal comes, or another rank has ended; the message says whether the run can go on from a
+        ConfigError: If another process has locked it; if it holds a run and `resume` is False; or if it does not exist
+            and `resume` is True.
+        Stopped: When a signal comes, or another rank has ended; the message says whether the run can resume from a
             checkpoint.
     """
 
@@ -44,41 +44,41 @@ def claim(out: Path, *, resume: bool, ranks: Ranks) -> Iterator[None]:
         for lock in locks:
             (out / LOCK).unlink(missing_ok=True)
             lock.close()
-        with suppress(OSError):  # nothing is left of a run that was refused
+        with suppress(OSError):  # a refused run leaves no empty folders behind
             for folder in missing:
                 folder.rmdir()
 
 
 def has_checkpoints(out: Path) -> bool:
-    """Tell whether a directory has checkpoints of a run, whole or not."""
+    """Tell whether a directory has checkpoints of a run, intact or not."""
     return any((out / "checkpoints").glob("step-*"))
 
 
 def holds_run(out: Path) -> bool:
-    """Tell whether a directory is a run's, also if its settings were lost."""
+    """Tell whether a directory holds a run, even one whose settings were lost."""
     return (out / "config.yaml").exists() or has_checkpoints(out)
 
 
 def refuse_run(out: Path) -> None:
-    """Keep a verb that writes its results at once from the directory of a run.
+    """Keep a verb that writes its results at once from writing into the directory of a run.
 
     Raises:
-        ConfigError: If it holds one.
+        ConfigError: If `out` holds a run.
     """
     if holds_run(out):
         raise ConfigError(f"there is a run in it; {out}; choose another --out")
 
 
 def refuse_input(data: str, written: Iterable[Path], *, folders: Iterable[Path] = ()) -> None:
-    """Keep a verb from writing over what it reads.
+    """Keep a verb from overwriting its input.
 
     Args:
-        data: What is read, as `--data` takes it; beside an array that is its list of labels too.
+        data: The input, as `--data` takes it; for an array, also the list of labels beside it.
         written: Files that the verb is about to write, and the folder that it writes into.
-        folders: Where it writes files by the names of images: no image is to come from below them.
+        folders: Folders in which it writes files named after images; no input may lie below them.
 
     Raises:
-        ConfigError: If one of these is what is read.
+        ConfigError: If one of these is the input.
     """
     given = Path(data).resolve()
     labels = [given.with_suffix(".csv")] if given.suffix.lower() == ".npy" else []
@@ -89,7 +89,7 @@ def refuse_input(data: str, written: Iterable[Path], *, folders: Iterable[Path] 
 
 
 def _take(out: Path, *, resume: bool) -> list[IO[str]]:
-    """Lock the directory, and write down who does; where the system cannot lock, that is said on stderr."""
+    """Lock the directory, and record the owner; warn on stderr where the file system cannot lock."""
     if resume and not out.exists():
         raise ConfigError(f"there is no run to resume; {out}; leave --resume out, or check --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def _take(out: Path, *, resume: bool) -> list[IO[str]]:
             file.close()
             (out / LOCK).unlink(missing_ok=True)
             return []
-        # Whoever held it before may have removed the file between our opening and our locking it.
+        # The previous owner may have removed the file between our opening and our locking it.
         with suppress(FileNotFoundError):
             if os.fstat(file.fileno()).st_ino == (out / LOCK).stat().st_ino:
                 break
@@ -118,7 +118,7 @@ def _take(out: Path, *, resume: bool) -> list[IO[str]]:
 
 
 def lock(file: IO[Any], out: Path) -> bool:
-    """Lock an open file of a directory until it is closed; where that cannot be, say so on stderr, and return False.
+    """Lock an open file of a directory until it is closed; where that is impossible, warn on stderr and return False.
 
     Raises:
         BlockingIOError: If another process has locked it.
@@ -129,7 +129,7 @@ def lock(file: IO[Any], out: Path) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
-    except (ImportError, OSError):  # Windows; Lustre and NFS have locks only where they are set up for it
+    except (ImportError, OSError):  # Windows; Lustre and NFS where locking is not set up
         print(f"warning: nothing can be locked here; {out}; start no second process in it", file=sys.stderr)
         return False
     return True

@@ -16,13 +16,13 @@ from torch.overrides import TorchFunctionMode
 
 from dmjd.errors import ConfigError, one_line
 
-# As MPS, the CPU's allocator and CUDA's libraries say it.
+# Messages of MPS, the CPU's allocator and CUDA's libraries.
 NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED")
 WIDE = 256  # narrower networks train faster in float32 on CPUs; measured in docs/decisions.md
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn `auto` into the best device there is, or check the one that is named.
+    """Choose the best available device for `auto`, or check the named one.
 
     Raises:
         ConfigError: If the device is unknown or absent.
@@ -43,8 +43,8 @@ def choose_precision(
 
     Args:
         name: `fp32`, `bf16`, or `auto`: bf16 on GPUs that have it, and for training where it is faster on the CPU.
-        device: Where.
-        trained: The network, if it is trained; what is only looked at on a CPU is so in float32.
+        device: Device of the forward pass.
+        trained: The network, if it is to be trained; on a CPU, `auto` is float32 without training.
     """
     if name == "auto" and device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -56,10 +56,10 @@ def choose_precision(
 
 
 def gains_by_bf16(network: nn.Module) -> bool:
-    """Tell whether a CPU trains a network faster in bf16: one with units for matrices of it, if the network is wide.
+    """Tell whether a CPU trains a network faster in bf16: if it has matrix units (AMX) and the network is wide.
 
-    A rule and no measurement, so that a run is the same each time. It goes by the widest matrix: that of a narrow
-    network is worth less than turning numbers into bf16 and back.
+    This is a rule, not a measurement, so that a run is the same each time. It depends on the widest matrix: in a narrow
+    network, converting to bf16 and back costs more than it saves.
     """
     matrices = [module.weight for module in network.modules() if isinstance(module, nn.Linear)]
     widest = max((min(matrix.shape) for matrix in matrices if matrix.requires_grad), default=0)
@@ -67,19 +67,19 @@ def gains_by_bf16(network: nn.Module) -> bool:
 
 
 def computes_in_bf16(autocast: Callable[[], AbstractContextManager[None]], device: torch.device) -> bool:
-    """Tell what `choose_precision` has chosen."""
+    """Tell whether `choose_precision` chose bf16."""
     with autocast():
         return torch.is_autocast_enabled(device.type)
 
 
 class Float32Attention(TorchFunctionMode):
-    """Computes attention in float32 on a CPU, where autocast would have bf16; for training.
+    """Computes attention in float32 on a CPU, where autocast would use bf16; for training.
 
-    The backward pass of torch's kernel takes two to six times as long in bf16 as in float32 there.
+    The backward pass of torch's CPU kernel takes two to six times as long in bf16 as in float32.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function of torch; attention without a backward pass, or with a mask, is left as it is."""
+        """Run a torch function; attention without a backward pass, or with a mask, is left as it is."""
         options = kwargs or {}
         is_attention = func is F.scaled_dot_product_attention and len(args) == 3 and options.get("attn_mask") is None
         if not (is_attention and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")):
@@ -90,19 +90,19 @@ class Float32Attention(TorchFunctionMode):
 
 @contextmanager
 def deterministic(asked: bool) -> Iterator[None]:
-    """Have torch take only algorithms that give the same bits at every call, if asked for.
+    """Make torch use deterministic algorithms only, if asked to.
 
-    On a GPU the backward pass of attention, and that of reading rows by their numbers, else add in any order.
+    By default, the backward passes of attention and of indexing add in arbitrary order on a GPU.
 
     Raises:
-        ConfigError: If torch has no such algorithm for something.
+        ConfigError: If torch has no deterministic algorithm for an operation.
     """
     if not asked:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS asks for
-    torch.use_deterministic_algorithms(True)  # with warn_only, attention stays as it is
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
+    torch.use_deterministic_algorithms(True)  # with warn_only, attention would stay as it is
     try:
         yield
     except RuntimeError as error:
@@ -114,10 +114,10 @@ def deterministic(asked: bool) -> Iterator[None]:
 
 
 def environment(device: torch.device, autocast: Callable[[], AbstractContextManager[None]]) -> dict[str, str | int]:
-    """Describe what computes: versions, device, precision of matrix products, and the cores of the host.
+    """Describe software and hardware: versions, device, precision of matrix products, and the cores of the host.
 
     Args:
-        device: Where.
+        device: Device that computes.
         autocast: Context of a forward pass.
     """
     return {
@@ -131,16 +131,16 @@ def environment(device: torch.device, autocast: Callable[[], AbstractContextMana
 
 
 def is_memory_error(error: Exception) -> bool:
-    """Tell whether memory has run out: that of a GPU, or of the host. Of most allocators only the message says so."""
+    """Tell whether a GPU or the host is out of memory; of most allocators only the message says so."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(NO_MEMORY.search(str(error)))
 
 
 @contextmanager
 def memory_errors(remedy: str) -> Iterator[None]:
-    """Turn running out of memory into a line that says what to do about it.
+    """Turn an out-of-memory error into a line that says what to do about it.
 
     Raises:
-        ConfigError: If the device, or the host, has no memory left.
+        ConfigError: If the device or the host runs out of memory.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What is in a run, a checkpoint or a backbone's file, and whether all of it is whole."""
+"""The contents of a run, a checkpoint or a backbone file, and whether they are undamaged."""
 
 import json
 from pathlib import Path
@@ -13,24 +13,24 @@ from dmjd.engine.checkpoint import MANIFEST, read_state, sha256
 from dmjd.errors import CheckpointError
 
 PARTS_OF_CHECKPOINT = ("model.safetensors", "optimizer.safetensors", "state.json")
-NETWORKS = ("best", "last", "linear", "backbone", "pretrained")  # files of a run, as far as its verb writes them
+NETWORKS = ("best", "last", "linear", "backbone", "pretrained")  # files of a run, of which its verb writes some
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Tell whether a folder is a checkpoint, whole or not."""
+    """Tell whether a folder is a checkpoint, intact or not."""
     return any((path / name).is_file() for name in (MANIFEST, *PARTS_OF_CHECKPOINT))
 
 
 def is_run(path: Path) -> bool:
-    """Tell whether a folder is a run's."""
+    """Tell whether a folder is the directory of a run."""
     return (path / "config.yaml").is_file()
 
 
 def examine_backbone(path: Path) -> dict[str, Any]:
-    """Load a backbone's file and say what is in it.
+    """Load a backbone file and describe it.
 
     Raises:
-        CheckpointError: If it is broken, or has weights that are no finite numbers.
+        CheckpointError: If it is broken, or a weight is not finite.
     """
     model: Any = load_backbone(path)
     with safe_open(path, framework="pt") as file:
@@ -48,10 +48,10 @@ def examine_backbone(path: Path) -> dict[str, Any]:
 
 
 def examine_checkpoint(path: Path) -> dict[str, Any]:
-    """Compare every file of a checkpoint with its manifest and say what is in it.
+    """Compare every file of a checkpoint with its manifest and describe it.
 
     Raises:
-        CheckpointError: If one is missing or has changed, or a weight is no finite number.
+        CheckpointError: If a file is missing or has changed, or a weight is not finite.
     """
     digests = _read_json(path / MANIFEST)
     for name in sorted({*digests, *PARTS_OF_CHECKPOINT}):
@@ -64,7 +64,7 @@ def examine_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def examine_run(path: Path) -> dict[str, Any]:
-    """Look at the files of a run and its checkpoints and say how far it has come.
+    """Check the files of a run and its checkpoints, and describe its progress.
 
     Raises:
         CheckpointError: If one of them is broken.
@@ -93,10 +93,10 @@ def examine_run(path: Path) -> dict[str, Any]:
 
 
 def examine_tensors(path: Path) -> dict[str, int]:
-    """Count the tensors of a file and their values, and see that all are finite.
+    """Count the tensors of a file and their values, and check that all are finite.
 
     Raises:
-        CheckpointError: If one is not, or the file is broken.
+        CheckpointError: If a value is not finite, or the file is broken.
     """
     count = values = 0
     try:
@@ -112,10 +112,10 @@ def examine_tensors(path: Path) -> dict[str, int]:
 
 
 def _count_lines(path: Path) -> tuple[int, int]:
-    """Count the lines of metrics, and those that are cut off: a killed run may leave one at the end.
+    """Count the lines of metrics, and the truncated ones: a killed run may leave one at the end.
 
     Raises:
-        CheckpointError: If one before the last is broken.
+        CheckpointError: If a line before the last is broken.
     """
     lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, start=1):

@@ -1,7 +1,7 @@
-"""Where the numbers of a run go beside metrics.jsonl: programs that show them, which `--log_to` names.
+"""Loggers that show the numbers of a run, in addition to metrics.jsonl, chosen by `--log_to`.
 
-None of them is required. A run has a name of its own there, under which a resumed one goes on; `dmjd` is its project,
-unless the environment says otherwise (WANDB_PROJECT, TRACKIO_PROJECT, MLFLOW_EXPERIMENT_NAME).
+None of them is required. A run has a unique name there, under which it continues when resumed; its project is `dmjd`,
+unless an environment variable names another (WANDB_PROJECT, TRACKIO_PROJECT, MLFLOW_EXPERIMENT_NAME).
 """
 
 import os
@@ -21,30 +21,30 @@ from numpy import ndarray
 from dmjd.errors import ConfigError, one_line
 
 PROJECT = "dmjd"
-Pictures = Mapping[str, UInt8[ndarray, "h w c"]]  # by their names
+Pictures = Mapping[str, UInt8[ndarray, "h w c"]]  # by name
 
 
 @runtime_checkable
 class Logger(Protocol):
-    """What shows the numbers of a run."""
+    """Shows the numbers of a run."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Take the numbers of a step, by name."""
+        """Log the numbers of a step, by name."""
 
     def show(self, pictures: Pictures, step: int) -> None:
-        """Take pictures of a step."""
+        """Log pictures of a step."""
 
     def finish(self) -> None:
-        """Send or write what is left."""
+        """Flush and close."""
 
 
 class TensorBoard:
-    """Writes to the folder `tensorboard` of a run; `first` is the first step that will be written."""
+    """Writes to the folder `tensorboard` of a run, from step `first` on."""
 
     def __init__(self, name: str, out: Path, settings: Mapping[str, Any], first: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        # What a killed process wrote of later steps than its last checkpoint is not shown.
+        # Hides what a killed process wrote for steps after its last checkpoint.
         self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=first)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -63,17 +63,17 @@ class TensorBoard:
 
 
 class Tracker:
-    """Hands numbers to wandb, or to trackio, which has wandb's interface."""
+    """Logs to wandb, or to trackio, which has wandb's interface."""
 
     def __init__(self, library: str, name: str, out: Path, settings: Mapping[str, Any], first: int):
         self.library = import_module(library)
-        # To wandb a run is its id, to trackio its name.
+        # wandb identifies a run by its id, trackio by its name.
         own = {"id": name, "dir": str(out)} if library == "wandb" else {}
         project = os.environ.get(f"{library.upper()}_PROJECT", PROJECT)
         self.run = self.library.init(project=project, name=name, config=dict(settings), resume="allow", **own)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Take the numbers of a step, by name; wandb leaves out those of steps that it has."""
+        """Log the numbers of a step, by name; wandb ignores those of steps that it already has."""
         self.run.log(dict(values), step=step)
 
     def show(self, pictures: Pictures, step: int) -> None:
@@ -86,7 +86,7 @@ class Tracker:
 
 
 class MLflow:
-    """Hands numbers to MLflow, to the server or the folder that MLFLOW_TRACKING_URI names."""
+    """Logs to MLflow, on the server or in the folder of MLFLOW_TRACKING_URI."""
 
     def __init__(self, name: str, out: Path, settings: Mapping[str, Any], first: int):
         from mlflow import MlflowClient
@@ -117,7 +117,7 @@ class MLflow:
             self.client.log_image(self.id, picture, f"{name}.png")
 
     def finish(self) -> None:
-        """Say that the run has ended."""
+        """Mark the run as ended."""
         self.client.set_terminated(self.id)
 
 
@@ -130,10 +130,10 @@ LOGGERS: dict[str, Callable[[str, Path, Mapping[str, Any], int], Logger]] = {
 
 
 def require(names: Sequence[str]) -> None:
-    """Refuse to log to what is not installed.
+    """Refuse loggers that are not installed.
 
     Raises:
-        ConfigError: If something is not.
+        ConfigError: If one is not installed.
     """
     for name in names:
         if find_spec(name) is None:
@@ -141,29 +141,29 @@ def require(names: Sequence[str]) -> None:
 
 
 def new_name(out: Path) -> str:
-    """Name a run after its directory, and unlike any other run."""
+    """Make a unique name for a run, from that of its directory."""
     return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', out.resolve().name)[:80]}-{secrets.token_hex(4)}"
 
 
 def open_loggers(
     names: Sequence[str], name: str, out: Path, settings: Mapping[str, Any], *, first: int
 ) -> dict[str, Logger]:
-    """Open what a run logs to.
+    """Open the loggers of a run.
 
     Args:
-        names: Which of `LOGGERS`.
-        name: Of the run, there.
-        out: Its directory.
-        settings: By their flags.
-        first: Step from which numbers come.
+        names: Names of loggers, from `LOGGERS`.
+        name: Name of the run in them.
+        out: Directory of the run.
+        settings: Settings by their flags.
+        first: First step to be logged.
 
     Raises:
-        ConfigError: If one does not start: nobody is logged in, a server does not answer.
+        ConfigError: If one does not start, since nobody is logged in or a server does not answer.
     """
     opened: dict[str, Logger] = {}
     for each in names:
         try:
             opened[each] = LOGGERS[each](name, out, settings, first)
-        except Exception as error:  # of libraries with errors of their own
+        except Exception as error:  # each library raises errors of its own
             raise ConfigError(f"{each} does not start ({one_line(error)}); --log_to {each}; see its manual") from error
     return opened

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dmjd.errors import ConfigError
 
-FUSED = ("adam", "adamw")  # torch's own: on a GPU one kernel steps on many parameters, and nothing waits for it
+FUSED = ("adam", "adamw")  # torch's own: on a GPU, one kernel updates many parameters without synchronising
 
 
 def create_optimizer(
@@ -25,11 +25,11 @@ def create_optimizer(
     layer_decay: float | None = None,
     heads: nn.Module | None = None,
 ) -> Optimizer:
-    """Create an optimizer of timm: matrices decay, vectors (biases, norms) do not.
+    """Create a timm optimizer with weight decay for matrices but not for vectors (biases, norms).
 
-    With `layer_decay` every layer has groups of its own, whose `lr_scale` is layer_decay ** (layers above it); the
-    layers are those of the model's `group_matcher`. What `heads` hold comes after the model's last block, beside its
-    final norm if it has one.
+    With `layer_decay` every layer has its own groups, whose `lr_scale` is layer_decay ** (layers above it); the layers
+    are those of the model's `group_matcher`. The parameters of `heads` count as above the model's last block, in one
+    layer with its final norm if it has one.
 
     Raises:
         ConfigError: If timm has no optimizer of this name, or it takes no betas.
@@ -44,7 +44,7 @@ def create_optimizer(
         kept: set[str] = getattr(model, "no_weight_decay", set)()
         groups = timm.optim.param_groups_layer_decay(model, weight_decay, kept, layer_decay=decay)
         last = [parameter for group in groups if group["lr_scale"] == 1 for parameter in group["params"]]
-        if any(parameter.ndim > 1 for parameter in last):  # a block: timm counts from what is last, heads are beyond it
+        if any(parameter.ndim > 1 for parameter in last):  # a block: timm counts from the last layer, heads lie above
             groups = [group | {"lr_scale": decay * group["lr_scale"]} for group in groups]
         groups += timm.optim.param_groups_weight_decay(heads, weight_decay)
         return timm.optim.create_optimizer_v2(groups, **options)
@@ -56,16 +56,16 @@ Shape = Literal["cosine", "poly"]
 
 
 def learning_rate(peak: float, *, warmup: float, steps: int, shape: Shape = "cosine") -> Callable[[int], float]:
-    """Make the learning rate of step s = 0, 1, ...: linear up to the peak, then down to zero.
+    """Make the learning rate of step s = 0, 1, ...: linear warm-up to the peak, then down to zero.
 
-    A function of the step alone, so that a resumed run needs no state. A warm-up that takes all of the run is worth a
-    warning.
+    It is a function of the step alone, so that a resumed run needs no state. If the warm-up takes the whole run, a
+    warning is printed.
 
     Args:
         peak: Highest learning rate.
-        warmup: Steps of the linear rise.
+        warmup: Steps of the linear warm-up.
         steps: Steps of the run.
-        shape: `cosine`, or `poly`: a straight line, the polynomial of power 1 that segmentation recipes have.
+        shape: `cosine`, or `poly`, which is linear: the polynomial of power 1 of segmentation recipes.
     """
     if warmup >= steps:
         said = f"warm-up takes {warmup:.0f} steps, the run has {steps}"
@@ -96,7 +96,7 @@ def warmup_poly(lr: float, *, warmup: float, steps: int) -> Callable[[int], floa
 def create_lars(head: nn.Linear, lr: float) -> Optimizer:
     """Create LARS (You et al. 2017) for a linear probe as in MoCo v3 and MAE: momentum 0.9, no weight decay.
 
-    The weight's step has the length 0.001 * lr * |weight|; the bias, a vector, takes plain steps of momentum SGD.
+    The weight's update has norm 0.001 * lr * |weight|; the bias, a vector, is updated by plain SGD with momentum.
     """
     groups = [{"params": [head.weight], "always_adapt": True}, {"params": [head.bias], "always_adapt": False}]
     return Lars(groups, lr=lr, momentum=0.9, weight_decay=0.0, trust_coeff=0.001)

@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal and in a notebook, elsewhere a line a minute."""
+"""Progress of a run: a bar on a terminal and in a notebook, a line a minute elsewhere."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ EVERY = 60.0  # seconds between two lines
 
 
 class Progress:
-    """Shows the steps of a run, and what was last measured of them.
+    """Shows the steps of a run and their latest measurements.
 
     Args:
         total: Steps of the whole run.
@@ -30,26 +30,26 @@ class Progress:
 
     @contextmanager
     def shown(self, done: int) -> Iterator[None]:
-        """Show the run from where it stands until the context ends."""
+        """Show progress, from `done` steps on, until the context ends."""
         self.start = self.done = done
         self.began = self.told = time.perf_counter()
         with tqdm(total=self.total, initial=done, desc="training", unit="step", disable=not self.has_bar) as self.bar:
             yield
 
     def measure(self, measured: Mapping[str, str]) -> None:
-        """Take up what was measured of the last steps, by name."""
+        """Set the measurements of the latest steps, by name."""
         self.measured = dict(measured)
         self.bar.set_postfix(self.measured, refresh=False)
 
     def move(self, done: int) -> None:
-        """Be at a step; a line is due a minute after the last one."""
+        """Set the number of steps done; a minute after the last line, print another."""
         self.done = done
         self.bar.update(done - self.bar.n)
         if time.perf_counter() - self.told > EVERY:
             self.tell()
 
     def tell(self, *more: str) -> None:
-        """Write a line, unless there is a bar."""
+        """Print a line, unless there is a bar."""
         now = time.perf_counter()
         self.told = now
         if self.silent or self.has_bar:

@@ -1,4 +1,4 @@
-"""The directory of a run: what is written there while it trains, and how a run is taken up again."""
+"""The directory of a run: what is written there during training, and how a run is resumed."""
 
 import json
 import math
@@ -19,8 +19,8 @@ from dmjd.engine.loggers import Logger, Pictures, new_name, open_loggers, requir
 from dmjd.errors import CheckpointError, DataError, one_line
 
 ONCE = {"allow_change", "resume", "debug"}  # settings of a process, not of the run
-RESULTS = ("summary.json", "result.json")  # there when a run has come to its end
-# What may differ between a run and its resumption: none of it changes a loss on the same kind of device.
+RESULTS = ("summary.json", "result.json")  # exist once a run has finished
+# Settings that may differ when a run is resumed: none changes a loss on the same kind of device.
 MAY_CHANGE = {
     *(
         "out",
@@ -41,21 +41,21 @@ MAY_CHANGE = {
 
 
 class Run:
-    """Writes config.yaml, metrics.jsonl and skipped.tsv of one run, on rank 0, and logs to what its settings name.
+    """Writes config.yaml, metrics.jsonl and skipped.tsv of one run, on rank 0, and logs to the loggers in its settings.
 
     Args:
-        settings: As plain values, of which `out` is the directory and `batch_size` the images in a step; a resumed run
-            must have the same.
-        images: What is trained on.
-        ranks: Who trains.
-        held_out: How many images it is judged by.
-        defaults: Of the settings by their flags: what a run of an earlier version had, which lacks a setting.
+        settings: Plain values, with the directory as `out` and the images per step as `batch_size`; a resumed run must
+            have the same.
+        images: Training images.
+        ranks: Ranks that train.
+        held_out: Number of held-out images.
+        defaults: Defaults of the settings by their flags, for settings that a run of an earlier version lacks.
 
     Attributes:
-        summary: What the run has found out beside its metrics; kept in the checkpoints.
+        summary: Results of the run besides its metrics; kept in the checkpoints.
 
     Raises:
-        ConfigError: If something that it logs to is not installed.
+        ConfigError: If one of its loggers is not installed.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Run:
         self.fingerprint = fingerprint(images)
         self.skipped: dict[str, str] = {}
         self.summary: dict[str, Any] = {}
-        self.evaluated: set[int] = set()  # steps after which an evaluation was written down
+        self.evaluated: set[int] = set()  # steps whose evaluation was recorded
         self.earlier, self.began = 0.0, time.perf_counter()
         self.loggers: dict[str, Logger] | None = None  # None outside of `logging`
         self.first = 0  # step from which this process writes
@@ -86,18 +86,18 @@ class Run:
 
     @property
     def log_to(self) -> Sequence[str]:
-        """Names of what the run logs to, beside metrics.jsonl."""
+        """Names of the run's loggers, in addition to metrics.jsonl."""
         return self.settings.get("log_to", ())
 
     @property
     def seconds(self) -> float:
-        """Seconds of the run, evaluations included, over all processes that worked on it one after the other."""
+        """Seconds of the run, including evaluations, summed over all processes that have resumed it."""
         return self.earlier + time.perf_counter() - self.began
 
     def begin(self) -> None:
-        """Start a run: its settings, and metrics and skipped files without a line.
+        """Start a run: write its settings, and empty files of metrics and skipped images.
 
-        What a run that was ended before its first checkpoint has written down of its steps is kept aside.
+        Metrics of a run that ended before its first checkpoint are kept in another file.
         """
         self.make_directory()
         metrics = self.out / "metrics.jsonl"
@@ -109,21 +109,21 @@ class Run:
             self.replace(name, "")
 
     def write_settings(self) -> None:
-        """Write config.yaml, without what was asked of the process at hand alone."""
+        """Write config.yaml, without settings that concern this process only."""
         settings = {key: value for key, value in self.settings.items() if key not in ONCE}
         self.replace("config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
     def make_directory(self) -> None:
-        """Make the directory, if there is none."""
+        """Create the directory if it does not exist."""
         if self.ranks.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def logging(self) -> Iterator[None]:
-        """Log to what the settings name, too, until the context ends; inside another one, until that ends.
+        """Keep the loggers open until the context ends; a nested context leaves them open.
 
         Raises:
-            ConfigError: If something does not start.
+            ConfigError: If a logger does not start.
         """
         if self.loggers is not None:
             yield
@@ -137,28 +137,28 @@ class Run:
             self.loggers = None
 
     def open_loggers(self) -> None:
-        """Open what the run logs to, where it goes on as the run that it was."""
+        """Open the loggers, where a resumed run continues under its old name."""
         if self.log_to:
             name = self.summary.setdefault("logged_as", new_name(self.out))
             self.loggers = open_loggers(self.log_to, name, self.out, by_flag(self.settings), first=self.first)
 
     def tell(self, act: Callable[[Logger], None]) -> None:
-        """Do something with all that the run logs to; what fails is left out from then on, and the run goes on."""
+        """Call `act` with every logger; one that fails is dropped, and the run goes on."""
         loggers = self.loggers or {}
         for name, logger in [*loggers.items()]:
             try:
                 act(logger)
-            except Exception as error:  # a server is gone, a disk full: of libraries with errors of their own
+            except Exception as error:  # a server is gone, a disk is full: each library raises errors of its own
                 del loggers[name]
                 said = one_line(error)
                 print(f"warning: no longer logged to {name} ({said}); metrics.jsonl has all", file=sys.stderr)
 
     def show(self, pictures: Pictures, step: int) -> None:
-        """Hand pictures to what the run logs to."""
+        """Log pictures."""
         self.tell(lambda logger: logger.show(pictures, step))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the run, for `restore`."""
+        """Return the state of the run for a checkpoint, as `restore` takes it."""
         return {
             "settings": self.settings,
             "fingerprint": self.fingerprint,
@@ -168,14 +168,14 @@ class Run:
         }
 
     def restore(self, state: Mapping[str, Any], *, longer: bool = False) -> None:
-        """Take the run up where a checkpoint's state left it; lines of later steps will be written again.
+        """Resume the run from a checkpoint's state; lines of later steps are dropped, and will be written again.
 
         Args:
-            state: As `state` made it.
-            longer: The run has more steps now; that may change without leave, and what the shorter one came to goes.
+            state: As returned by `state`.
+            longer: Whether the run has more steps now, which is always allowed; results of the shorter run are removed.
 
         Raises:
-            CheckpointError: If it is a run of other settings or other images, and `allow_change` does not name them.
+            CheckpointError: If settings or images have changed, and `allow_change` does not name them.
         """
         self.make_directory()
         allowed = {*self.settings.get("allow_change", ())}
@@ -214,7 +214,7 @@ class Run:
         self.ranks.on_main(lambda: self.replace("skipped.tsv", rows_of(self.skipped)))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a line to metrics.jsonl, where what is not finite becomes null, and log its numbers."""
+        """Append a line to metrics.jsonl, with null for numbers that are not finite, and log its numbers."""
         images = step * self.settings["batch_size"]
         counters = {"step": step, "epoch": images / self.count, "images": images, "seconds": round(self.seconds, 3)}
         if "loss" not in values:
@@ -231,7 +231,7 @@ class Run:
         """Record files that did not decode, by name and reason.
 
         Raises:
-            DataError: If they are more of the set than the setting `max_bad` permits.
+            DataError: If their share of the set exceeds the setting `max_bad`.
         """
         new = {path: reason for path, reason in sorted(skipped.items()) if path not in self.skipped}
         if not new:
@@ -239,7 +239,7 @@ class Run:
         self.skipped |= new
         if self.ranks.is_main:
             with (self.out / "skipped.tsv").open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(rows_of(new))  # a kill may cut a line: what is resumed writes them all anew
+                file.write(rows_of(new))  # a kill may truncate a line; a resumed run rewrites them all
         most, count = self.settings["max_bad"], self.count + self.held_out
         if len(self.skipped) > most * count:
             raise DataError(
@@ -248,7 +248,7 @@ class Run:
             )
 
     def replace(self, name: str, text: str) -> None:
-        """Write a file of the run in one go."""
+        """Write a file of the run atomically."""
         if self.ranks.is_main:
             checkpoint.write_atomically(self.out / name, text)
 
@@ -259,7 +259,7 @@ def rows_of(skipped: Mapping[str, str]) -> str:
 
 
 def by_flag(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Do what `dmjd.config.load.by_flag` does, in a room that knows no settings."""
+    """Do what `dmjd.config.load.by_flag` does, in a package that must not import the settings."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, Mapping) else {key: value}
@@ -267,12 +267,12 @@ def by_flag(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_metrics(metrics: Path) -> list[dict[str, Any]]:
-    """Read what the lines of metrics.jsonl say, as `read_lines` does; none where there is no file."""
+    """Read the values in metrics.jsonl, as `read_lines` does; empty if there is no file."""
     return [values for _, values in read_lines(metrics)]
 
 
 def read_lines(metrics: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Read the lines of metrics.jsonl and what they say, but those that a kill or a power cut has spoilt."""
+    """Read the lines of metrics.jsonl and their values, except lines damaged by a kill or a power failure."""
     found = []
     for line in metrics.read_text("utf-8", errors="replace").splitlines(keepends=True) if metrics.exists() else ():
         with suppress(ValueError):
@@ -283,12 +283,12 @@ def read_lines(metrics: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Read what a run came to, one of `RESULTS`; nothing where a power cut has lost or spoilt the file."""
+    """Read the results of a run, one of `RESULTS`; empty if a power failure has lost or damaged the file."""
     with suppress(FileNotFoundError, ValueError):
         return {**json.loads(path.read_text("utf-8"))}
     return {}
 
 
 def one_cell(name: str) -> str:
-    """Write a file's name so that it stays in its cell of a table: tabs and line breaks as in Python's strings."""
+    """Escape a file's name for a cell of a table: tabs and line breaks as in Python's strings."""
     return plain_cell(name.translate({ord(character): repr(character)[1:-1] for character in "\t\n\r"}))

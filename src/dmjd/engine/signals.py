@@ -1,8 +1,8 @@
-"""Signals end a run where it loses nothing: SIGTERM, Ctrl-C, and SIGUSR1 and SIGHUP, which clusters send.
+"""Signals stop a run where nothing is lost: SIGTERM, Ctrl-C, and SIGUSR1 and SIGHUP, which clusters send.
 
-While images are looked for and while results are written, a signal acts at once. Where a stop has to wait for the end
-of something, between two parts of a step or two batches of an evaluation, `patiently` has it noted, and `stopping`
-tells. A second signal acts as if nobody listened.
+While images are listed and while results are written, a signal acts at once. Where a stop has to wait, for the end of a
+micro-batch or of a batch of an evaluation, `patiently` defers it, and `stopping` tells that it has come. A second
+signal has its default effect.
 """
 
 import signal
@@ -19,19 +19,19 @@ NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # some systems lack the last
 
 class _State:
     received: str | None = None
-    patient = 0  # how many `patiently` are open
+    patient = 0  # number of open `patiently` contexts
     advice: Callable[[], str] | None = None
 
 
 @contextmanager
 def stop_signals(advice: Callable[[], str]) -> Iterator[None]:
-    """Listen to the signals that stop a run. One that is ignored, as SIGHUP is below nohup, stays ignored.
+    """Handle the signals that stop a run. A signal that is ignored, such as SIGHUP under nohup, stays ignored.
 
     Args:
-        advice: Says, whenever it is asked, what can be done when the run has stopped.
+        advice: Returns what can be done when the run has stopped.
 
     Raises:
-        Stopped: When one comes and nothing is being done `patiently`.
+        Stopped: When a signal comes and no `patiently` is open.
     """
 
     def receive(number: int, frame: Any) -> None:
@@ -45,7 +45,7 @@ def stop_signals(advice: Callable[[], str]) -> Iterator[None]:
             signal.signal(each, handler)
 
     before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # others cannot listen
+    if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
         known = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
         listened = [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
         before = {number: signal.signal(number, receive) for number in listened}
@@ -59,7 +59,7 @@ def stop_signals(advice: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def patiently() -> Iterator[None]:
-    """Note a signal, and leave it to the code within to look for it."""
+    """Defer signals; the code inside has to check `stopping`."""
     _State.patient += 1
     try:
         yield
@@ -73,22 +73,22 @@ def stopping() -> bool:
 
 
 def stopped() -> Stopped:
-    """Make what ends the run; on a rank that has no signal of its own, another one has."""
+    """Make the exception that ends the run; on a rank without a signal, another rank has received one."""
     return Stopped(f"stopped by {_State.received or 'a signal'}", _State.received)
 
 
 def what_then() -> str:
-    """Say what can be done after a stop, as the end of a line; nothing where there is no run to go on with."""
+    """Return what can be done after a stop, as the end of a line; empty if there is no run to resume."""
     advice = _State.advice
     return f"; {advice()}" if advice else ""
 
 
 def stoppable(items: Iterable[T], agree: Callable[[bool], list[bool]]) -> Iterator[T]:
-    """Hand out items until a signal comes; then, when all ranks have left the loop, stop all of them.
+    """Yield items until a signal comes; then, when all ranks have left the loop, stop all of them.
 
     Args:
-        items: Of this rank; others may have more or fewer.
-        agree: Of the ranks.
+        items: Items of this rank; others may have more or fewer.
+        agree: `Ranks.agree`.
 
     Raises:
         Stopped: If any rank has received a signal.

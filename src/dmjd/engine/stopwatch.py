@@ -1,4 +1,4 @@
-"""How long parts of a model compute, and how long they wait."""
+"""Times how long parts of a model compute, and how long a run waits for batches."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -9,19 +9,19 @@ from torch import nn
 
 
 class Stopwatch:
-    """Sums the seconds that a device spends in the forward pass of modules, or waits for what an iterator yields.
+    """Sums the seconds that a device spends in the forward passes of modules, or waits for the items of an iterator.
 
-    On a GPU the marks are events in its queue: nothing waits for it until `read`, and an item that arrives while there
-    still is work in the queue has taken no time. What is compiled together with other things is not timed.
+    On a GPU the marks are CUDA events: nothing synchronises until `read`, and an item that arrives while there is still
+    work in the queue takes no time. Modules that are compiled as part of a larger graph are not timed.
 
     Args:
-        device: What computes, or waits.
-        modules: What is timed; none within another.
+        device: Device that computes, or waits.
+        modules: Modules to time, none inside another.
     """
 
     def __init__(self, device: torch.device, modules: Iterable[nn.Module] = ()):
         self.on_gpu = device.type == "cuda"
-        self.start: Any = None  # of what is timed now; it stays where that raises, until the next one
+        self.start: Any = None  # of the current span; if that raises, it stays until the next one
         self.spans: list[tuple[Any, Any]] = []  # start and end: events, or seconds
         for module in modules:
             module.register_forward_pre_hook(lambda *_: self._begin())
@@ -43,7 +43,7 @@ class Stopwatch:
             self.spans.append((self.start, self._mark()))
 
     def timed(self, items: Iterator[Any]) -> Iterator[Any]:
-        """Hand out items, and count the time until each is there."""
+        """Yield items, and time how long each takes to arrive."""
         end = object()
         while True:
             self._begin()
@@ -54,10 +54,10 @@ class Stopwatch:
             yield item
 
     def read(self) -> float:
-        """Return the seconds since the last reading; a GPU's queue is waited for."""
+        """Return the seconds since the last reading; synchronises with a GPU."""
         if self.on_gpu and self.spans:
             torch.cuda.synchronize()
         spans, self.spans = self.spans, []
         if self.on_gpu:
-            return sum((start.elapsed_time(end) / 1000 for start, end in spans), 0.0)  # events count milliseconds
+            return sum((start.elapsed_time(end) / 1000 for start, end in spans), 0.0)  # events measure milliseconds
         return sum((end - start for start, end in spans), 0.0)

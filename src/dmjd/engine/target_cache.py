@@ -1,4 +1,4 @@
-"""Targets kept on disk, for teachers that cost more to run than to read."""
+"""Targets cached on disk, for teachers whose targets are cheaper to read than to compute."""
 
 import hashlib
 import math
@@ -16,23 +16,23 @@ from dmjd.errors import StorageError
 from dmjd.targets import Teacher
 
 PAGE = 4096  # bytes; a larger target takes whole pages, smaller ones share them
-DIGEST = 8  # bytes of the hash that stands before a target
+DIGEST = 8  # bytes of the hash in front of a target
 
 
 class TargetCache:
-    """The targets of a frozen teacher in a file, in float16 and by the content of the crop.
+    """The targets of a frozen teacher in a file, in float16, by the content of the crop.
 
-    The file is an SQLite database: a run may be killed at any moment, several runs may share it, and a crop's target is
-    found whatever the order. Keys are hashes of the pixels, so on a GPU the images of a batch come back once a step.
-    Before every target stands a hash of it; one that has changed on the disk is computed again.
+    The file is an SQLite database: a run may be killed at any moment, several runs may share it, and targets are found
+    in any order. Keys are hashes of the pixels, so that on a GPU the images of each batch are copied to the host once a
+    step. Each target is stored behind a hash of it; one that has changed on disk is computed again.
 
     Args:
-        teacher: Whose targets are kept; to be its `cache`.
-        folder: Where; the file's name is made of the teacher's fingerprint and the precision.
-        precision: Of the run, which the targets depend on a little.
+        teacher: Teacher whose targets are cached; its `cache` is to be set to this.
+        folder: Folder of the file, whose name depends on the teacher's fingerprint and the precision.
+        precision: Precision of the run, which changes the targets slightly.
 
     Raises:
-        StorageError: If the file is no database.
+        StorageError: If the file is not a database.
     """
 
     def __init__(self, teacher: Teacher, folder: Path, *, precision: str):
@@ -49,19 +49,19 @@ class TargetCache:
             raise StorageError(f"no usable cache of targets ({error}); {self.path}; remove it") from None
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self.database.close()
 
     def bytes_for(self, num_crops: int) -> int:
-        """Estimate the size of the file when it holds so many crops."""
+        """Estimate the size of the file for this many crops."""
         size = DIGEST + self.num_tokens * self.dim * 2
         return num_crops * (64 + (PAGE * math.ceil(size / (PAGE - 4)) if size > PAGE else int(1.2 * size)))
 
     def reserve(self, num_crops: int) -> str:
-        """Say how large the file will become.
+        """Describe how large the file will become.
 
         Raises:
-            StorageError: If the disk has not that much space left.
+            StorageError: If the disk does not have the space.
         """
         wanted, there = self.bytes_for(num_crops), self.path.stat().st_size
         free = shutil.disk_usage(self.path).free
@@ -75,10 +75,10 @@ class TargetCache:
     @torch.compiler.disable
     @torch.no_grad()
     def __call__(self, images: Num[Tensor, "B C H W"], compute: Callable[[Tensor], Tensor]) -> Float[Tensor, "B L T"]:
-        """Read the targets of images of 0..255; `compute` makes those that are not there yet, and they are kept.
+        """Read the targets of images of 0..255; missing ones are computed by `compute` and stored.
 
         Raises:
-            StorageError: If they cannot be written, or the database is broken.
+            StorageError: If targets cannot be written, or the database is broken.
         """
         keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images.cpu().numpy()]
         marks = ",".join("?" * len(keys))
@@ -104,16 +104,16 @@ class TargetCache:
 
 
 def signed(key: bytes, target: bytes) -> bytes:
-    """Put a hash of a target, and of the crop that it belongs to, before it."""
+    """Prepend a hash of a target and of the crop that it belongs to."""
     return hashlib.blake2b(key + target, digest_size=DIGEST).digest() + target
 
 
 @contextmanager
 def cache_targets(model: nn.Module, folder: Path, *, precision: str) -> Iterator[list[TargetCache]]:
-    """Give every frozen teacher of a model a cache in a folder, to be used in here; the caches.
+    """Give every frozen teacher of a model a cache in a folder, open within the context, and yield the caches.
 
     Raises:
-        StorageError: If a file there is no database.
+        StorageError: If a file there is not a database.
     """
     with ExitStack() as stack:
         caches = []

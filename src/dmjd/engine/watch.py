@@ -1,9 +1,9 @@
-"""Watches over the processes of a run that torchrun has started: none trains on, or waits, for one that is gone.
+"""Watches the processes of a run under torchrun, so that no rank keeps training, or waiting, after another has gone.
 
-torchrun ends all ranks when one of them ends with an error. It does not see a rank that is stopped, for which the
-others wait without end; and nobody sees the end of torchrun itself, which a signal that it does not pass on, such as
-SIGUSR1, ends at once. A thread of every rank looks for both. Without torchrun the ranks are whole: they are sent the
-SIGTERM that it owes them, and save.
+torchrun ends all ranks when one of them ends with an error. It does not notice a rank that is stopped, for which the
+others wait forever; and nothing notices the end of torchrun itself, which dies at once from a signal that it does not
+pass on, such as SIGUSR1. A thread of every rank checks for both. If torchrun has ended, the ranks can still save: they
+are sent the SIGTERM that torchrun should have sent.
 """
 
 import multiprocessing
@@ -20,33 +20,33 @@ from typing import NamedTuple
 from dmjd.data.workers import look_at
 from dmjd.engine.signals import stopping, what_then
 
-EVERY = 2.0  # seconds between two looks
-LOOKS = 5  # in a row at which a rank has to be stopped
-LEAVING = 20.0  # seconds to save in without torchrun, unless its own setting for that says another number
+EVERY = 2.0  # seconds between two checks
+LOOKS = 5  # checks in a row that have to find a rank stopped
+LEAVING = 20.0  # seconds for saving after torchrun has ended, unless its own setting gives another number
 
 
 class RankProcess(NamedTuple):
-    """The process of a rank, as others on the same host find it."""
+    """The process of a rank, as identified by others on the same host."""
 
     rank: int
     host: str
     pid: int
-    started: str  # in ticks of the system's clock: a later process of the same number has another one
+    started: str  # in ticks of the system's clock, to tell it from a later process with the same pid
 
     @property
     def is_stopped(self) -> bool:
-        """Whether it is there and stopped by a signal, where the system tells."""
+        """Whether it exists and is stopped by a signal, on systems with /proc."""
         return look_at(self.pid) == ("T", self.started)
 
     @property
     def runs(self) -> bool:
-        """Whether it is there and neither stopped nor ended."""
+        """Whether it exists and is neither stopped nor ended."""
         state, started = look_at(self.pid)
         return started == self.started and state not in ("T", "Z", "X")
 
 
 def this_process(rank: int) -> RankProcess:
-    """Describe the process at hand to the others."""
+    """Describe this process to the others."""
     return RankProcess(rank, socket.gethostname(), os.getpid(), look_at(os.getpid())[1])
 
 
@@ -57,9 +57,9 @@ def is_from_torchrun() -> bool:
 
 @contextmanager
 def watching(rank: int) -> Iterator[list[RankProcess]]:
-    """Watch torchrun, and the ranks that the list is filled with, until the context ends.
+    """Watch torchrun, and the ranks that the caller puts into the list, until the context ends.
 
-    Where torchrun has not started this process there is nothing to watch.
+    Without torchrun there is nothing to watch.
     """
     ranks = [this_process(rank)]
     over = threading.Event()
@@ -72,15 +72,16 @@ def watching(rank: int) -> Iterator[list[RankProcess]]:
 
 
 def _watch(rank: int, torchrun: int, ranks: Sequence[RankProcess], over: threading.Event) -> None:
-    """Look around until it is over, or has to be; of the ranks of a host the first that runs acts and says why."""
+    """Check until the run is over, or has to end; of the ranks of a host, the first that runs acts and says why."""
     looks: dict[int, int] = {}
     patience = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", LEAVING))
-    ended: float | None = None  # when torchrun was seen to have
+    ended: float | None = None  # when torchrun was found to have ended
     while not over.wait(EVERY):
         here = [each for each in ranks if each.host == socket.gethostname()]
         stopped = [each for each in here if each.is_stopped]
         is_first = rank == next(each.rank for each in here if each.rank == rank or each.runs)
-        # Looks are counted, not seconds: whoever was stopped together with all others, by Ctrl-Z, goes on with them.
+        # Checks are counted, not seconds: a rank that was stopped together with all others, by Ctrl-Z, goes on with
+        # them.
         looks = {each.pid: looks.get(each.pid, 0) + 1 for each in stopped}
         too_long = [each for each in stopped if looks[each.pid] >= LOOKS]
         gone = f"torchrun (process {torchrun}) has ended"
@@ -102,13 +103,13 @@ def _watch(rank: int, torchrun: int, ranks: Sequence[RankProcess], over: threadi
                 os.kill(each.pid, signal.SIGKILL)
         for child in multiprocessing.active_children():  # they load images
             child.kill()
-        os._exit(1)  # whatever the main thread waits for
+        os._exit(1)  # whatever the main thread is waiting for
 
 
 def _stop(ranks: Sequence[RankProcess]) -> None:
-    """Send the signal that torchrun would have sent, unless it has: a second one would not let them save.
+    """Send the signal that torchrun would have sent, unless it did: a second one would not let the ranks save.
 
-    Hosts may have one name, and numbers of processes are used again: only what is a rank is sent it.
+    Hosts may share a name, and pids are reused: only processes that are ranks are sent it.
     """
     if not stopping():
         for each in (rank for rank in ranks if rank.runs):
