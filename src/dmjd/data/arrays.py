@@ -8,12 +8,11 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Num
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from dmjd.data.decode import Reduce, Wanted, at_known_depth, channels_advice, fit_channels
+from dmjd.data.decode import Reduce, Wanted, as_wanted, at_known_depth, channels_advice
 from dmjd.data.packed import PackedStrings
 from dmjd.data.source import Opener, Source, is_file_name, register_source
 from dmjd.data.stored import StoredImages, classes_of, parts_by_column
@@ -40,8 +39,7 @@ class ArrayReader:
         array = np.array(self._images[index])
         if self.channels_first:
             array = np.moveaxis(array, 0, -1)
-        image = torch.from_numpy(fit_channels(at_known_depth(array), self.wanted.in_chans)).permute(2, 0, 1)
-        return image if self.wanted.levels is None else self.wanted.levels.scale(image)
+        return as_wanted(at_known_depth(array), self.wanted)
 
     @cached_property
     def _images(self) -> np.ndarray:

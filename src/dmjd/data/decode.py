@@ -118,7 +118,7 @@ def decode(
                 content = opened.read()
         array = _jpeg(content, wanted, reduce) if content.startswith(JPEG) else None
         array = _decode(content, wanted, frame) if array is None else array
-        array = fit_channels(at_known_depth(array), wanted.in_chans)
+        return as_wanted(at_known_depth(array), wanted)
     except _Refused as refused:
         reason, advice = refused.args
         where = name or ("an image" if isinstance(file, bytes) else file)
@@ -129,8 +129,6 @@ def decode(
         raise
     except Exception as error:  # decoders fail in every way there is, and late: in `load` and `convert` as well
         raise BadImage(f"{type(error).__name__}: {one_line(error)}"[:200]) from None
-    image = torch.from_numpy(array).permute(2, 0, 1)
-    return image if wanted.levels is None else wanted.levels.scale(image)
 
 
 def open_regular(path: Path | str) -> BinaryIO:
@@ -433,6 +431,12 @@ def at_known_depth(array: np.ndarray) -> np.ndarray:
     if depth == DEPTHS[-1] and not np.isfinite(array).all():
         raise BadImage("values that are no finite numbers")
     return array
+
+
+def as_wanted(array: np.ndarray, wanted: Wanted) -> Num[Tensor, "C H W"]:
+    """Make an image of an array H W or H W C of a known depth: in the channels and the range that are wanted."""
+    image = torch.from_numpy(fit_channels(array, wanted.in_chans)).permute(2, 0, 1)
+    return image if wanted.levels is None else wanted.levels.scale(image)
 
 
 def fit_channels(array: np.ndarray, in_chans: int) -> np.ndarray:

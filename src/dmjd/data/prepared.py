@@ -31,7 +31,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dmjd.data.crops import resize
-from dmjd.data.decode import DTYPES, BadImage, Reduce, Wanted, channels_advice, fit_channels
+from dmjd.data.decode import DTYPES, BadImage, Reduce, Wanted, as_wanted, channels_advice
 from dmjd.data.packed import PackedNumbers, PackedStrings
 from dmjd.data.source import Opener, Source, has_labels, labels_of, register_source
 from dmjd.data.stored import StoredImages
@@ -75,11 +75,7 @@ class PreparedReader:
         stored = self._mapped(file)[offset : offset + size]
         if crc and [zlib.crc32(stored.numpy().data)] != crc:
             raise BadImage("changed since it was prepared")
-        pixels = stored.view(kind).view(height, width, self.in_chans)
-        if self.in_chans != self.wanted.in_chans:
-            pixels = torch.from_numpy(fit_channels(pixels.numpy(), self.wanted.in_chans))
-        image = pixels.permute(2, 0, 1)
-        return image if self.wanted.levels is None else self.wanted.levels.scale(image)
+        return as_wanted(stored.view(kind).view(height, width, self.in_chans).numpy(), self.wanted)
 
     def _mapped(self, file: int) -> UInt8[Tensor, " bytes"]:
         """Memory-map a file, once per process; an accidental write would change a private copy only."""
