@@ -438,5 +438,5 @@ def none_decodes(source: Readable, index: int, count: int) -> DataError:
 
 
 def join_skipped(skipped: Iterable[dict[str, str]]) -> dict[str, str]:
-    """Join the files of several samples that did not decode."""
+    """Join the files of several samples, or of several ranks, that did not decode."""
     return {name: reason for each in skipped for name, reason in each.items()}

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from dmjd.data.loader import ReadableSamples, train_batches
 from dmjd.data.sampler import StepSampler
+from dmjd.data.source import join_skipped
 from dmjd.engine import checkpoint
 from dmjd.engine.device import choose_precision, computes_in_bf16, memory_errors
 from dmjd.engine.distributed import ParallelModel
@@ -242,7 +243,7 @@ class Trainer:
         new = not step.skipped.keys() <= self.run.skipped.keys()
         stop, broken, due = self.ranks.agree(stopping(), new, due)
         if broken:
-            self.run.skip({name: reason for each in self.ranks.gather(step.skipped) for name, reason in each.items()})
+            self.run.skip(join_skipped(self.ranks.gather(step.skipped)))
         return stop, due
 
     def count_skipped(self, number: int) -> None:

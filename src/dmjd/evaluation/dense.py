@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dmjd.data.decode import BadImage
 from dmjd.data.levels import refuse_deep
 from dmjd.data.single import open_all_or_one
-from dmjd.data.source import Readable
+from dmjd.data.source import Readable, join_skipped
 from dmjd.engine.claim import refuse_input
 from dmjd.engine.distributed import Ranks
 from dmjd.engine.signals import stoppable
@@ -65,7 +65,7 @@ def decodable(images: Readable, ranks: Ranks) -> Iterator[tuple[int, Any]]:
             continue
         refuse_deep(item[0], images.name(index))
         yield index, item
-    bad = {name: reason for each in ranks.gather(bad) for name, reason in each.items()}
+    bad = join_skipped(ranks.gather(bad))
     if bad:
         path, why = next(iter(bad.items()))
         line = f"{len(bad)} of {len(images)} images left out, such as {path}: {why}"
