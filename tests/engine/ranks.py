@@ -75,7 +75,7 @@ def run(case: Case, ranks: Ranks) -> None:
         clip_grad=case.clip_grad,
         workers=case.workers,
         log_every=1,
-        evaluations=0,
+        evals=0,
         saves=case.saves,
     )
     optimizer = create_optimizer(network, name="adamw", lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95))

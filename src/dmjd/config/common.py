@@ -157,7 +157,7 @@ class RunSettings(DeviceSettings):
             "batch_size": self.batch_size,
             "seed": self.seed,
             "workers": self.workers,
-            "save_minutes": self.checkpoint_minutes,
+            "checkpoint_minutes": self.checkpoint_minutes,
             "deterministic": self.deterministic,
         }
 
@@ -294,4 +294,4 @@ class LogSettings:
     @property
     def plan(self) -> dict[str, Any]:
         """What the trainer's plan takes from here."""
-        return {"log_every": self.log_every, "evaluations": self.evals, "saves": self.saves}
+        return {"log_every": self.log_every, "evals": self.evals, "saves": self.saves}

@@ -35,9 +35,9 @@ class Plan:
         clip_grad: Largest norm of the gradient; 0 does not clip.
         workers: Processes that load images; None for as many as fit the machine.
         log_every: Steps between two lines of metrics.jsonl.
-        evaluations: How many, beside those before and after the run.
+        evals: How many evaluations, beside those before and after the run.
         saves: How many checkpoints; the last step has one in any case.
-        save_minutes: Longest time without one.
+        checkpoint_minutes: Longest time between two.
         deterministic: Whether torch is to take only algorithms that give the same bits at every call.
     """
 
@@ -51,9 +51,9 @@ class Plan:
     clip_grad: float = 0.0
     workers: int | None = None
     log_every: int = 10
-    evaluations: int = 5
+    evals: int = 5
     saves: int = 20
-    save_minutes: float = 15.0
+    checkpoint_minutes: float = 15.0
     deterministic: bool = False
 
 

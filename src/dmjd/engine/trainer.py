@@ -68,7 +68,7 @@ class Trainer:
         self.done = 0  # steps, those of earlier processes included
         self.last: Step | None = None
         self.saved = (0, 0.0)  # step and time of the last checkpoint, or where and when training began
-        self.evaluate_at = spaced(plan.steps, plan.evaluations + 1) - {plan.steps}
+        self.evaluate_at = spaced(plan.steps, plan.evals + 1) - {plan.steps}
         self.save_at = spaced(plan.steps, plan.saves) | {plan.steps}
         self.logged: tuple[int, float] | None = None  # step and time of the last line
         self.finite: list[Tensor] = []  # whether the gradient was, of every step since the last line
@@ -239,7 +239,7 @@ class Trainer:
         """Agree with the other ranks on whether to stop and whether to save, and share what did not decode."""
         self.last, self.done = step, step.number
         self.finite.append(step.finite)
-        due = self.ranks.is_main and time.perf_counter() - self.saved[1] > 60 * self.plan.save_minutes
+        due = self.ranks.is_main and time.perf_counter() - self.saved[1] > 60 * self.plan.checkpoint_minutes
         new = not step.skipped.keys() <= self.run.skipped.keys()
         stop, broken, due = self.ranks.agree(stopping(), new, due)
         if broken:

@@ -208,7 +208,7 @@ def make_trainer(settings: PretrainSettings, model: ParallelModel, images: Sourc
         ),
         model,
         create_optimizer(model.module, lr=settings.lr, **optim.keywords),
-        replace(plan, evaluations=min(plan.evaluations, affordable)),
+        replace(plan, evals=min(plan.evals, affordable)),
         autocast=choose_precision(run.precision, model.ranks.device, model.module),
     )
 
