@@ -13,8 +13,8 @@ from dmjd.masking import TokenIds, gather_tokens
 class Decoder(nn.Module):
     """The masked branch: transformer blocks on latents and mask tokens predict the hidden tokens (MAE).
 
-    With `cross`, mask tokens attend to latents alone, not to each other, and latents stay as they are (CrossMAE, Fu et
-    al. 2024): a hidden token is predicted without the others, for two thirds of the arithmetic where 75 % are hidden.
+    With `cross`, mask tokens attend only to latents, not to each other, and latents are not updated (CrossMAE, Fu et
+    al. 2024): hidden tokens are predicted independently, with two thirds of the arithmetic if 75 % are hidden.
 
     Args:
         in_dim: Width of the encoder.
@@ -22,9 +22,9 @@ class Decoder(nn.Module):
         grid: Rows and columns of tokens.
         embed_dim: Width of the decoder.
         depth: Number of blocks, at least 1.
-        num_heads: Heads of a block.
-        mlp_ratio: Width of a block's MLP over the width of the decoder.
-        cross: Cross-attention in all blocks.
+        num_heads: Attention heads per block.
+        mlp_ratio: Width of a block's MLP relative to the width of the decoder.
+        cross: Use cross-attention in all blocks.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Decoder(nn.Module):
     def forward(self, latents: Latents, tokens: TokenIds, grid: Grid | None = None) -> Float[Tensor, "N M T"]:
         """Predict the hidden tokens, in the order of `tokens.hidden`; for another grid, positions are interpolated."""
         num_rows, num_hidden = tokens.hidden.shape
-        # Blocks do not care for the order of tokens: with the mask tokens last, nothing has to be unshuffled.
+        # Blocks are permutation-equivariant: with the mask tokens last, nothing has to be unshuffled.
         prefix_NPE, visible_NKE = self.embed(latents.prefix), self.embed(latents.visible)
         position_NLE = resample_positions(self.pos_embed, self.grid, grid or self.grid).expand(num_rows, -1, -1)
         visible_NKE = visible_NKE + gather_tokens(position_NLE, tokens.visible)
@@ -81,17 +81,17 @@ class LinearHead(nn.Module):
         self.apply(init_weights)
 
     def forward(self, latents: Latents, tokens: TokenIds, grid: Grid | None = None) -> Float[Tensor, "N M T"]:
-        """Predict the hidden tokens, in the order of `tokens.hidden`; they know their positions from the encoder."""
+        """Predict the hidden tokens, in the order of `tokens.hidden`; the encoder has added their positions."""
         return self.pred(latents.hidden)
 
 
 class Projector(nn.Module):
-    """The visible branch: a three-layer MLP on visible tokens and a linear predictor.
+    """The visible branch: a three-layer MLP on visible tokens, and a linear predictor.
 
     Args:
         in_dim: Width of the encoder.
         out_dim: T, width of the target.
-        embed_dim: Hidden width; in the official recipe that of the decoder.
+        embed_dim: Hidden width; in the official recipe, the width of the decoder.
     """
 
     def __init__(self, in_dim: int, out_dim: int, *, embed_dim: int = 512):
@@ -115,10 +115,10 @@ class Projector(nn.Module):
 
 
 class MisalignedProjector(Projector):
-    """The visible branch as the official program has it: each prediction meets the target of some other token.
+    """The visible branch as in the official program, where each prediction is compared with another token's target.
 
-    That program leaves predictions in the order in which the encoder saw the tokens, at random, and targets in raster
-    order. An ablation: what it gives may be part of the published figures.
+    That program leaves predictions in the random order in which the encoder saw the tokens, and targets in raster
+    order. An ablation: its effect may be part of the published figures.
     """
 
     def forward(self, latents: Latents) -> Float[Tensor, "N K T"]:

@@ -12,12 +12,12 @@ LossName = Literal["l2", "l1", "smooth_l1", "cosine"]
 
 
 def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """One minus the cosine of the angle between prediction and target of a token, on average."""
+    """Average over tokens of one minus the cosine similarity of prediction and target."""
     return torch.mean(1 - F.cosine_similarity(predicted, target, dim=-1))
 
 
-# Means over everything. Every row holds equally many tokens, so the mean over a token's width and then over all
-# tokens of the batch, as the paper has it, is this one mean.
+# Means over all elements. Every row has the same number of tokens, so this equals the paper's mean over a token's width
+# and then over all tokens of the batch.
 LOSSES: dict[LossName, Callable[..., Tensor]] = {
     "l2": F.mse_loss,
     "l1": F.l1_loss,
@@ -34,14 +34,14 @@ def regression_loss(
     beta: float = 2.0,
     widths: Sequence[int] = (),
 ) -> Float[Tensor, ""]:
-    """Compare predictions and targets token by token, in float32 even where the model computes in bf16.
+    """Compute the loss between predictions and targets, in float32 even if the model computes in bf16.
 
     Args:
-        predicted: Predictions of S tokens a row.
+        predicted: Predictions of S tokens per row.
         target: Their targets.
-        name: `l2` (squared error), `l1`, `smooth_l1` or `cosine` (1 - cosine of the angle).
-        beta: Where smooth-L1 turns from quadratic to linear, in units of the target (official DMJD: 2).
-        widths: Widths of several targets that lie side by side, whose losses are summed; default: one target.
+        name: `l2` (squared error), `l1`, `smooth_l1` or `cosine` (1 - cosine similarity).
+        beta: Where smooth-L1 changes from quadratic to linear, in units of the target (official DMJD: 2).
+        widths: Widths of several targets side by side, whose losses are summed; default: one target.
     """
     options = {"beta": beta} if name == "smooth_l1" else {}
     predicted, target = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (predicted, target))

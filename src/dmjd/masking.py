@@ -1,8 +1,8 @@
 """Disjoint masks: which tokens each view of an image hides (DM).
 
-All views of an image are drawn at once. Its tokens are shuffled, the first U of them are bent into a circle, and view v
-hides the v-th arc of M tokens. So every view hides M tokens, together they hide U, and no token of the circle is hidden
-twice before all are hidden once.
+All views of an image are drawn at once. Its tokens are shuffled, the first U of them form a circle, and view v hides
+the v-th arc of M tokens. So every view hides M tokens, together they hide U, and no token of the circle is hidden twice
+before all are hidden once.
 
 A mask is bool, True = hidden from the encoder. Letters: B images, V views, N = B*V rows (image-major), L tokens of
 which a view hides M and shows K = L - M, U tokens that at least one view hides.
@@ -20,7 +20,7 @@ from dmjd.random import mix_all
 
 
 class TokenIds(NamedTuple):
-    """The tokens of every row by number, in raster order."""
+    """The indices of the visible and hidden tokens of every row, in raster order."""
 
     visible: Int[Tensor, "N K"]
     hidden: Int[Tensor, "N M"]
@@ -37,8 +37,8 @@ def disjoint_masks(
 ) -> Bool[Tensor, "B V L"]:
     """Draw the masks of V views for each image, token by token.
 
-    One view is MAE's masking; four at a mask ratio of 0.75 show every token exactly once. Arguments and errors are
-    those of `block_masks`.
+    One view is MAE's masking; with four at a mask ratio of 0.75, every token is visible exactly once. Arguments and
+    errors are those of `block_masks`.
     """
     return block_masks(
         batch_size,
@@ -61,10 +61,10 @@ def block_masks(
     predict_ratio: float = 1.0,
     generator: Generator | None = None,
 ) -> Bool[Tensor, "B V L"]:
-    """Draw the masks of V views for each image in squares of `block` x `block` tokens (SimMIM's unit).
+    """Draw the masks of V views for each image in squares of `block` x `block` tokens (as in SimMIM).
 
-    Where squares do not tile the grid, those at its lower and right border are cut short and a few are split between
-    views, so that the counts stay exact and every token equally likely.
+    If squares do not tile the grid, those at its lower and right border are smaller and a few are split between views,
+    so that the counts stay exact and every token is equally likely to be hidden.
 
     Args:
         batch_size: B; images are independent of each other.
@@ -72,11 +72,11 @@ def block_masks(
         block: Side of a square, in tokens.
         num_views: V.
         mask_ratio: Corruption rate m_corr in (0, 1): a view keeps K = block^2 * floor(L / block^2 * (1 - m_corr)).
-        predict_ratio: Prediction rate m_pred: U = round(m_pred * L), in whole squares where these tile the grid.
-        generator: Source of randomness; its device is the masks' device.
+        predict_ratio: Prediction rate m_pred: U = round(m_pred * L), in whole squares if these tile the grid.
+        generator: Source of randomness; the masks are on its device.
 
     Raises:
-        ValueError: If there are no such masks; the message names the range that works.
+        ValueError: If there are no such masks; the message names the valid range.
     """
     device = None if generator is None else generator.device
     seeds = torch.randint(2**62, (batch_size,), generator=generator, device=device)
@@ -94,7 +94,7 @@ def seeded_masks(
     mask_ratio: float,
     predict_ratio: float = 1.0,
 ) -> Bool[Tensor, "B V L"]:
-    """Draw the masks of each image from a seed of its own, on the seeds' device and with the same bits on any.
+    """Draw the masks of each image from its own seed, on the seeds' device, with the same bits on any device.
 
     Other arguments and errors are those of `block_masks`.
     """
@@ -117,9 +117,9 @@ def seeded_masks(
     if block > 1:
         place_BL = place_BL[:, square_L] + within_L
     if grid[0] % block or grid[1] % block:
-        # Squares of unequal size do not come first equally often: turning the circle makes their tokens do so.
+        # Squares of unequal size do not come first equally often; a random rotation makes all tokens equally likely.
         place_BL = (place_BL + draws[:, -1:] % len(square_L)) % len(square_L)
-    # Which places each view hides is the same for all images: a look-up instead of arithmetic for each of B V L tokens.
+    # The places that each view hides are the same for all images: look them up instead of computing B V L of them.
     places_L = torch.arange(len(square_L), device=seeds.device)
     arc_V1 = num_hidden * torch.arange(num_views, device=seeds.device)[:, None]
     hidden_VL = (places_L < num_predicted) & ((places_L - arc_V1) % num_predicted < num_hidden)
@@ -130,12 +130,12 @@ def seeded_masks(
 def mask_counts(
     grid: tuple[int, int], *, block: int, num_views: int, mask_ratio: float, predict_ratio: float
 ) -> tuple[int, int]:
-    """Count the tokens that each view hides, M, and that at least one view hides, U.
+    """Return the number of tokens that each view hides, M, and that at least one view hides, U.
 
-    Ratios are the decimals they are written as: a fifth of 100 tokens is 20, whatever 1 - 0.8 is in binary.
+    Ratios are treated as exact decimals: a fifth of 100 tokens is 20, whatever 1 - 0.8 is in binary.
 
     Raises:
-        ValueError: If no V masks of M tokens cover exactly U tokens.
+        ValueError: If V masks of M tokens cannot cover exactly U tokens.
     """
     num_tokens, area = grid[0] * grid[1], block * block
     if not (math.isfinite(mask_ratio) and math.isfinite(predict_ratio)):
@@ -145,7 +145,7 @@ def mask_counts(
         raise ValueError(f"num_views is {num_views}; an image needs at least 1 view")
     num_visible = area * math.floor(num_tokens * (1 - corrupt) / area)
     if not (0 < corrupt < 1 and num_visible > 0):
-        most = math.floor(10_000 * (1 - Fraction(area, num_tokens))) / 10_000  # rounded up, it would be refused as well
+        most = math.floor(10_000 * (1 - Fraction(area, num_tokens))) / 10_000  # rounded up, it would be refused too
         highest = f"at most {most:g}" if num_tokens > area else "a larger image"
         raise ValueError(f"mask_ratio {mask_ratio} leaves no view of {num_tokens} tokens: choose above 0, {highest}")
     reach = min(Fraction(1), num_views * corrupt)
@@ -164,10 +164,10 @@ def token_ids(masked: Bool[Tensor, "B V L"], num_hidden: int | None = None) -> T
 
     Args:
         masked: True = hidden.
-        num_hidden: M, where it is known; it is counted otherwise, which waits for a GPU to get there.
+        num_hidden: M, if known; otherwise the tokens are counted, which synchronises with a GPU.
 
     Raises:
-        ValueError: If the rows hide different numbers of tokens, all or none, as far as they are counted.
+        ValueError: If tokens are counted and rows hide different numbers of them, all or none.
     """
     masked_NL = masked.flatten(0, 1)
     if num_hidden is None:
@@ -180,7 +180,7 @@ def token_ids(masked: Bool[Tensor, "B V L"], num_hidden: int | None = None) -> T
 
 
 def gather_tokens(tokens: Float[Tensor, "B L D"], ids: Int[Tensor, "N S"]) -> Float[Tensor, "N S D"]:
-    """Pick S tokens for each of the V = N / B views of an image, without copying all L tokens V times first."""
+    """Gather S tokens for each of the V = N / B views of an image, without first copying all L tokens V times."""
     batch_size, _, width = tokens.shape
     ids_BVSD = ids.view(batch_size, -1, ids.shape[1], 1).expand(-1, -1, -1, width)
     return tokens[:, None].expand(-1, ids_BVSD.shape[1], -1, -1).gather(2, ids_BVSD).flatten(0, 1)

@@ -1,8 +1,8 @@
 """Disjoint masking with joint distillation (DMJD, arXiv 2301.00230) on one page.
 
-Several views of an image hide disjoint tokens (`masking`). One encoder reads what is visible of every view. The masked
-branch predicts the targets of hidden tokens, the visible branch those of visible tokens. Plain MAE, ConvMAE, SimMIM and
-MaskFeat are the same page with one view and no visible branch.
+Several views of an image hide disjoint sets of tokens (`masking`). One encoder reads the visible tokens of every view.
+The masked branch predicts the targets of hidden tokens, the visible branch those of visible tokens. Plain MAE, ConvMAE,
+SimMIM and MaskFeat are the special case of one view and no visible branch.
 
 Shape letters, here and everywhere:
     B images, V views, N = B*V rows (image-major), C H W an image;
@@ -26,7 +26,7 @@ from dmjd.targets import EmaTeacher, Target
 
 
 class Predictions(NamedTuple):
-    """What the two branches predict, beside what is true; tokens in the order of `masking.TokenIds`."""
+    """Predictions of the two branches and their targets, with tokens in the order of `masking.TokenIds`."""
 
     masked: Float[Tensor, "N M T"]
     masked_target: Float[Tensor, "N M T"]
@@ -47,15 +47,15 @@ class DMJD(nn.Module):
 
     Args:
         encoder: Any backbone of `dmjd.backbones`.
-        target: Any target of `dmjd.targets`; a module if it has weights or buffers. Of both branches, unless
+        target: Any target of `dmjd.targets`; a module if it has weights or buffers. Used by both branches, unless
             `visible_target` is given.
         decoder: The masked branch.
         projector: The visible branch; None for masked modelling alone.
         visible_weight: Weight theta of the visible branch (equation of the total loss; official: 1).
-        visible_target: Target of the visible branch, if it has one of its own.
+        visible_target: Target of the visible branch, if it differs.
         masked_loss: Loss of the masked branch.
         visible_loss: Loss of the visible branch.
-        beta: Where smooth-L1 turns linear.
+        beta: Where smooth-L1 becomes linear.
         mean: Mean of every channel of the images, for values in 0..1.
         std: Standard deviation of every channel, for values in 0..1.
     """
@@ -86,12 +86,12 @@ class DMJD(nn.Module):
         """Compute the losses of a batch.
 
         Args:
-            images: Pixels of 0..255, uint8 or float, where the model is.
-            masked: True = hidden; or what `masking.token_ids` makes of it. Given that, torch compiles all of this as
-                one graph, as no shape depends on a mask.
+            images: Pixels of 0..255, uint8 or float, on the model's device.
+            masked: True = hidden; or the result of `masking.token_ids`, with which torch.compile makes one graph of
+                all this, since no shape depends on a mask.
 
         Raises:
-            ValueError: If the views hide different numbers of tokens, or the images are others or have others.
+            ValueError: If the views hide different numbers of tokens, or masks or channels do not match the images.
         """
         predictions = self.predict(images, masked)
         masked_loss = regression_loss(
@@ -109,7 +109,7 @@ class DMJD(nn.Module):
         return Losses(masked_loss + self.visible_weight * visible_loss, masked_loss, visible_loss)
 
     def predict(self, images: Num[Tensor, "B C H W"], masked: Bool[Tensor, "B V L"] | TokenIds) -> Predictions:
-        """Run both branches; arguments as in `forward`."""
+        """Run both branches; arguments are those of `forward`."""
         if isinstance(masked, Tensor):
             if masked.ndim != 3 or len(masked) != len(images):
                 raise ValueError(f"masks are (images, views, tokens), not {(*masked.shape,)}, for {len(images)} images")
@@ -131,11 +131,11 @@ class DMJD(nn.Module):
         return Predictions(masked_NMT, masked_target_NMT, self.projector(latents), visible_target_NKT)
 
     def features(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
-        """Compute the backbone's pooled features of whole images of 0..255: what is left after pre-training."""
+        """Compute the backbone's pooled features of whole images of 0..255."""
         return self.encoder.backbone(self.normalize(images))
 
     def update_targets(self, progress: float) -> None:
-        """Move targets that are a moving average of the backbone; `progress` is the share of the run done, 0 to 1."""
+        """Update targets that are a moving average of the backbone; `progress` goes from 0 to 1 over the run."""
         for module in self.modules():
             if isinstance(module, EmaTeacher):
                 module.update(self.encoder.backbone, progress)

@@ -1,7 +1,7 @@
-"""Randomness as a function of numbers: the seed of whatever belongs to exactly these, one or a whole batch of them.
+"""Randomness as a hash of numbers, for one tuple of them or a whole batch.
 
-What is drawn for a sample depends on (seed, epoch, index) and on nothing else: not on the device, the rank, the worker
-or what was drawn before. The hash is counted up and stirred (SplitMix64; Steele, Lea and Flood 2014).
+What is drawn for a sample depends only on (seed, epoch, index): not on the device, the rank, the worker or earlier
+draws. The hash uses the increment and the finaliser of SplitMix64 (Steele, Lea and Flood 2014).
 """
 
 import random
@@ -33,7 +33,7 @@ def mix(*numbers: int) -> int:
 
 
 def mix_all(*numbers: int | Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """Do what `mix` does for many seeds at once, at least one of the numbers being a tensor; the same on any device."""
+    """Vectorised `mix`, with the same result on any device; at least one of the numbers must be a tensor."""
     state: Tensor | int = 0
     for number in numbers:
         state = state + (number + _signed(_STEP))  # integers of 64 bits wrap around, as they should
@@ -47,26 +47,26 @@ def mix_all(*numbers: int | Int[Tensor, "..."]) -> Int[Tensor, "..."]:
 
 
 def uniforms(seeds: Int[Tensor, " B"], count: int) -> Float64[Tensor, "B count"]:
-    """Draw `count` numbers of [0, 1) from every seed: the n-th is a hash of the seed and n, not of what came before."""
+    """Draw `count` numbers in [0, 1) from every seed; the n-th is a hash of the seed and n, not of earlier draws."""
     draws = mix_all(seeds[:, None], torch.arange(count, device=seeds.device))
     return _shifted(draws, 10).double() * 2.0**-53
 
 
 def _signed(number: int) -> int:
-    """Write 64 bits as a signed number, as torch has them."""
+    """Reinterpret 64 bits as a signed integer, as in torch."""
     return number - (1 << 64) if number >> 63 else number
 
 
 def _shifted(numbers: Tensor, bits: int) -> Tensor:
-    """Shift to the right and fill up with zeros; torch fills up with the sign."""
+    """Shift right logically, filling with zeros; torch's shift fills with the sign."""
     return (numbers >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Set the global generators of Python, NumPy and torch (on the CPU) to a seed, and back to where they were.
+    """Seed the global generators of Python, NumPy and torch (on the CPU), and restore their states on exit.
 
-    The augmentations of timm and torchvision draw from these, and take no generator of ours.
+    The augmentations of timm and torchvision draw from these and accept no other generator.
     """
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (timm draws there)
     try:
