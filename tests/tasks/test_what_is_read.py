@@ -1,5 +1,7 @@
 """What a verb reads no verb writes over, and it says so before it loads anything."""
 
+from pathlib import Path
+
 import pytest
 
 from dmjd.cli import main
@@ -57,6 +59,16 @@ def test_verbs__refuse_an_out_that_is_what_they_read(command, data, out, content
     code, (line,) = lines(command, data, out, capsys)
     assert code == 2
     assert line.startswith("error: this is what is read, or the folder of it; ")
+    assert content() == before
+
+
+@pytest.mark.parametrize("verb", ["segment", "detect"])
+def test_dense_verbs__predict_into_no_set(verb, content, capsys):
+    (Path("set") / "annotations").mkdir()
+    before = content()
+    code, (line,) = lines(f"{verb} --predict", "study.csv", "set", capsys)
+    assert code == 2
+    assert line.startswith("error: a set of images with annotations; set; ")
     assert content() == before
 
 

@@ -17,7 +17,7 @@ from dmjd.data.source import Readable, join_skipped
 from dmjd.engine.claim import refuse_input
 from dmjd.engine.distributed import Ranks
 from dmjd.engine.signals import stoppable
-from dmjd.errors import DataError
+from dmjd.errors import ConfigError, DataError
 from dmjd.evaluation.features import FeatureExtractor
 
 SHOWN = 8  # held-out images in the report
@@ -83,11 +83,13 @@ def output_name(name: str) -> str:
 
 
 def refuse_images(path: Path, out: Path) -> None:
-    """Refuse to write predictions into the set itself, whose images and classes.txt they would replace.
+    """Refuse to write predictions into a set, whose images and classes.txt they would replace.
 
     Raises:
-        ConfigError: If `out` is the folder of the images, or of a set that they belong to.
+        ConfigError: If `out` is the folder of the images, or holds a set of images with annotations.
     """
+    if (out / "annotations").is_dir():
+        raise ConfigError(f"a set of images with annotations; {out}; choose another --out")
     refuse_input(str(path), [out], folders=[out / name for name in ("images", "masks", "overlays")])
 
 
