@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from in_two import in_two
 from torch import nn
 from torchmetrics.detection import MeanAveragePrecision
 
@@ -72,7 +73,7 @@ class Oracle(nn.Module):
         self.place = nn.Parameter(torch.empty(0))  # says where it computes
 
     def forward(self, images):
-        found = next(self.answers)
+        found, (self.seen,) = next(self.answers), images
         return [
             {
                 "boxes": torch.tensor([box for _, _, box in found]).reshape(-1, 4),
@@ -154,6 +155,30 @@ def test_average_precision__two_images_without_a_detection_of_an_absent_class(ju
     found = judged(boxes, [[(0, 0.9, [5.0, 5.0, 25.0, 25.0])], []])
     assert found.summary["map"] == 1.0
     assert found.rows[1] == {"class": "square", "objects": 0, "ap": ""}
+
+
+def test_finder__a_network_sees_bytes_as_0_to_1_and_its_first_class_is_the_background():
+    network = Oracle([[(1, 0.5, [1.0, 2.0, 3.0, 4.0])]])
+    found = Finder(network, nullcontext)(torch.full((3, 5, 6), 255, dtype=torch.uint8))
+    assert (network.seen == 1).all()
+    assert (found["labels"].tolist(), found["boxes"].tolist()) == ([1], [[1, 2, 3, 4]])
+
+
+def test_judge_detection__two_ranks_find_what_one_finds_also_where_scores_are_equal(write_coco, tmp_path):
+    box = (0, [10.0, 20.0, 30.0, 25.0], False)
+    hit, miss = (0, 0.5, [10.0, 20.0, 40.0, 45.0]), (0, 0.5, [45.0, 5.0, 65.0, 25.0])
+    answers = [[hit], [miss], [hit]]  # precise is who comes first among equals: they stay in the order of the images
+    held_out = open_detection(str(write_coco(tmp_path / "data", {"a": [box], "b": [box], "c": [box]})), Wanted(3))[1]
+
+    def judge(ranks):
+        find = Finder(Oracle(answers[ranks.rank :: ranks.world_size]), nullcontext)
+        found = judge_detection(find, held_out, ranks)
+        return found.summary, found.rows, [(picture.number, picture.prediction["boxes"]) for picture in found.shown]
+
+    alone, together = judge(Ranks(torch.device("cpu"))), in_two(judge)
+    assert alone[:2] == together[:2]
+    assert alone[0]["images"] == 3
+    torch.testing.assert_close(alone[2], together[2])
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------

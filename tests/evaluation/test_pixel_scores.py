@@ -5,11 +5,16 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from in_two import in_two
+from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, jaccard_score
 from torch import nn
 
 from dmjd.backbones.normalize import Normalize
-from dmjd.evaluation.segmentation import PixelClassifier, scores, starts
+from dmjd.data.decode import Wanted
+from dmjd.data.segmentation import open_segmentation
+from dmjd.engine.distributed import Ranks
+from dmjd.evaluation.segmentation import PixelClassifier, judge_segmentation, scores, starts
 
 
 def confusion(true: np.ndarray, predicted: np.ndarray, count: int) -> torch.Tensor:
@@ -89,3 +94,38 @@ def test_classify__deep_images_are_what_bytes_are_but_for_rounding():
     image = torch.randint(256, (3, 40, 50)).byte()
     with torch.inference_mode():
         assert (classify(image) == classify(image.float())).float().mean() > 0.97
+
+
+# -- whole sets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def streets(tmp_path):
+    """Three held-out images of two classes and ignored pixels, of different sizes."""
+    for part, number in (("train", 0), ("val", 0), ("val", 1), ("val", 2)):
+        pixels = np.random.default_rng(number).integers(0, 256, (20 + number, 30, 3), dtype=np.uint8)
+        labels = np.where(pixels[..., 0] > 200, 255, pixels[..., 1] // 128)
+        for folder, picture in (("images", pixels), ("annotations", labels.astype(np.uint8))):
+            (tmp_path / folder / part).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(tmp_path / folder / part / f"{number}.png")
+    return open_segmentation(str(tmp_path), Wanted(3))[1]
+
+
+def test_judge_segmentation__counts_all_pixels_but_the_ignored_ones_on_two_ranks_as_on_one(streets):
+    torch.manual_seed(0)
+    classify = PixelClassifier(Pointwise(3, 2, 1), Normalize([0.5] * 3, [0.2] * 3), nullcontext, (20, 20))
+    table = torch.zeros(2, 2, dtype=torch.long)
+    with torch.inference_mode():
+        for index in range(3):
+            image, labels = streets.read(index)
+            known = labels != 255
+            table += confusion(labels[known].numpy(), classify(image)[known].numpy(), 2)
+        expected, rows = scores(table, streets.classes)
+        assert rows[0]["iou"]
+        for run in (lambda judge: judge(Ranks(torch.device("cpu"))), in_two):
+            judged = run(lambda ranks: judge_segmentation(classify, streets, ranks))
+            assert (judged.summary, judged.rows) == (expected | {"images": 3}, rows)
+            assert [picture.number for picture in judged.shown] == [0, 1, 2]
+            for picture in judged.shown:
+                labels = streets.read(picture.number)[1]
+                assert torch.equal(picture.truth, labels.where(labels != 255, 2))  # a colour beyond the classes'
