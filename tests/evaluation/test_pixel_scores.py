@@ -87,6 +87,14 @@ def test_classify__of_an_extremely_long_image_takes_no_more_than_four_crops(shap
     assert len(model.sizes) <= (6 if slide else 1)
 
 
+def test_classify__an_image_is_seen_with_the_shorter_side_of_a_window_as_its_shorter_side():
+    model = Pointwise(3, 5, 1)
+    classify = PixelClassifier(model, Normalize([0.5] * 3, [0.2] * 3), nullcontext, (24, 36))
+    with torch.inference_mode():
+        assert classify(torch.zeros(3, 48, 60).byte()).shape == (48, 60)
+    assert model.sizes == [(24, 30)]
+
+
 def test_classify__deep_images_are_what_bytes_are_but_for_rounding():
     torch.manual_seed(0)
     model = Pointwise(3, 5, 1)

@@ -35,6 +35,7 @@ def test_listed__every_gpu_has_its_numbers_and_a_source() -> None:
 def test_find_device__without_units_for_bf16_products_are_those_of_float32() -> None:
     assert (find_device("T4").has_bf16, find_device("h100").has_bf16) == (False, True)
     assert find_device("t4").peak("bf16") == find_device("t4").fp32
+    assert find_device("h100").peak("fp32") == find_device("h100").fp32 < find_device("h100").peak("bf16")
 
 
 def test_find_device__a_cpu_is_timed() -> None:
