@@ -6,6 +6,7 @@ import pytest
 
 from dmjd.planning.estimate import Job, Pace, assume, look_ahead, send, split
 from dmjd.planning.gpus import Device, find_device
+from dmjd.planning.trial import Timed, Trial
 from dmjd.planning.work import Footprint, Work
 
 WORK = Work(
@@ -100,3 +101,10 @@ def test_look_ahead__says_what_breaks_first(devices: int, device: Device, first:
 def test_look_ahead__storage_that_is_too_slow_is_named() -> None:
     assert look_ahead(replace(JOB, storage=1e6), WORK, H100, SPEED, 1).breaks == ["storage above 0.001 GB/s"]
     assert look_ahead(JOB, WORK, H100, SPEED, 1).breaks == []
+
+
+def test_trial__tells_the_time_of_an_image_from_that_of_a_step() -> None:
+    trial = Trial(Timed(2, 1.0, None), Timed(8, 2.5, None), largest=8)
+    assert (trial.image, trial.step) == (0.25, 0.5)
+    alone = Trial(Timed(1, 3.0, None), Timed(1, 3.0, None), largest=1)
+    assert (alone.image, alone.step) == (3.0, 0.0)
