@@ -1,4 +1,4 @@
-"""How the method is cited, in pages and in model cards."""
+"""The citation of the method, for pages and model cards."""
 
 CITATION = """@article{ma2023dmjd,
   title = {Disjoint Masking with Joint Distillation for Efficient Masked Image Modeling},

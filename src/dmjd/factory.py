@@ -1,4 +1,4 @@
-"""From settings to a model."""
+"""Models from settings."""
 
 import inspect
 import json
@@ -25,9 +25,9 @@ from dmjd.method import DMJD
 from dmjd.targets import TargetRequest, create_target
 from dmjd.targets.teacher import FeatureTarget
 
-# Sections of the settings that a model is made of.
+# Sections of the settings that define a model.
 SECTIONS = ("model", "masking", "masked", "visible", "hog", "teacher", "decoder")
-OPTIONS = (*SHAPE, "class_token", "reg_tokens", "mask_token", "conv_mlp_ratio")  # what only some backbones have
+OPTIONS = (*SHAPE, "class_token", "reg_tokens", "mask_token", "conv_mlp_ratio")  # settings of some backbones only
 
 
 def build(
@@ -39,11 +39,11 @@ def build(
         preset: Name of a file in `dmjd/presets`.
         size: `tiny`, `small`, `base` or `large`. Default: the preset's.
         image_size: Side, or height and width, in pixels. Default: the preset's, 224 in all full recipes.
-        **overrides: Settings by name, such as `patch_size=8` or `num_views=4`; with the section in front where a name
-            stands in several, such as `decoder_depth=2`. A bare name means the first section that has it.
+        **overrides: Settings by name, such as `patch_size=8` or `num_views=4`, with the section as prefix if several
+            sections have the name, such as `decoder_depth=2`. A bare name means the first section that has it.
 
     Raises:
-        ValueError: If there is no such preset or setting, or the settings do not go together.
+        ValueError: If there is no such preset or setting, or the settings conflict.
     """
     names = sorted(file.stem for file in PRESETS.glob("*.yaml"))
     if preset not in names:
@@ -51,7 +51,7 @@ def build(
     recipe = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())
     values = sections_of(recipe)
     size = size or recipe["model"]["size"]
-    if size != recipe["model"]["size"]:  # another size than the preset's: what the preset changes of its own goes
+    if size != recipe["model"]["size"]:  # for another size, drop the shape that the preset sets for its own
         values["model"] = {key: value for key, value in values["model"].items() if key not in SHAPE}
     side = image_size or recipe["model"]["image_size"]
     side = str(side) if isinstance(side, int | str) else "x".join(map(str, side))
@@ -66,13 +66,13 @@ def build(
 
 
 def save_pretrained(path: Path, network: DMJD, settings: PretrainSettings, value_range: tuple[float, float]) -> None:
-    """Write a pre-trained network whole, but for frozen teachers: encoder, decoder, projector, and what they are like.
+    """Write a whole pre-trained network except for frozen teachers: encoder, decoder, projector and their settings.
 
     Args:
-        path: The file.
-        network: What `from_settings` made.
-        settings: What it was made of.
-        value_range: What of deep images became 0 and 1.
+        path: File to write.
+        network: A network built by `from_settings`.
+        settings: The settings that it was built from.
+        value_range: The values of images that became 0 and 1.
     """
     encoder, plain = network.encoder, to_dict(replace(settings, teacher=replace(settings.teacher, cache=None)))
     assert encoder.architecture
@@ -88,12 +88,12 @@ def save_pretrained(path: Path, network: DMJD, settings: PretrainSettings, value
 
 
 def load_pretrained(path: str | Path) -> DMJD:
-    """Load a `pretrained.safetensors`: the network with its decoder, projector and targets, to predict or train on.
+    """Load a `pretrained.safetensors`: the network with decoder, projector and targets, to predict or train further.
 
-    Teachers among the targets are loaded from where they were.
+    Teachers among the targets are loaded again from their original sources.
 
     Raises:
-        CheckpointError: If the file is missing, broken or another one, or a teacher does not load.
+        CheckpointError: If the file is missing, broken or of another kind, or a teacher does not load.
     """
     task = read_task(path, "pretrain")
     metadata = read_file(path)[0]
@@ -106,12 +106,12 @@ def load_pretrained(path: str | Path) -> DMJD:
 
 
 def section_kinds() -> dict[str, Any]:
-    """List the classes of the sections that a model is made of."""
+    """Return the settings classes of the sections that define a model."""
     return {section: type(getattr(PretrainSettings(), section)) for section in SECTIONS}
 
 
 def sections_of(plain: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Read sections from plain values, whose lists are tuples of settings."""
+    """Read sections from plain values, converting lists to the tuples that settings have."""
     return {
         section: {
             key: tuple(value) if isinstance(value, list) else value for key, value in plain.get(section, {}).items()
@@ -121,12 +121,12 @@ def sections_of(plain: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def model_settings(values: Mapping[str, Mapping[str, Any]]) -> PretrainSettings:
-    """Make the settings of a model from its sections."""
+    """Build the settings of a model from its sections."""
     return PretrainSettings(**{section: kind(**values[section]) for section, kind in section_kinds().items()})
 
 
 def setting_places() -> dict[str, tuple[str, str]]:
-    """Find the section and the name of every setting by its bare name and by SECTION_NAME; the first section wins."""
+    """Map bare names and SECTION_NAME of all settings to section and name; for bare names, the first section wins."""
     places: dict[str, tuple[str, str]] = {}
     for section, kind in section_kinds().items():
         for setting in fields(kind):
@@ -138,18 +138,18 @@ def setting_places() -> dict[str, tuple[str, str]]:
 def from_settings(
     settings: PretrainSettings, statistics: tuple[Sequence[float], Sequence[float]] | None = None
 ) -> DMJD:
-    """Build the model that settings describe, untrained, or with what fits of `settings.init`.
+    """Build the model that settings describe, untrained, or with the weights of `settings.init` that fit.
 
     Args:
-        settings: What to build.
+        settings: Settings of the model.
         statistics: Mean and standard deviation of every channel, 0 to 1. Default: ImageNet's, or round numbers.
 
     Raises:
-        ValueError: If the settings do not go together.
+        ValueError: If the settings conflict.
         CheckpointError: If the weights to start from, or a teacher, do not load.
     """
     model, masking = settings.model, settings.masking
-    for height, width in settings.crop_sizes:  # raises where no such masks exist
+    for height, width in settings.crop_sizes:  # raises if no such masks exist
         mask_counts((height // model.patch_size, width // model.patch_size), **asdict(masking))
     encoder = create_encoder(model)
     mean, std = statistics or default_statistics(model.in_chans)
@@ -164,7 +164,7 @@ def from_settings(
     )
     start = StartingWeights(settings.init) if settings.init else None
     if start:
-        start.into_backbone(encoder)  # before targets are made, which may be its copies
+        start.into_backbone(encoder)  # before building targets, which may be copies of it
     target, visible = create_target(settings.masked.target, request), settings.visible
     differs = visible.weight and visible.target not in (None, settings.masked.target)
     visible_target = create_target(visible.target, request) if differs and visible.target else None
@@ -198,7 +198,7 @@ def from_settings(
 def masks_of(
     settings: PretrainSettings, seeds: Int[Tensor, " B"], grid: tuple[int, int] | None = None
 ) -> Bool[Tensor, "B V L"]:
-    """Draw the masks of samples, True = hidden, by their seeds, for whole crops or for those of another grid."""
+    """Draw the masks of samples, True = hidden, from their seeds, for crops of full size or of another grid."""
     return seeded_masks(seeds, grid or settings.model.grid, **asdict(settings.masking))
 
 
@@ -211,12 +211,12 @@ def create_decoder(settings: PretrainSettings, encoder: Encoder, out_dim: int) -
 
 
 def create_encoder(model: ModelSettings) -> Encoder:
-    """Create the untrained backbone that settings describe: a registered one, timm:NAME or that of a file.
+    """Create the untrained backbone that settings describe: a registered one, timm:NAME or the architecture of a file.
 
     Raises:
         ConfigError: If there is no such backbone.
-        ValueError: If the settings do not go together.
-        CheckpointError: If a file is no backbone's.
+        ValueError: If the settings conflict.
+        CheckpointError: If the file is not that of a backbone.
     """
     if model.has_own_shape:
         if model.mask_token:

@@ -1,4 +1,4 @@
-"""`--init`: weights to start from, wherever they are, and what of them a model takes."""
+"""`--init`: find weights to start from, and load those that fit a model."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,18 +18,18 @@ from dmjd.reference import our_name, read_weights
 
 BACKBONE = "encoder.backbone."
 POSITIONS = "decoder.pos_embed"
-# Files of a run or of a folder for the hub, the first that is there.
+# Files of a run or of a folder for the hub; the first that exists is used.
 NAMES = ("pretrained", "best", "linear", "backbone", "model")
 
 
 class StartingWeights:
-    """Weights by the names of `DMJD`, from a file or a run of ours, an export, timm or an official checkpoint.
+    """Weights under the parameter names of `DMJD`, from a file or run of ours, an export, timm or official checkpoints.
 
     Args:
         name: Directory of a run, a folder for the hub, `timm:NAME`, a file of ours, or one of MAE, ConvMAE or DMJD.
 
     Raises:
-        CheckpointError: If there is none, or it does not load.
+        CheckpointError: If there are no weights, or they do not load.
     """
 
     def __init__(self, name: str):
@@ -59,27 +59,27 @@ class StartingWeights:
 
     def _open(self, backbone: str) -> dict[str, Tensor]:
         network, _ = open_backbone(backbone)
-        with suppress(AttributeError):  # of a network without a grid, which `adapt` refuses by its keys
+        with suppress(AttributeError):  # a network without a grid, whose keys `adapt` refuses
             self.grid = grid_of(network)
         self.num_heads = num_heads_of(network)
         return {f"{BACKBONE}{name}": value for name, value in network.state_dict().items()}
 
     @property
     def is_hybrid(self) -> bool:
-        """Whether they are a ConvViT's."""
+        """Whether the weights are those of a ConvViT."""
         return f"{BACKBONE}patch_embed1.proj.weight" in self.weights
 
     @property
     def stack(self) -> str:
-        """What the names of the transformer's blocks begin with."""
+        """Prefix of the names of the transformer's blocks."""
         return f"{BACKBONE}{'blocks3' if self.is_hybrid else 'blocks'}."
 
     @property
     def width(self) -> int:
-        """Of the transformer's tokens.
+        """Width of the transformer's tokens.
 
         Raises:
-            CheckpointError: If they are no transformer's.
+            CheckpointError: If the weights are not those of a transformer.
         """
         norm = self.weights.get(f"{self.stack}0.norm1.weight")
         if norm is None or norm.ndim != 1:
@@ -88,10 +88,10 @@ class StartingWeights:
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What `model` has to be for the backbone of these weights.
+        """The settings of section `model` that match the backbone of these weights.
 
         Raises:
-            CheckpointError: If they are no transformer's, or do not say how many heads their blocks have.
+            CheckpointError: If the weights are not those of a transformer, or their number of heads is unknown.
         """
         size = {192: "tiny", 384: "small", 768: "base", 1024: "large"}.get(self.width)
         if not (size or self.num_heads):
@@ -100,7 +100,7 @@ class StartingWeights:
             )
         numbers = {name.removeprefix(self.stack).split(".")[0] for name in self.weights if name.startswith(self.stack)}
         found: dict[str, Any] = {"size": size} if size else {"size": "tiny", "embed_dim": self.width}
-        # Official checkpoints do not say how many heads there are: as many as a network of the size has.
+        # Official checkpoints do not store the number of heads: assume that of a network of this size.
         found |= {"depth": len(numbers), **({"num_heads": self.num_heads} if self.num_heads else {})}
         if not self.is_hybrid:
             return {"backbone": "vit", **found}
@@ -112,10 +112,10 @@ class StartingWeights:
         """Load the backbone's weights, adapted to its channels, patches and positions.
 
         Raises:
-            CheckpointError: If they are of another architecture; the message names the first keys.
+            CheckpointError: If the weights are of another architecture; the message names the first keys.
         """
         heads = num_heads_of(encoder.backbone)
-        if self.num_heads not in (None, heads):  # the shapes are the same
+        if self.num_heads not in (None, heads):  # shapes alone would not tell
             differ = f"another architecture: {self.num_heads} heads a block, not {heads}"
             raise CheckpointError(f"{differ}; --init {self.name}; see --model.num_heads")
         theirs = {
@@ -129,9 +129,9 @@ class StartingWeights:
         self.taken = {f"{BACKBONE}{name}" for name in weights}
 
     def into_heads(self, model: nn.Module) -> None:
-        """Load what else fits, of encoder, decoder and projector; say on stderr what was taken.
+        """Load all other weights that fit, of encoder, decoder and projector; report on stderr what was loaded.
 
-        The decoder's positions follow from its grid: of another one they may have the same shape.
+        The decoder's positions are not loaded: they follow from its grid, and those of another may have the same shape.
         """
         ours = model.state_dict()
         self.weights.pop(POSITIONS, None)
@@ -150,13 +150,13 @@ class StartingWeights:
 
 
 def num_heads_of(network: nn.Module) -> int | None:
-    """Count the heads of the first block of a network that has any."""
+    """Return the number of heads of the first attention layer of a network; None if it has none."""
     blocks: Iterator[Any] = network.modules()
     return next((module.num_heads for module in blocks if hasattr(module, "num_heads")), None)
 
 
 def is_ours(path: Path) -> bool:
-    """Tell whether a file says how to make its network, as ours do."""
+    """Tell whether a file describes its architecture, as ours do."""
     try:
         with safe_open(path, framework="pt") as file:
             return "architecture" in (file.metadata() or {})
@@ -165,11 +165,11 @@ def is_ours(path: Path) -> bool:
 
 
 def some(names: Sequence[str]) -> str:
-    """Count names and write the first ones."""
+    """Format the number of names and the first few."""
     return f"{len(names)}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" if names else "none"
 
 
 @cache
 def say(line: str) -> None:
-    """Print a line on stderr once: a model is made again when the statistics of its images are known."""
+    """Print a line on stderr only once: a model is built again when the statistics of its images are known."""
     print(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Models from the weights of the official DMJD, ConvMAE and MAE programs: their parameter names, one table."""
+"""Models from the weights of the official DMJD, ConvMAE and MAE programs, with a table of their parameter names."""
 
 import math
 import pickle
@@ -23,7 +23,7 @@ from dmjd.losses import LossName
 from dmjd.method import DMJD
 from dmjd.targets import HOG, Pixels, Target
 
-# Official name (a pattern) -> ours. The first that matches counts; what none matches is the backbone's.
+# Official name (a pattern) -> ours. The first match counts; everything else belongs to the backbone.
 NAMES = (
     (r"decoder_(embed|blocks|norm|pred|pos_embed)\b", r"decoder.\1"),
     (r"mask_token$", "decoder.mask_token"),
@@ -32,18 +32,18 @@ NAMES = (
     (r"(stage[12]_output_decode)\.", r"encoder.\1."),
     (r"", "encoder.backbone."),
 )
-HYBRID_NORM = (r"norm\.", "encoder.norm.")  # the hybrid's last norm is no part of its backbone
+HYBRID_NORM = (r"norm\.", "encoder.norm.")  # the hybrid's last norm is not part of its backbone
 
 
 def our_name(official: str, *, hybrid: bool = False) -> str:
-    """Translate a parameter's name, of a hybrid's checkpoint or a ViT's."""
+    """Translate an official parameter name, of a hybrid or of a ViT."""
     names = (HYBRID_NORM, *NAMES) if hybrid else NAMES
     pattern, ours = next((pattern, ours) for pattern, ours in names if re.match(pattern, official))
     return re.sub(f"^{pattern}", ours, official, count=1)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a checkpoint's tensors from a .safetensors file, or from a .pth without running what it pickles.
+    """Read a checkpoint's tensors from a .safetensors file, or from a .pth without running pickled code.
 
     Raises:
         CheckpointError: If the file is missing, broken or pickles more than tensors.
@@ -62,13 +62,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"the checkpoint pickles {found[1]} beside its tensors, which is not loaded; {path}; in a place you trust, "
             'run torch.save({"model": torch.load(FILE, weights_only=False)["model"]}, NEW) and load NEW'
         ) from None
-    except Exception as error:  # a broken pickle fails in every way there is
+    except Exception as error:  # a broken pickle may raise anything
         reason = f"{type(error).__name__}: {one_line(error)}"[:200]
         raise CheckpointError(f"not a checkpoint ({reason}); {path}; check the file") from None
     weights = content.get("model", content) if isinstance(content, dict) else {}
     if not (isinstance(weights, dict) and weights and all(isinstance(value, Tensor) for value in weights.values())):
         raise CheckpointError(f"no dictionary of tensors, nor one under 'model'; {path}; check the file")
-    consume_prefix_in_state_dict_if_present(weights, "module.")  # of a model saved in its DistributedDataParallel
+    consume_prefix_in_state_dict_if_present(weights, "module.")  # of a model saved inside DistributedDataParallel
     return weights
 
 
@@ -81,21 +81,21 @@ def load_reference(
     masked_loss: LossName = "l2",
     visible_loss: LossName = "smooth_l1",
 ) -> DMJD:
-    """Make the model that an official pre-training checkpoint describes, with its weights.
+    """Build the model of an official pre-training checkpoint, with its weights.
 
-    Everything but the heads is read from the shapes: ViT or hybrid, widths, depths, MLP ratios, channels, token stride,
-    image size (taken as square), class token, and a visible branch where there is a projector.
+    Everything but the number of heads is read from the shapes: ViT or hybrid, widths, depths, MLP ratios, channels,
+    token stride, image size (assumed square), class token, and a visible branch if there is a projector.
 
     Args:
         state_dict: Official names and tensors.
         num_heads: Heads of the encoder's blocks.
         decoder_num_heads: Heads of the decoder's blocks.
-        target: What it was trained to predict.
+        target: The target that it was trained to predict.
         masked_loss: Loss of the masked branch.
         visible_loss: Loss of the visible branch.
 
     Raises:
-        ValueError: If the weights are not of this kind; the message names the first keys that do not fit.
+        ValueError: If the weights are not those of such a checkpoint; the message names the first keys that do not fit.
     """
     hybrid = any(name.startswith("patch_embed1.") for name in state_dict)
     try:
@@ -124,14 +124,14 @@ def load_reference(
         mean=mean,
         std=std,
     )
-    # The official row of the class token is zero in the decoder's positions; ours has none.
+    # The official decoder's positions have a row of zeros for the class token; ours have none.
     positions = positions[:, -math.prod(encoder.grid) :]
     load_weights(model, {**state_dict, "decoder_pos_embed": positions}, hybrid=hybrid)
     return model
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], *, hybrid: bool) -> None:
-    """Load official weights into a model of their sizes.
+    """Load official weights into a model of the same sizes.
 
     Raises:
         ValueError: If names or shapes do not fit; the message names the first keys that do not.
@@ -148,7 +148,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], *, hybrid: 
 
 
 def vit_encoder(state_dict: Mapping[str, Tensor], num_heads: int) -> Encoder:
-    """Make an untrained ViT of the checkpoint's shapes; raises `KeyError` where one is missing."""
+    """Build an untrained ViT of the checkpoint's shapes; raises `KeyError` if a key is missing."""
     embed_dim, in_chans, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
     class_token = "cls_token" in state_dict
     return create_vit(
@@ -165,10 +165,10 @@ def vit_encoder(state_dict: Mapping[str, Tensor], num_heads: int) -> Encoder:
 
 
 def hybrid_encoder(state_dict: Mapping[str, Tensor], num_heads: int) -> ConvViTEncoder:
-    """Make an untrained hybrid of the checkpoint's shapes; raises `KeyError` where one is missing.
+    """Build an untrained hybrid of the checkpoint's shapes; raises `KeyError` if a key is missing.
 
     Raises:
-        ValueError: If the heads do not divide its width.
+        ValueError: If the number of heads does not divide its width.
     """
     stages = ("blocks1", "blocks2", "blocks3")
     embed_dims = [len(state_dict[f"patch_embed{stage}.proj.weight"]) for stage in (1, 2, 3)]
@@ -190,10 +190,10 @@ def hybrid_encoder(state_dict: Mapping[str, Tensor], num_heads: int) -> ConvViTE
 
 
 def make_decoder(state_dict: Mapping[str, Tensor], encoder: Encoder, num_heads: int) -> Decoder:
-    """Make an untrained decoder of the checkpoint's shapes; raises `KeyError` where one is missing.
+    """Build an untrained decoder of the checkpoint's shapes; raises `KeyError` if a key is missing.
 
     Raises:
-        ValueError: If the heads do not divide its width.
+        ValueError: If the number of heads does not divide its width.
     """
     embed_dim = len(state_dict["decoder_embed.weight"])
     if embed_dim % num_heads:
@@ -215,7 +215,7 @@ def count_blocks(state_dict: Mapping[str, Tensor], name: str) -> int:
 
 
 def make_target(name: str, out_dim: int, patch_size: int, in_chans: int) -> Target:
-    """Make the target of a given width.
+    """Build the target of a given width.
 
     Raises:
         ValueError: If the target cannot have this width.
@@ -224,7 +224,7 @@ def make_target(name: str, out_dim: int, patch_size: int, in_chans: int) -> Targ
     if name == "hog":
         cells = math.isqrt(out_dim // (9 * in_chans))
         if not cells or patch_size % cells:
-            cells = 1  # another width: that of one cell is not it either
+            cells = 1  # not a width of HOG at all: the check below fails with one cell too
         found = HOG(patch_size, in_chans=in_chans, cell_size=patch_size // cells)
     elif name in ("pixels", "normalized_pixels"):
         mean, std = default_statistics(in_chans)

@@ -1,4 +1,4 @@
-"""Names for the kinds of a thing: one new file, in the package or in another distribution, is enough to add one."""
+"""Registries of implementations by name: one new file, in the package or in another distribution, adds one."""
 
 import importlib
 import pkgutil
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """The kinds of a thing by name, filled by decorators.
+    """Implementations by name, registered by decorators.
 
-    The first question imports every module of a package and then everything that other distributions offer under
-    entry points of the package's name, so that their decorators run::
+    The first look-up imports every module of a package, and then everything that other distributions offer as entry
+    points of the group with the package's name, so that their decorators run::
 
         register_target: Registry[Builder] = Registry("target", "dmjd.targets")
 
@@ -26,9 +26,9 @@ class Registry(Generic[T]):
         register_target.get("hog")
 
     Args:
-        noun: What the things are called in messages, in the singular.
-        package: The package whose modules register things, and the group of the entry points.
-        others: What may be given beside the names, for messages.
+        noun: What an entry is called in messages, in the singular.
+        package: Package whose modules register entries; also the group of the entry points.
+        others: What users may give instead of a name, for messages.
     """
 
     def __init__(self, noun: str, package: str, others: str = ""):
@@ -37,7 +37,7 @@ class Registry(Generic[T]):
         self._loaded = False
 
     def __call__(self, *names: str) -> Callable[[T], T]:
-        """Make a decorator that registers what it decorates under one name or several.
+        """Make a decorator that registers an entry under one or more names.
 
         Raises:
             ValueError: If something else already has the name.
@@ -57,7 +57,7 @@ class Registry(Generic[T]):
         return sorted(self._entries)
 
     def get(self, name: str) -> T:
-        """Look up what was registered under a name.
+        """Look up an entry by name.
 
         Raises:
             ConfigError: If there is no such name; the message has the nearest one, or all of them, and how to add one.
@@ -74,7 +74,7 @@ class Registry(Generic[T]):
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True  # before the imports: a module may ask while it is being imported
+        self._loaded = True  # before the imports: a module may look up names while it is being imported
         try:
             for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
                 importlib.import_module(f"{self.package}.{module.name}")
