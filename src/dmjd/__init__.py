@@ -1,15 +1,15 @@
 """Masked image modelling: a folder of unlabelled images in, a vision backbone for timm out.
 
-Disjoint masking with joint distillation (arXiv 2301.00230), MAE, MaskFeat, ConvMAE and their kin:
+Disjoint masking with joint distillation (arXiv 2301.00230), MAE, MaskFeat, ConvMAE and related methods:
 
     run = dmjd.pretrain("photos", "runs/photos", minutes=10)
-    run.numbers["verdict"]                     # what the features are worth
+    run.numbers["verdict"]                     # did it learn?
     dmjd.knn(run.backbone, "labelled").numbers["top1"]
     model = run.load()                         # a timm model
 
-The verbs of the command line are functions: pretrain, knn, linear, finetune, segment, detect, predict, embed, search,
-export, plan, prepare, doctor, report. Their settings have the names of the flags (`dmjd VERB --help`), with two
-underscores for the dot of a section: `model__size="small"`. The others are the parts that these are made of.
+Every verb of the command line is a function: pretrain, knn, linear, finetune, segment, detect, predict, embed, search,
+export, plan, prepare, doctor, report. Settings have the names of the flags (`dmjd VERB --help`), with two underscores
+in place of the dot after a section: `model__size="small"`. The other names are the parts that the verbs are made of.
 """
 
 from importlib import import_module
@@ -82,7 +82,7 @@ _ELSEWHERE = {  # all others are in dmjd.api
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names on first use: torch takes seconds, and the command line's help shall not."""
+    """Import public names on first use: importing torch takes seconds, and the help text must not wait for it."""
     if name == "__version__":
         return version("dmjd")
     if name not in __all__:

@@ -1,4 +1,4 @@
-"""`python -m dmjd`, the same as `dmjd`: what torchrun starts."""
+"""`python -m dmjd`, the same as `dmjd`; torchrun starts this module."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from dmjd.cli import main
 if __name__ == "__main__":
     code = main()
     if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Threads of a group of processes that was left by an error may abort this one on its way out, and its code.
+        # After an error, threads of the process group may abort the interpreter at exit and so replace its exit code.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,9 +1,9 @@
 """The verbs of the command line as functions: `run = dmjd.pretrain("photos", "runs/photos", minutes=10)`.
 
-Settings have the names of their flags: those of a section as a mapping, `model={"size": "small"}`, or with two
-underscores, `model__size="small"`; `dmjd VERB --help` lists them. What stands above what is as there: defaults, the
-preset, the file that `config` names, what is given. What a user has to mend is a `dmjd.errors.UserError`. Ctrl-C ends a
-run as it does on the command line, and is a `KeyboardInterrupt` then; other signals end the process.
+Settings have the names of their flags; those of a section are a mapping, `model={"size": "small"}`, or have two
+underscores, `model__size="small"`; `dmjd VERB --help` lists them. Precedence is that of the command line: defaults <
+preset < the file that `config` names < arguments. Mistakes of the user raise `dmjd.errors.UserError`. Ctrl-C stops a
+run as on the command line and then raises `KeyboardInterrupt`; other signals end the process.
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ from dmjd.errors import Stopped
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a verb has left behind.
+    """The result of a verb.
 
     Attributes:
-        numbers: What it has found out, by name; empty on all ranks but the first.
-        out: The file or the directory that it has written, if any.
+        numbers: Its results by name; empty on all ranks except the first.
+        out: The file or directory that it wrote, if any.
     """
 
     numbers: dict[str, Any]
@@ -34,13 +34,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class TrainingOutcome(Outcome):
-    """What a run has left behind in its directory, `out`.
+    """The result of a training run, in its directory `out`.
 
     Attributes:
-        numbers: Its final numbers, by name.
-        backbone: File of the network, for the `backbone` of other verbs; segmenters, detectors and classifiers have
-            their heads in it. It is the best of a run, with `best_top1`, `best_miou` or `best_map` in `numbers`; those
-            without `best_` are of the last. A linear classifier of several layers' features has none.
+        numbers: Its final numbers by name.
+        backbone: File of the network, for the argument `backbone` of other verbs; for segmenters, detectors and
+            classifiers it includes the head. With labels, it holds the best network of the run, whose numbers are
+            `best_top1`, `best_miou` or `best_map`; numbers without `best_` are those of the last network. A linear
+            classifier on features of several layers has no such file.
         report: The page of the run.
     """
 
@@ -50,28 +51,28 @@ class TrainingOutcome(Outcome):
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl: numbers over steps, for a table or a plot of one's own."""
+        """The lines of metrics.jsonl: numbers over steps, for your own tables and plots."""
         return read_metrics(self.out / "metrics.jsonl")
 
     def load(self) -> nn.Module:
-        """Load the network as a timm model, in evaluation mode, see `dmjd.load_backbone`.
+        """Load the network as a timm model in evaluation mode, see `dmjd.load_backbone`.
 
         Raises:
-            CheckpointError: If there is none.
+            CheckpointError: If the run has no such file.
         """
         return load_backbone(self.backbone)
 
 
 def pretrain(data: str | Path, out: str | Path, **settings: Any) -> TrainingOutcome:
-    """Pre-train a backbone on unlabelled images, by default with what suits them, this machine and 30 minutes.
+    """Pre-train a backbone on unlabelled images, by default with settings that suit them, this machine and 30 minutes.
 
     Args:
-        data: Folder of images, or whatever `--data` takes.
+        data: Folder of images, or anything else that `--data` accepts.
         out: Directory of the run.
         settings: `minutes=10`, `preset="dmjd"`, `epochs=100`, `model__size="small"`, `resume=True` ...
 
     Returns:
-        The run; its `numbers` are those of summary.json, with what the features are worth in `trained`.
+        The run; its `numbers` are those of summary.json, with measurements of the trained features in `trained`.
 
     Raises:
         UserError: See `dmjd.tasks.pretrain`.
@@ -92,7 +93,7 @@ def linear(backbone: str | Path, data: str | Path, out: str | Path | None = None
 
 
 def finetune(backbone: str | Path, data: str | Path, out: str | Path | None = None, **settings: Any) -> TrainingOutcome:
-    """Train a backbone and a classifier on labelled images; `numbers["top1"]` is its accuracy in the end.
+    """Train a backbone and a classifier on labelled images; `numbers["top1"]` is the final accuracy.
 
     Args:
         backbone: A backbone.safetensors, or timm:NAME.
@@ -104,7 +105,7 @@ def finetune(backbone: str | Path, data: str | Path, out: str | Path | None = No
 
 
 def segment(backbone: str | Path, data: str | Path, out: str | Path | None = None, **settings: Any) -> TrainingOutcome:
-    """Train a backbone and UPerNet on images with a class for every pixel; `predict` looks at others with it.
+    """Train a backbone and UPerNet on images with a class for every pixel; `predict` then runs it on other images.
 
     Args:
         backbone: A backbone.safetensors, or timm:NAME.
@@ -116,7 +117,7 @@ def segment(backbone: str | Path, data: str | Path, out: str | Path | None = Non
 
 
 def detect(backbone: str | Path, data: str | Path, out: str | Path | None = None, **settings: Any) -> TrainingOutcome:
-    """Train a backbone and Faster or Mask R-CNN on images with boxes; `predict` looks at others with it.
+    """Train a backbone and Faster or Mask R-CNN on images with boxes; `predict` then runs it on other images.
 
     Args:
         backbone: A backbone.safetensors, or timm:NAME.
@@ -133,7 +134,7 @@ def knn(backbone: str | Path, data: str | Path, out: str | Path | None = None, *
     Args:
         backbone: A backbone.safetensors, or timm:NAME.
         data: Labelled images.
-        out: Directory of a report, if one is wanted.
+        out: Directory for a report; none is written by default.
         settings: `k=20`, `part="test"` ...
     """
     return _do("knn", backbone=backbone, data=data, out=out, **settings)
@@ -155,9 +156,10 @@ def predict(backbone: str | Path, data: str | Path, out: str | Path, **settings:
     """Run a trained classifier, segmenter or detector on images.
 
     Args:
-        backbone: File of the network: the `backbone` of what `finetune`, `linear`, `segment` or `detect` return.
+        backbone: File of the network: the attribute `backbone` of the result of `finetune`, `linear`, `segment` or
+            `detect`.
         data: Images, or one image.
-        out: Table of classes and probabilities; of a segmenter or a detector, the folder.
+        out: Table of classes and probabilities; for a segmenter or a detector, a folder.
         settings: `top=5` ...
     """
     return _do("predict", backbone=backbone, data=data, out=out, **settings)
@@ -167,8 +169,8 @@ def search(features: str | Path, out: str | Path, **settings: Any) -> Outcome:
     """Find the nearest neighbours of images, or near-duplicates, by their features.
 
     Args:
-        features: What `embed` has written.
-        out: Folder of a table and a page with the pictures.
+        features: File written by `embed`.
+        out: Folder for a table, and a page with pictures.
         settings: `query="photo.jpg"` or `duplicates=True`; `k=10` ...
     """
     return _do("search", features=features, out=out, **settings)
@@ -178,8 +180,8 @@ def export(run: str | Path, out: str | Path, to: str = "timm", **settings: Any) 
     """Export the network of a run to timm, Hugging Face, ONNX or torch.export.
 
     Args:
-        run: Directory of a run, or a file of one.
-        out: File to write, whose ending may be left out, or folder.
+        run: Directory of a run, or a file from one.
+        out: File to write, whose suffix may be omitted, or folder.
         to: timm, hf, onnx or torch.
         settings: `license="mit"` ...
     """
@@ -187,7 +189,7 @@ def export(run: str | Path, out: str | Path, to: str = "timm", **settings: Any) 
 
 
 def prepare(data: str | Path, out: str | Path, **settings: Any) -> Outcome:
-    """Decode images once, make them smaller and pack them: a folder that the other verbs read faster.
+    """Decode images once, shrink them and pack them into a folder that the other verbs read faster.
 
     Args:
         data: Images.
@@ -198,10 +200,10 @@ def prepare(data: str | Path, out: str | Path, **settings: Any) -> Outcome:
 
 
 def plan(images: int | None = None, **settings: Any) -> Outcome:
-    """Estimate what a pre-training run will cost, as a page that is printed.
+    """Estimate the cost of a pre-training run, and print it as a page of text.
 
     Args:
-        images: To train on. Default: those of `data`.
+        images: Number of training images. Default: that of `data`.
         settings: `device="h100"`, `devices=8`, `price=2.5`, `measure=30`, and those of `pretrain` ...
 
     Returns:
@@ -211,23 +213,23 @@ def plan(images: int | None = None, **settings: Any) -> Outcome:
 
 
 def doctor(data: str | Path, out: str | Path | None = None, **settings: Any) -> Outcome:
-    """Say what is in a set of images, a run or a backbone, and what is wrong with it.
+    """Examine a set of images, a run or a backbone, and report what is wrong with it.
 
     Args:
-        data: What to look at.
-        out: Folder of what is found out about a set of images. Default: doctor.
+        data: Set of images, run or backbone.
+        out: Folder for the report on a set of images. Default: doctor.
         settings: `max_images=1000` ...
     """
     return _do("doctor", data=data, out=out, **settings)
 
 
 def report(run: str | Path, *others: str | Path, out: str | Path | None = None) -> Path:
-    """Write the page of a pre-training run anew, or that of several runs side by side; returns where it is.
+    """Rewrite the page of a pre-training run, or write one that compares several runs; returns its path.
 
     Args:
         run: Directory of the run.
-        others: Those of other runs, to compare it with.
-        out: The page. Default: RUN/report.html for one run, comparison.html for several.
+        others: Directories of other runs to compare it with.
+        out: File to write. Default: RUN/report.html for one run, comparison.html for several.
     """
     from dmjd.tasks.report import report
 
@@ -235,14 +237,14 @@ def report(run: str | Path, *others: str | Path, out: str | Path | None = None) 
 
 
 def _do(verb: str, **given: Any) -> Outcome:
-    """Do what a verb does; where it has written is what it says, or what it was told."""
+    """Run a verb; its output path is the one it reports, or else the one it was given."""
     numbers = _run(verb, settings_of(verb, **given))
     out = numbers.get("out", given.get("out"))
     return Outcome(numbers, None if out is None else Path(out))
 
 
 def _train(verb: str, network: str, **given: Any) -> TrainingOutcome:
-    """Train as a verb does; a network is called so in the directory of the run."""
+    """Run a verb that trains; `network` is the file name of its network in the directory of the run."""
     settings = settings_of(verb, **given)
     numbers = _run(verb, settings)
     out = settings.run.out
@@ -250,7 +252,7 @@ def _train(verb: str, network: str, **given: Any) -> TrainingOutcome:
 
 
 def _run(verb: str, settings: Any) -> dict[str, Any]:
-    """Do what a verb does; Ctrl-C, when all is saved, is the `KeyboardInterrupt` that it is elsewhere in Python."""
+    """Run a verb; after Ctrl-C, when everything is saved, raise `KeyboardInterrupt` as Python does elsewhere."""
     try:
         return getattr(import_module(f"dmjd.tasks.{verb}"), verb)(settings) or {}
     except Stopped as stop:

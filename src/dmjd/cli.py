@@ -1,6 +1,6 @@
 """`dmjd VERB [--preset NAME] [--config FILE] [--section.key VALUE ...]`: defaults < preset < file < flags.
 
-Presets and files are for `pretrain`, `plan` and the verbs that train on labels; the others have flags alone.
+`pretrain`, `plan` and the verbs that train on labels have presets and files; the others have only flags.
 """
 
 import errno
@@ -49,13 +49,13 @@ from dmjd.config.search import SearchSettings
 PRINT_CONFIG = Annotated[
     bool,
     group("Run"),
-    Parameter(negative="", show_default=False, help="Print the settings in force as YAML, and do nothing else."),
+    Parameter(negative="", show_default=False, help="Print the resolved settings as YAML, and do nothing else."),
 ]
-PATIENCE = 10.0  # seconds that the first process has to say the same error
+PATIENCE = 10.0  # seconds that other processes wait for the first one to report the same error
 
 
 class Verb(NamedTuple):
-    """A row of the table of verbs: `dmjd NAME` is the function NAME of the module `PACKAGE.NAME`."""
+    """A row of the table of verbs: `dmjd NAME` calls the function NAME of the module `PACKAGE.NAME`."""
 
     name: str
     settings: Any
@@ -96,25 +96,25 @@ VERBS = (
     Verb("search", SearchSettings, "Find the nearest neighbours of images, or near-duplicates, by their features."),
     Verb("export", ExportSettings, "Export the network of a run to timm, Hugging Face, ONNX or torch.export."),
     Verb("plan", PlanSettings, "Estimate what a pre-training run will cost.", PRESETS),
-    Verb("prepare", PrepareSettings, "Decode images once, make them smaller and pack them for the other verbs."),
-    Verb("doctor", DoctorSettings, "Say what is in a set of images, a run or a backbone, and what is wrong with it."),
+    Verb("prepare", PrepareSettings, "Decode images once, shrink them and pack them for the other verbs."),
+    Verb("doctor", DoctorSettings, "Examine a set of images, a run or a backbone, and report what is wrong with it."),
 )
 
 
 def verbs() -> tuple[Verb, ...]:
-    """List the verbs: those of the table, and the rows that other distributions offer as `dmjd.verbs`."""
+    """List the verbs: those of the table, and those that other distributions offer as entry points `dmjd.verbs`."""
     return (*VERBS, *(offered.load() for offered in entry_points(group="dmjd.verbs")))
 
 
 def command(verb: Verb) -> Callable[..., None]:
-    """Make the function that the command line calls for a verb, whose settings' fields become its flags."""
+    """Make the command-line function of a verb, whose flags are the fields of its settings."""
 
     def run_verb(settings: Any = None, *, print_config: bool = False) -> None:
         settings = verb.settings() if settings is None else settings
         if print_config:
             print(to_yaml(settings), end="")
             return
-        # torch takes seconds to import: only a verb that runs waits for it.
+        # torch takes seconds to import, so import it only when a verb runs.
         getattr(import_module(f"{verb.package}.{verb.name}"), verb.name)(settings)
 
     needed = any(setting.default is setting.default_factory is MISSING for setting in fields(verb.settings))
@@ -133,12 +133,12 @@ def command(verb: Verb) -> Callable[..., None]:
 
 
 def report(run: Path, /, *others: Path, out: Path | None = None, debug: bool = False) -> None:
-    """Write the report of a run anew from its records, or put several runs side by side on one page.
+    """Rewrite the report of a run from its records, or compare several runs on one page.
 
     Args:
         run: Directory of a pre-training run.
-        others: Directories of other runs to compare it with, seven at most.
-        out: Where the page goes. Default: RUN/report.html for one run, comparison.html for several.
+        others: Directories of other runs to compare it with, at most seven.
+        out: File to write. Default: RUN/report.html for one run, comparison.html for several.
         debug: Show the traceback of an error.
     """
     from dmjd.tasks.report import report
@@ -152,13 +152,13 @@ def application(
     given: Mapping[str, Any] | None = None,
     chosen: Mapping[str, Any] | None = None,
 ) -> App:
-    """Make the command line.
+    """Build the command-line application.
 
     Args:
-        below: YAML files below the flags, of which the first one has the last word.
+        below: YAML files with lower precedence than the flags, in descending order of precedence.
         known: Its verbs, if not all.
-        given: Settings by their flags, over those of the files.
-        chosen: Settings by their flags, over those of the last file: what `--preset auto` has chosen.
+        given: Settings by their flags, which override those of the files.
+        chosen: Settings by their flags, which override those of the last file: the choices of `--preset auto`.
     """
     files: list[Any] = [Yaml(path, use_commands_as_keys=False) for path in below]
     if chosen:
@@ -174,7 +174,7 @@ def application(
             whole_numbers,
         ],
         help_formatter=InForce(below),
-        suppress_keyboard_interrupt=False,  # `main` says that it has stopped
+        suppress_keyboard_interrupt=False,  # `main` reports that it was stopped
     )
     for place, verb in enumerate(verbs() if known is None else known):
         app.command(command(verb), name=verb.name, sort_key=place)
@@ -184,10 +184,10 @@ def application(
 
 
 class InForce(DefaultFormatter):
-    """Writes the help with the defaults that are in force: those of files below the flags, where they have one.
+    """Writes the help with the effective defaults: those of the files, if they have one.
 
     Args:
-        below: The files; the first one has the last word.
+        below: The files, in descending order of precedence.
     """
 
     def __init__(self, below: Sequence[Path]):
@@ -202,7 +202,7 @@ class InForce(DefaultFormatter):
         entries = []
         for entry in panel.entries:
             if entry.default in ("()", '""'):
-                entry = entry.copy(default=None)  # its text says what nothing means
+                entry = entry.copy(default=None)  # the help text explains what an empty value means
             name = next((name.removeprefix("--") for name in entry.positive_names), "")
             value = values.get(name)
             said = f"({', '.join(map(str, value))})" if isinstance(value, list) else str(value)
@@ -211,7 +211,7 @@ class InForce(DefaultFormatter):
 
 
 def words(app: App, commands: Sequence[str], arguments: ArgumentCollection) -> None:
-    """Take YAML's truth values for words where a setting is one: it reads `on`, `off`, `yes` and `no` as such."""
+    """Convert YAML's truth values back to words for settings with these choices: YAML reads `on` or `no` as a bool."""
     for argument in arguments:
         choices = get_args(argument.hint) if get_origin(argument.hint) is Literal else ()
         meant = {str(yaml.safe_load(choice)): choice for choice in choices if choice in ("on", "off", "yes", "no")}
@@ -219,7 +219,7 @@ def words(app: App, commands: Sequence[str], arguments: ArgumentCollection) -> N
 
 
 def whole_numbers(app: App, commands: Sequence[str], arguments: ArgumentCollection) -> None:
-    """Refuse fractions where whole numbers belong, which cyclopts would round; it calls this after the last layer.
+    """Refuse fractions for integer settings, which cyclopts would round; cyclopts calls this after the last layer.
 
     Raises:
         CoercionError: If there is one.
@@ -232,7 +232,7 @@ def whole_numbers(app: App, commands: Sequence[str], arguments: ArgumentCollecti
 
 
 def layers_of(arguments: Sequence[str]) -> list[Path]:
-    """Find the YAML files below the flags of a command line; the first one has the last word after the flags."""
+    """Find the YAML files that a command line uses, in descending order of precedence, all below the flags."""
     verb = next((verb for verb in verbs() if arguments and verb.name == arguments[0]), None)
     if verb is None or verb.presets is None:
         return []
@@ -243,13 +243,13 @@ def layers_of(arguments: Sequence[str]) -> list[Path]:
 
 
 def is_set(arguments: Sequence[str], name: str) -> bool:
-    """Tell whether a flag that takes no value is given, as `--flag` or with a word that the parser takes for true."""
+    """Tell whether a boolean flag is set, as `--flag` or with a word that the parser accepts as true."""
     value = flag_value(arguments, name)
     return name in arguments or (value or "").lower() in {"true", "t", "yes", "y", "1"}
 
 
 def flag_value(arguments: Sequence[str], name: str) -> str | None:
-    """Find the value of `--flag VALUE` or `--flag=VALUE`; like the parser, take hyphens in its name for underscores."""
+    """Find the value of `--flag VALUE` or `--flag=VALUE`; like the parser, treat hyphens in names as underscores."""
     for flag, following in zip(arguments, [*arguments[1:], None], strict=True):
         spelt, equals, value = flag.partition("=")
         if spelt.replace("-", "_") == name.replace("-", "_"):
@@ -258,12 +258,12 @@ def flag_value(arguments: Sequence[str], name: str) -> str | None:
 
 
 def settings_of(verb: str, **given: Any) -> Any:
-    """Resolve settings that Python gives as the command line does: defaults < preset < file < these.
+    """Resolve the settings of a call from Python as the command line does: defaults < preset < file < `given`.
 
     Args:
-        verb: Whose settings.
-        given: Settings by the names of their flags, those of a section as a mapping, or each with the section and two
-            underscores in front: `model={"size": "small"}` or `model__size="small"`. None stands for the default.
+        verb: Name of the verb.
+        given: Settings by the names of their flags; those of a section as a mapping, or each with the section and two
+            underscores as prefix: `model={"size": "small"}` or `model__size="small"`. None means the default.
 
     Raises:
         ConfigError: If one is wrong, or a required one is missing.
@@ -282,7 +282,7 @@ def settings_of(verb: str, **given: Any) -> Any:
 
 
 def parsed(app: App, arguments: Sequence[str]) -> Any:
-    """Parse the arguments of a verb, without doing what they say; its settings."""
+    """Parse the arguments of a verb without running it; returns its settings."""
     _, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     return bound.arguments["settings"]
 
@@ -290,36 +290,36 @@ def parsed(app: App, arguments: Sequence[str]) -> Any:
 def choice(
     below: Sequence[Path], given: Mapping[str, Any], resolve: Callable[[Mapping[str, Any]], Any]
 ) -> Mapping[str, Any]:
-    """Let `--preset auto` choose what is left open, where it is the lowest layer; a resumed run has chosen before.
+    """Let `--preset auto`, if it is the lowest layer, choose settings that are not given; a resumed run keeps its own.
 
     Args:
         below: The files below the flags.
-        given: What flags say of `auto.OWN`.
-        resolve: Makes settings with a choice above the lowest layer.
+        given: Values of the flags in `auto.OWN`.
+        resolve: Resolves settings with a choice above the lowest layer.
     """
     if not below or below[-1] != PRESETS / "auto.yaml":
         return {}
     own = {name: value for path in reversed(below[:-1]) for name, value in by_flag(read_yaml(path)).items()}
     own |= {name: value for name, value in given.items() if value is not None}
-    usual = plain_flags({"model": auto.image(own, auto.SIDES["cpu"][-1], "cpu")})  # a size that goes with the user's
+    usual = plain_flags({"model": auto.image(own, auto.SIDES["cpu"][-1], "cpu")})  # a size that fits `own`
     settings = resolve(usual)
     out = settings.run.out
     refused = (out / "config.yaml").exists() or out.is_file() or (settings.run.resume and not out.exists())
     if refused or isinstance(settings, PlanSettings):
-        return usual  # by the verb, or resumed with what was chosen: no need to look at images
+        return usual  # the verb will refuse, or resume with the earlier choice: no need to read images
     from dmjd.automatic import choose  # imports torch
 
     return plain_flags(choose(settings, own, lambda chosen: resolve(plain_flags(chosen))))
 
 
 def plain_flags(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Write settings by their flags, as files have them."""
+    """Convert settings to plain values by their flags, as in files."""
     return {name: plain(value) for name, value in by_flag(values).items()}
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Parse the arguments and do what they say; errors are raised."""
-    # A verb that is meant is alone: in files, the parser would take settings of the names of others for theirs.
+    """Parse the arguments and run the verb; errors propagate."""
+    # Build only the requested verb: in files, the parser would take a setting named like another verb for that verb's.
     meant = [verb for verb in verbs() if arguments and verb.name == arguments[0]]
     below, chosen = layers_of(arguments), dict[str, Any]()
     if not {"--help", "-h", "--version"} & {*arguments}:
@@ -332,7 +332,7 @@ def run(arguments: Sequence[str]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; a user's mistake becomes one line on stderr and the documented exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # OpenMP's threads spin while they wait. On a machine that does anything else, that made a step four times slower.
+    # By default OpenMP's threads spin while they wait, which made a step four times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         run(arguments)
@@ -342,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, message = explain(error)
         say_error(message)
         return code
-    except KeyboardInterrupt:  # while nothing was to be saved
+    except KeyboardInterrupt:  # when there was nothing to save
         say_stopped("stopped")
         return 130
     except errors.Stopped as stop:
@@ -354,25 +354,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def say_error(message: str) -> None:
-    """Print the line of an error; under torchrun once, of whatever number of processes.
+    """Print an error line, under torchrun only once for all processes.
 
-    As soon as one process has ended with an error, torchrun ends the others. Those beside the first wait for that: they
-    speak only if the first has nothing to say.
+    When one process exits with an error, torchrun ends the others. All processes except the first wait for that, so
+    that they print their error only if the first has none.
     """
     rank = os.environ.get("RANK", "0")
-    if rank != "0" and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started it
+    if rank != "0" and "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
         time.sleep(PATIENCE)
     print(f"error{'' if rank == '0' else f' (process {rank})'}: {message}", file=sys.stderr)
 
 
 def say_stopped(message: str) -> None:
-    """Print the line of a run that was stopped, by the first process."""
+    """Print the line of a run that was stopped, in the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)
 
 
 def explain(error: Exception) -> tuple[int, str]:
-    """Turn a user's mistake into an exit code and one line."""
+    """Convert an error into an exit code and one line."""
     message = errors.one_line(error)
     if isinstance(error, errors.UserError):
         return error.exit_code, message
@@ -382,16 +382,16 @@ def explain(error: Exception) -> tuple[int, str]:
         reason = os.strerror(error.errno) if error.errno else message
         todo = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check disk and permissions"
         return errors.StorageError.exit_code, f"{reason}; {error.filename or 'while writing'}; {todo}"
-    if isinstance(error, SafetensorError):  # from writing: readers translate theirs
+    if isinstance(error, SafetensorError):  # raised by writing: readers convert theirs
         return errors.StorageError.exit_code, f"{message}; while writing tensors; check disk and permissions"
     said = usage(error) if isinstance(error, CycloptsError) else message
     return errors.ConfigError.exit_code, f"{said}; `dmjd --help` lists verbs, `dmjd VERB --help` settings"
 
 
 def usage(error: CycloptsError) -> str:
-    """Write what the parser says in one line that names the flag, or what a wrong one may mean."""
+    """Format a parser error in one line that names the flag and suggests a correction for an unknown one."""
     if isinstance(error, MissingArgumentError) and error.argument and error.argument.name == "*":
-        # A group without a section has no name that a user could type: say which of its flags is missing.
+        # Settings outside a section have no name that a user could type: report which flag is missing.
         error.argument = next(flag for flag in error.argument.children if flag.required and not flag.has_tokens)
     message = re.sub(r"\[([\w.]+)\]", r"\1", errors.one_line(error).replace("][", ".")).rstrip(".")
     if isinstance(error, MissingArgumentError) and error.argument and error.argument.name == "--data":
@@ -400,7 +400,7 @@ def usage(error: CycloptsError) -> str:
     if isinstance(error, UnusedCliTokensError):
         return f"not understood: {' '.join(error.unused_tokens or ())}; a flag of several values is given once for each"
     if isinstance(error, UnknownCommandError):
-        return message.partition(" Available commands:")[0].rstrip(".")  # some of them
+        return message.partition(" Available commands:")[0].rstrip(".")  # it lists only some of them
     if isinstance(error, UnknownOptionError):
         names = [name for argument in error.argument_collection if argument.parse for name in argument.names]
         wrong = re.sub(r"[^\w-]+", ".", (error.token.keyword or error.token.value).partition("=")[0]).strip(".-")

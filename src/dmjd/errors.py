@@ -1,4 +1,4 @@
-"""What can go wrong through no fault of this program, and the exit code that says so.
+"""Errors that are not bugs of this program, each with its exit code.
 
 Every message is one line: what happened; where; what to do. The command line prints it and exits with `exit_code`.
 """
@@ -8,47 +8,47 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Something outside the program has to change before it can go on."""
+    """An error that only a change outside the program can resolve."""
 
     exit_code = 2
 
 
 class ConfigError(UserError, ValueError):
-    """Usage or configuration."""
+    """Wrong usage or configuration."""
 
     exit_code = 2
 
 
 class DataError(UserError):
-    """Images or labels."""
+    """A problem with images or labels."""
 
     exit_code = 3
 
 
 class CheckpointError(UserError):
-    """A checkpoint or a backbone file."""
+    """A problem with a checkpoint or a backbone file."""
 
     exit_code = 4
 
 
 class NonFiniteError(UserError):
-    """A loss or a gradient that is no number."""
+    """A loss or a gradient that is not finite."""
 
     exit_code = 5
 
 
 class StorageError(UserError):
-    """Disk full, or no permission."""
+    """A full disk, or missing permissions."""
 
     exit_code = 6
 
 
 class Stopped(SystemExit):
-    """A signal ended a run. Not an error: nothing that catches errors catches it.
+    """A signal stopped a run. Not an error: `except Exception` does not catch it.
 
     Attributes:
         said: The line for the user.
-        received: Name of the signal, if it came to this process.
+        received: Name of the signal, if this process received it.
     """
 
     def __init__(self, said: str, received: str | None = None):
@@ -63,10 +63,10 @@ def one_line(error: Exception, most: int | None = None) -> str:
 
 @contextmanager
 def extra(name: str, where: str, kind: type[UserError] = ConfigError) -> Iterator[None]:
-    """Import what an extra of this distribution brings in here; `where` says what needs it.
+    """Context for imports of packages that come with an extra of this distribution; `where` names what needs them.
 
     Raises:
-        UserError: Of this kind, if something is not installed.
+        UserError: Of the given kind, if a package is not installed.
     """
     try:
         yield
@@ -76,10 +76,10 @@ def extra(name: str, where: str, kind: type[UserError] = ConfigError) -> Iterato
 
 @contextmanager
 def refusing_settings() -> Iterator[None]:
-    """Make networks of a user's settings in here: what cannot be made of them is the user's mistake.
+    """Context for building networks from a user's settings, where a ValueError is the user's mistake.
 
     Raises:
-        ConfigError: If there is a ValueError.
+        ConfigError: In place of a ValueError.
     """
     try:
         yield
