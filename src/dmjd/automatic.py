@@ -1,6 +1,6 @@
-"""What `--preset auto` does before `dmjd pretrain` begins: look at the images, time a few steps, choose a recipe.
+"""`--preset auto`, before `dmjd pretrain` begins: sample the images, time a few steps, choose a recipe.
 
-The rules are `dmjd.config.auto`.
+The rules are in `dmjd.config.auto`.
 """
 
 import os
@@ -39,30 +39,30 @@ from dmjd.factory import from_settings, masks_of
 from dmjd.initialization import StartingWeights
 from dmjd.method import DMJD
 
-MINUTES = 30.0  # where nobody says
+MINUTES = 30.0  # default
 NUM_LOOKED_AT = 64
 TIMED = 2  # steps, after one to warm up
-IMAGES = {"cpu": 32, "gpu": 256}  # in each of them: fewer would leave a GPU idle
-SPARE = 0.9  # of the minutes for steps; the others go to evaluations, checkpoints and the report
-SMALLER = "give a smaller --model.image_size, or choose cpu for --device"  # where the smallest network does not fit
-Parse = Callable[[Chosen], PretrainSettings]  # settings with these below what a user gives
+IMAGES = {"cpu": 32, "gpu": 256}  # per timed step; fewer would leave a GPU idle
+SPARE = 0.9  # share of the minutes for steps; the rest is for evaluations, checkpoints and the report
+SMALLER = "give a smaller --model.image_size, or choose cpu for --device"  # if the smallest network does not fit
+Parse = Callable[[Chosen], PretrainSettings]  # resolves settings with a choice, which the user's settings override
 
 
 def choose(settings: PretrainSettings, own: Mapping[str, Any], parse: Parse) -> Chosen:
-    """Choose what the user leaves open, and say on stderr what and why.
+    """Choose the settings that the user does not give, and report the choices and reasons on stderr.
 
     Args:
-        settings: What the user gives, over defaults.
-        own: What the user gives of `auto.OWN`, as it is written.
-        parse: Makes settings of a choice, over which stands what the user gives.
+        settings: The user's settings, over defaults.
+        own: The user's settings among `auto.OWN`, as written.
+        parse: Resolves settings with a choice, which the user's settings override.
 
     Returns:
-        The choice, as a preset has it.
+        The choice, in the form of a preset.
 
     Raises:
         DataError: If there are no images, or none decodes.
         CheckpointError: If a network that the user names does not load.
-        ConfigError: If settings do not go together, or the smallest network has not the memory.
+        ConfigError: If settings conflict, or even the smallest network does not fit into memory.
     """
     with join_ranks(settings.run.device) as ranks, memory_errors(SMALLER):
         chosen, said = ranks.on_main(lambda: _choose(settings, own, parse, ranks))
@@ -75,11 +75,11 @@ def choose(settings: PretrainSettings, own: Mapping[str, Any], parse: Parse) -> 
 def _choose(settings: PretrainSettings, own: Mapping[str, Any], parse: Parse, ranks: Ranks) -> tuple[Chosen, list[str]]:
     run, kind = settings.run, "cpu" if ranks.device.type == "cpu" else "gpu"
     parts = ranks.world_size * settings.optim.accumulation
-    # Of the user's own batch, if there is one.
+    # Check the user's own batch size, if there is one.
     ranks.micro_batch(parse({"batch_size": parts}).run.batch_size, settings.optim.accumulation)
     given, minutes = given_network(settings), run.minutes or MINUTES
     usual = Facts(1, auto.SIDES["cpu"][-1], settings.model.in_chans, "cpu", minutes)
-    make(parse(auto.networks(usual, own, given)[0]))  # what does not go together is refused before images are found
+    make(parse(auto.networks(usual, own, given)[0]))  # refuse conflicting settings before searching for images
     images, in_chans = find(settings)
     asked = parse({"model": {**auto.image(own, usual.side, kind), "in_chans": in_chans}}).model.in_chans
     if asked != in_chans:  # the user's own
@@ -93,7 +93,7 @@ def _choose(settings: PretrainSettings, own: Mapping[str, Any], parse: Parse, ra
     few = ForCrops(Subset(images, sample.numbers), None if held else crop_of(parse(networks[0])))
     packed = PackedImages(few)  # reads them all
     readers = ranks.world_size * (spare_cores() if run.workers is None else max(run.workers, 1))
-    waiting = 0.0 if held else few.seconds / len(few) / readers  # for the next image, by all workers together
+    waiting = 0.0 if held else few.seconds / len(few) / readers  # seconds per image that all workers together need
 
     def measure(trial: PretrainSettings) -> float:
         return max(time_image(trial, packed, ranks.device, IMAGES[kind]) / ranks.world_size, waiting)
@@ -130,26 +130,26 @@ def given_network(settings: PretrainSettings) -> Given | None:
 def largest(
     networks: Sequence[Chosen], facts: Facts, parse: Parse, measure: Callable[[PretrainSettings], float]
 ) -> tuple[Chosen, float, float, bool]:
-    """Find the largest network that still sees every image often, by trying them in their order.
+    """Find the largest network that still sees every image often enough, by trying them in order.
 
     Args:
-        networks: From the smallest, which is always taken, to the largest.
-        facts: Of the set; the minutes are those for steps.
-        parse: As in `choose`.
-        measure: Finds the seconds that training on an image takes.
+        networks: Networks from the smallest, which is always accepted, to the largest.
+        facts: Facts about the set; the minutes are those for training steps.
+        parse: See `choose`.
+        measure: Measures the seconds per image of training with given settings.
 
     Returns:
-        The network, its seconds an image, its epochs, and whether a larger one would see images too seldom.
+        The network, its seconds per image, its epochs, and whether a larger one would see images too seldom.
     """
     chosen: Chosen = {}
     model, seconds, passes = None, 0.0, 0.0
     for network in networks:
         trial = parse(network)
-        if trial.model.size != network["model"].get("size", trial.model.size):  # the user's, as are width and depth
+        if trial.model.size != network["model"].get("size", trial.model.size):  # the user's size has its own shape
             own = {key: value for key, value in network["model"].items() if key not in SHAPE}
             network = network | {"model": own}
             trial = parse(network)
-        if trial.model == model:  # there is no other one
+        if trial.model == model:  # the user's settings leave no other network
             continue
         try:
             took = measure(trial)
@@ -165,13 +165,13 @@ def largest(
 
 
 class Sample(NamedTuple):
-    """Some images from all over a set.
+    """A sample of images, evenly spaced over a set.
 
     Attributes:
-        numbers: Of those that decode, and together fit into memory.
+        numbers: Indices of images that decode, and together fit into memory.
         side: Median of the shorter sides, in pixels.
-        largest: Bytes of the largest one.
-        seconds: That decoding one takes, on one core.
+        largest: Bytes of the largest image.
+        seconds: Mean time to decode an image on one core.
     """
 
     numbers: list[int]
@@ -181,7 +181,7 @@ class Sample(NamedTuple):
 
 
 def look(images: Source, data: str) -> Sample:
-    """Decode some images one after the other: a few photographs of a camera are as large as all the memory.
+    """Decode some images one at a time, since even a few large photographs might not fit into memory together.
 
     Raises:
         DataError: If none decodes.
@@ -205,14 +205,14 @@ def look(images: Source, data: str) -> Sample:
 
 
 class ForCrops(View):
-    """Images as training reads them: no larger than crops need, if they are read for each crop.
+    """Images as training reads them: if they are read for each crop, no larger than the crop needs.
 
     Args:
-        source: All of them decode.
-        crop: Makes the crops; None where whole images are held in memory.
+        source: Images that all decode.
+        crop: Draws the crops; None if whole images are held in memory.
 
     Attributes:
-        seconds: That all reading took.
+        seconds: Total time spent reading.
     """
 
     def __init__(self, source: Source, crop: RandomCrop | None):
@@ -220,7 +220,7 @@ class ForCrops(View):
         self.crop, self.seconds = crop, 0.0
 
     def read(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
-        """Read an image for a crop drawn by its number."""
+        """Read an image for a crop that is drawn from its index."""
         began = time.perf_counter()
         if self.crop:
             (draws,) = self.crop.draws(torch.tensor([index]))
@@ -231,23 +231,23 @@ class ForCrops(View):
 
 
 def crop_of(settings: PretrainSettings) -> RandomCrop:
-    """Make what makes the crops."""
+    """Build the random crop of the settings."""
     crop = settings.crop
     return RandomCrop(settings.model.image_hw, crop.scale, crop.ratio, crop.flip)
 
 
 def find(settings: PretrainSettings, in_chans: int | None = None) -> tuple[Source, int]:
-    """Find the images to train on, with the channels that most of them have, or with so many."""
+    """Open the training images with the given number of channels, or with that of most of them."""
     run = settings.run
     parts, wanted = open_as_most(run.data, in_chans, run.data_pages)
     return split(parts, run.data, seed=run.seed).train, wanted.in_chans
 
 
 def make(settings: PretrainSettings, device: torch.device | None = None) -> tuple[DMJD, Optimizer]:
-    """Make the network, untrained whatever it is to start from, and its optimizer.
+    """Build the network, untrained even if `init` is set, and its optimizer.
 
     Raises:
-        ConfigError: If settings do not go together.
+        ConfigError: If settings conflict.
     """
     with refusing_settings():
         network = from_settings(replace(settings, init=None)).to(device).train()
@@ -255,13 +255,13 @@ def make(settings: PretrainSettings, device: torch.device | None = None) -> tupl
 
 
 def time_image(settings: PretrainSettings, images: PackedImages, device: torch.device, count: int) -> float:
-    """Train a few steps of `count` of some images, as the run will, and return the seconds that one takes.
+    """Train a few steps of `count` images each, as the run will, and return the seconds per image.
 
-    Where crops grow, it is the mean over their sizes.
+    With progressive crops, this is the mean over their sizes.
 
     Raises:
-        ConfigError: If settings do not go together.
-        RuntimeError: If the device has not the memory, see `is_memory_error`.
+        ConfigError: If settings conflict.
+        RuntimeError: If the device runs out of memory, see `is_memory_error`.
     """
     stack = stack_of(images)
     samples = MaskedSamples(
@@ -295,7 +295,7 @@ def time_image(settings: PretrainSettings, images: PackedImages, device: torch.d
 def describe(
     facts: Facts, settings: PretrainSettings, seconds: float, at_first: float, device: torch.device
 ) -> list[str]:
-    """Say in a few lines what was chosen and why."""
+    """Describe the choices and their reasons in a few lines."""
     model, masking, run = settings.model, settings.masking, settings.run
     where = f"{os.cpu_count()} cores" if device.type == "cpu" else str(device)
     channels = f"{facts.in_chans} channel{'s' if facts.in_chans > 1 else ''}"
@@ -315,5 +315,5 @@ def describe(
         f"{masking.num_views} views of an image hide {masking.mask_ratio:.0%} each; {predicted}",
         f"{passes:.3g} epochs, {steps} steps of {run.batch_size} images, peak learning rate {settings.lr:.2g}: "
         f"about {minutes:.0f} minutes; an image is seen {float(f'{passes * masking.num_views:.3g}'):g} times",
-        "for another length --minutes or --epochs; every other flag stands above what is chosen here",
+        "change the length by --minutes or --epochs; any other flag overrides these choices",
     ]
