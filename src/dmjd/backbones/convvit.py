@@ -1,11 +1,11 @@
 """The ConvMAE hybrid: two stages of convolutions, then a transformer, and no work on hidden tokens.
 
-A token holds 4 x 4 positions of stage 1 and 2 x 2 of stage 2. Every patch embedding is aligned with the tokens, so all
-that a position does alone (norms, 1x1 convolutions, MLPs, embeddings) is done for visible tokens only, as rows of a
-matrix. Only the depthwise convolution (`depthwise`) looks around: it sees a map with zeros at hidden positions.
+A token covers 4 x 4 positions of stage 1 and 2 x 2 of stage 2. Every patch embedding is aligned with the tokens, so
+pointwise operations (norms, 1x1 convolutions, MLPs, embeddings) run for visible tokens only, as rows of a matrix. Only
+the depthwise convolution (`depthwise`) mixes positions: it sees a map with zeros at hidden positions.
 
-Rows are nested: token by token, in it the 2 x 2 positions of stage 2, in each of those its 2 x 2 positions of stage 1.
-A patch embedding then joins neighbouring rows, which costs nothing. S counts the rows of a stage.
+Rows are nested: token by token, within it the 2 x 2 positions of stage 2, within each of those 2 x 2 of stage 1. A
+patch embedding then merges consecutive rows, which is a free reshape. S is the number of rows of a stage.
 """
 
 from collections.abc import Sequence
@@ -46,18 +46,18 @@ class Pointwise(nn.Conv2d):
         super().__init__(in_dim, out_dim, 1)
 
     def forward(self, rows: Float[Tensor, "S D"]) -> Float[Tensor, "S E"]:
-        """Multiply every row by the one matrix."""
+        """Multiply every row by the same matrix."""
         return F.linear(rows, self.weight.flatten(1), self.bias)
 
 
 class PatchMerge(nn.Conv2d):
-    """A side x side convolution of stride side (its official shape) on nested rows: joins side^2 of them into one."""
+    """A side x side convolution of stride side (its official shape) on nested rows, merging side^2 rows into one."""
 
     def __init__(self, in_dim: int, out_dim: int, side: int):
         super().__init__(in_dim, out_dim, side, stride=side)
 
     def forward(self, rows: Float[Tensor, "S D"]) -> Float[Tensor, "R E"]:
-        """Multiply side^2 neighbouring rows, as one, by the weights in their nested order."""
+        """Concatenate each side^2 consecutive rows, and multiply them by the weights in nested order."""
         weight = self.weight.permute(0, 2, 3, 1)  # E, row, column, D
         if self.kernel_size[0] == 4:
             weight = weight.unflatten(2, (2, 2)).unflatten(1, (2, 2)).transpose(2, 3)
@@ -86,12 +86,12 @@ class ConvMlp(nn.Module):
         self.fc1, self.fc2 = Pointwise(dim, hidden_dim), Pointwise(hidden_dim, dim)
 
     def forward(self, rows: Float[Tensor, "S D"]) -> Float[Tensor, "S D"]:
-        """Transform every row by itself."""
+        """Transform every row independently."""
         return self.fc2(F.gelu(self.fc1(rows)))
 
 
 class ConvBlock(nn.Module):
-    """x + conv2(depthwise 5x5(conv1(norm1(x)))), then x + mlp(norm2(x)); `attn` is the official name of the middle."""
+    """x + conv2(attn(conv1(norm1(x)))), then x + mlp(norm2(x)); `attn`, officially so named, is depthwise 5x5."""
 
     def __init__(self, dim: int, mlp_ratio: float, drop_path: float = 0.0):
         super().__init__()
@@ -115,7 +115,7 @@ class ConvBlock(nn.Module):
 
 
 def token_grid(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
-    """Count the rows and columns of tokens of an image; ValueError if it does not consist of whole ones."""
+    """Return the rows and columns of tokens of an image; raises ValueError if it does not consist of whole tokens."""
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if patch_size not in (4, 8, 16) or height % patch_size or width % patch_size:
         raise ValueError(f"an image of {height} x {width} px does not consist of tokens of {patch_size} px (16, 8, 4)")
@@ -123,21 +123,21 @@ def token_grid(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int
 
 
 class ConvViT(nn.Module):
-    """The hybrid as an image classifier or feature extractor, by timm's conventions.
+    """The hybrid as an image classifier or feature extractor, following timm's conventions.
 
     Args:
         img_size: Side, or height and width, in pixels; other sizes interpolate the positions.
         patch_size: Token stride in pixels: 16 (official), 8 or 4; the first convolution has a quarter of it.
         in_chans: Channels of an image.
-        num_classes: Classes; 0 leaves out `head`: features are the normed mean of tokens.
+        num_classes: Number of classes; 0 omits `head`, so that features are the normalised mean of tokens.
         embed_dims: Widths of the three stages.
         depths: Blocks of the three stages.
         num_heads: Heads of stage 3.
-        mlp_ratios: MLP width over width, by stage: DMJD's 8, 8, 4 or ConvMAE's 4, 4, 4.
-        global_pool: `avg`, or nothing: the map of tokens (B, D, h, w), of which each is normed and classified.
-        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first one.
+        mlp_ratios: MLP width relative to the width of each stage: DMJD's 8, 8, 4 or ConvMAE's 4, 4, 4.
+        global_pool: `avg`, or the empty string for a map of tokens (B, D, h, w), each normalised and classified.
+        drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0 at the first one.
         drop_rate: Dropout before `head`.
-        fc_norm: Weights for that norm without classes, too: those that were trained with a head.
+        fc_norm: Give the norm weights even without classes, to keep those that were trained with a head.
     """
 
     def __init__(  # 12 parameters: timm's own, as its `create_model` passes them
@@ -180,13 +180,13 @@ class ConvViT(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.grad_checkpointing = False
         self.reset_classifier(num_classes, global_pool)
-        # As the official program: all other convolutions keep torch's default, uniform within 1 / sqrt(fan_in).
+        # As in the official program, all other convolutions keep torch's default, uniform within 1 / sqrt(fan_in).
         nn.init.xavier_uniform_(self.patch_embed3.proj.weight.data.view(third, -1))
         for part in (self.patch_embed4, self.blocks3, self.head):
             part.apply(init_weights)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put on a new head; 0 classes take it off. The norm stays as it is, and gets weights with its first head."""
+        """Replace the head; 0 classes remove it. The norm is kept, and gets weights with its first head."""
         if global_pool not in (None, "avg", ""):
             raise ValueError(f"global_pool {global_pool!r}: a ConvViT has no other pooling than 'avg' or none, ''")
         if global_pool is not None:
@@ -201,7 +201,7 @@ class ConvViT(nn.Module):
         return self.head
 
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
-        """Interpolate the positions, once, to images of another side, or height and width; see `img_size`."""
+        """Interpolate the position embeddings permanently to another image size, see `img_size`."""
         grid = token_grid(img_size, self.patch_size)
         positions = resample_positions(self.pos_embed.detach(), self.grid, grid)
         self.pos_embed = nn.Parameter(positions, self.pos_embed.requires_grad)
@@ -210,7 +210,7 @@ class ConvViT(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep of every block only what goes in, and compute the rest again in the backward pass."""
+        """Save only the input of every block, and recompute the rest in the backward pass."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -219,7 +219,7 @@ class ConvViT(nn.Module):
         return {"pos_embed"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Give timm the layers for layer decay: all before the transformer is 0, block i is i + 1, the rest is last."""
+        """Group parameters for timm's layer decay: 0 before the transformer, i + 1 for block i, the last for the rest."""
         return {
             "stem": r"^pos_embed|patch_embed|blocks1|blocks2",
             "blocks": r"^blocks3\.(\d+)",
@@ -228,7 +228,7 @@ class ConvViT(nn.Module):
     def stages(
         self, images: Float[Tensor, "B C H W"], tokens: Int[Tensor, "N K"]
     ) -> tuple[Float[Tensor, "R D1"], Float[Tensor, "S D2"], Float[Tensor, "N K D"]]:
-        """Run all three stages on some tokens of V = N / B views of every image; none sees what is not among them.
+        """Run all three stages on some tokens of V = N / B views of every image; other tokens have no influence.
 
         Returns:
             The nested rows of stage 1 and of stage 2, and the tokens of stage 3 in the order of `tokens`.
@@ -244,7 +244,7 @@ class ConvViT(nn.Module):
         embedded = self.patch_embed1(images)  # once per image, in raster order
         size1 = layout1.height * layout1.width
         view_N = torch.arange(num_rows, device=tokens.device)
-        shift_N = (view_N // (num_rows // batch_size) - view_N) * size1  # from a place in N maps to one in B maps
+        shift_N = (view_N // (num_rows // batch_size) - view_N) * size1  # from places in N maps to places in B maps
         places = (layout1.places.view(num_rows, -1) + shift_N[:, None]).flatten()
         rows1 = embedded.index_select(0, places)
         for block in self.blocks1:
@@ -277,9 +277,9 @@ class ConvViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Compute maps of strides 4, 8, 16 and 32 (tokens of 16 px), the last by pooling; arguments as in timm.
+        """Compute maps of strides 4, 8, 16 and 32 (for tokens of 16 px), the last by pooling; arguments as in timm.
 
-        `norm` and `stop_early` change nothing: the norm comes after pooling, and the stages are one pass.
+        `norm` and `stop_early` have no effect: the norm comes after pooling, and all stages run in one pass.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r}: the maps of a ConvViT are NCHW")
@@ -300,20 +300,20 @@ class ConvViT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = None, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Take off what no map needs, norm and head (`features_only=True`); the stages are one pass, and stay."""
+        """Remove norm and head, which no map needs (`features_only=True`); the stages run in one pass, so all stay."""
         if prune_head:
             self.fc_norm = nn.LayerNorm(self.embed_dim, eps=NORM_EPS, elementwise_affine=False)
             self.reset_classifier(0, "")
         return [*feature_take_indices(4, indices)[0]]
 
     def forward_head(self, x: Float[Tensor, "B D h w"], pre_logits: bool = False) -> Tensor:
-        """Pool a map over its tokens, norm and, unless `pre_logits`, classify; without a pooling, token by token."""
+        """Pool a map over its tokens, normalise and, unless `pre_logits`, classify; without pooling, token by token."""
         pooled = self.fc_norm(x.mean(dim=(2, 3)) if self.global_pool else x.movedim(1, -1))
         found = pooled if pre_logits else self.head(self.head_drop(pooled))
         return found if self.global_pool else found.movedim(-1, 1)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Tensor:
-        """Classify, or compute pooled features where there is no head."""
+        """Classify, or compute pooled features if there is no head."""
         return self.forward_head(self.forward_features(images))
 
 
@@ -321,7 +321,7 @@ class ConvViT(nn.Module):
 class ConvViTEncoder(nn.Module):
     """The hybrid in pre-training: stages 1 and 2 are added to the transformer's output before the last norm.
 
-    The backbone's positions are fixed from here on; one that is loaded for another task trains them.
+    This freezes the backbone's position embeddings; a backbone loaded for another task trains them.
     """
 
     def __init__(self, backbone: ConvViT, architecture: Architecture | None = None):
@@ -354,14 +354,14 @@ def create_convvit(
     depth: int | None = None,
     num_heads: int | None = None,
 ) -> ConvViTEncoder:
-    """Create an untrained hybrid with fixed sine-cosine positions and ConvMAE's initialisation.
+    """Create an untrained hybrid with fixed sine-cosine position embeddings and ConvMAE's initialisation.
 
     Args:
         size: One of `SIZES`.
         image_size: Side, or height and width, in pixels; multiples of `patch_size`.
         patch_size: Token stride in pixels: 16, 8 or 4.
         in_chans: Channels of an image.
-        conv_mlp_ratio: MLP width over width in stages 1 and 2: DMJD's 8 or ConvMAE's 4.
+        conv_mlp_ratio: MLP width relative to the width of stages 1 and 2: DMJD's 8 or ConvMAE's 4.
         embed_dim: Width of stage 3 instead of the size's; stages 1 and 2 have a quarter and a half of it.
         depth: Blocks of stage 3 instead of the size's.
         num_heads: Heads of stage 3 instead of the size's.
@@ -385,7 +385,7 @@ def create_convvit(
     name = f"convvit_{size}"
     try:
         return ConvViTEncoder(timm.create_model(name, **arguments), (name, arguments))
-    except AssertionError as error:  # a width that the heads do not divide
+    except AssertionError as error:  # a width that the number of heads does not divide
         raise ValueError(f"ConvViT {size}: {error}") from None
 
 
@@ -408,10 +408,10 @@ default_cfgs = generate_default_cfgs(
 
 
 def at_its_size(weights: dict[str, Tensor], model: ConvViT) -> dict[str, Tensor]:
-    """Interpolate the positions of weights to the size of a model, whose `pretrained_cfg` knows the size of before."""
+    """Interpolate the positions of weights to a model's size; their own is the input size in its `pretrained_cfg`."""
     config: Any = model.pretrained_cfg
     before, positions = token_grid(config["input_size"][1:], model.patch_size), weights["pos_embed"]
-    if positions.shape[1] != before[0] * before[1]:  # it is that of no weights
+    if positions.shape[1] != before[0] * before[1]:  # the size there is not that of these weights
         return weights
     return {**weights, "pos_embed": resample_positions(positions, before, model.grid)}
 

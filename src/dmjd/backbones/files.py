@@ -1,7 +1,7 @@
-"""`backbone.safetensors`: a timm model's weights under timm's names, and in its metadata how to make the model.
+"""`backbone.safetensors`: a timm model's weights under timm's names, with metadata that tell how to build the model.
 
-A file may come from anyone: the metadata name a model that timm knows and arguments of networks, and nothing else is
-passed on. What was written is digested, so that a bit that has changed since is noticed.
+A file may come from anyone: of the metadata, only the name of a timm model and arguments of networks are passed on. A
+digest detects any bit that has changed since the file was written.
 """
 
 import hashlib
@@ -20,21 +20,21 @@ from timm.models import VisionTransformer, model_entrypoint, resolve_model_input
 from torch import Tensor, nn
 
 from dmjd.backbones import Architecture, register_encoder
-from dmjd.backbones.convvit import ConvViT  # its file registers models with timm as well
+from dmjd.backbones.convvit import ConvViT  # also registers its models with timm
 from dmjd.backbones.vit import pools_by_weights
 from dmjd.errors import CheckpointError, ConfigError, one_line
 
 DIGEST = "sha256"
 METADATA = {"architecture", "model_args", "pretrained_cfg", "value_range", "task", "backbone_prefix", DIGEST, "format"}
-FOREIGN = {".pth", ".pt", ".bin", ".tar", ".ckpt"}  # endings of files that are no safetensors
+FOREIGN = {".pth", ".pt", ".bin", ".tar", ".ckpt"}  # suffixes of checkpoints in other formats
 OVERLAY = {"input_size", "num_classes", "mean", "std", "crop_pct"}
-# Arguments of networks. Those of `timm.create_model` and its helpers are not among them: some would open files.
+# Arguments of networks. Those of `timm.create_model` and its helpers are excluded, since some would open files.
 ARGUMENTS = {*inspect.signature(VisionTransformer).parameters, *inspect.signature(ConvViT).parameters}
 
 
 def images_cfg(in_chans: int, image_hw: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
-    """Describe the images that a network takes as timm's `pretrained_cfg` does."""
-    whole = 1.0  # all evaluations here take the largest square
+    """Describe a network's input images as timm's `pretrained_cfg` does."""
+    whole = 1.0  # all evaluations here use the largest centre crop
     return {"input_size": (in_chans, *image_hw), "mean": tuple(mean), "std": tuple(std), "crop_pct": whole}
 
 
@@ -49,12 +49,13 @@ def save_backbone(
     around: nn.Module | None = None,
     task: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a timm model: weights, its name and arguments for `timm.create_model`, and the images' statistics.
+    """Write a timm model: weights, its name and arguments for `timm.create_model`, and the statistics of its images.
 
-    These are the mean and standard deviation of every channel, 0 to 1 of `value_range`, which deep images had.
+    These are the mean and standard deviation of every channel, after `value_range`, that of the images, is scaled to
+    0 to 1.
 
-    `task` says what the network was trained for, by its `name`, and its `classes`: `task_of` reads it. Of a network
-    `around` the model all weights are written: `load_around` reads such a file whole, `load_backbone` the model in it.
+    `task` describes what the network was trained for, by its `name` and its `classes`; `task_of` reads it. If a network
+    `around` the model is given, all its weights are written: `load_around` reads them, `load_backbone` only the model.
     """
     name, arguments = architecture
     default: Any = model.pretrained_cfg
@@ -74,7 +75,7 @@ def save_backbone(
         place = next(name for name, module in around.named_modules() if module is model)
         metadata["backbone_prefix"] = f"{place}."
     weights = {key: value.contiguous() for key, value in (around or model).state_dict().items()}
-    content = save(weights, metadata | {DIGEST: digest(weights, metadata), "format": "pt"})  # transformers asks for it
+    content = save(weights, metadata | {DIGEST: digest(weights, metadata), "format": "pt"})  # transformers requires it
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
         file.write(content)
@@ -84,7 +85,7 @@ def save_backbone(
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Compute a SHA-256 of tensors, their names, types and shapes, and of metadata without the digest itself."""
+    """Compute a SHA-256 of tensors with names, types and shapes, and of the metadata except for the digest itself."""
     said = {key: value for key, value in sorted(metadata.items()) if key not in (DIGEST, "format")}
     found = hashlib.sha256(json.dumps(said).encode())
     for name, value in sorted(tensors.items()):
@@ -94,12 +95,12 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def read_file(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Read metadata and tensors; a file of an earlier version has no digest, and is taken as it is.
+    """Read metadata and tensors; a file of an earlier version has no digest and is accepted without.
 
     Raises:
-        CheckpointError: If it has changed since it was written.
-        SafetensorError: If it is broken, or no such file.
-        OSError: If it does not open.
+        CheckpointError: If the file has changed since it was written.
+        SafetensorError: If it is broken or of another format.
+        OSError: If it cannot be opened.
     """
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
@@ -112,7 +113,7 @@ def read_file(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def task_of(path: str | Path) -> dict[str, Any]:
-    """Read what the network of a file was trained for: nothing for a backbone alone, or what is no file of ours."""
+    """Read the task that the network of a file was trained for; empty for a plain backbone or a file not of ours."""
     try:
         with safe_open(path, framework="pt") as file:
             task = json.loads((file.metadata() or {}).get("task", "{}"))
@@ -122,10 +123,10 @@ def task_of(path: str | Path) -> dict[str, Any]:
 
 
 def read_task(path: str | Path, name: str) -> dict[str, Any]:
-    """Read what describes the network around a backbone.
+    """Read the description of the network around a backbone.
 
     Raises:
-        CheckpointError: If the file holds no network for the task of this name.
+        CheckpointError: If the file has no network for the task of this name.
     """
     task = task_of(path)
     if task.get("name") != name:
@@ -138,7 +139,7 @@ def load_around(path: str | Path, model: nn.Module) -> None:
     """Load the weights of a network around a backbone.
 
     Raises:
-        CheckpointError: If they are another network's.
+        CheckpointError: If they are those of another network.
     """
     try:
         model.load_state_dict(read_file(path)[1])
@@ -150,35 +151,35 @@ def load_around(path: str | Path, model: nn.Module) -> None:
 def load_backbone(path: str | Path) -> nn.Module:
     """Load a trained backbone as a timm model, in evaluation mode.
 
-    Its `pretrained_cfg` holds the input size and the mean and standard deviation to normalise images by; its
-    `value_range` is what deep images had in training. Plain timm makes the same of the metadata:
+    Its `pretrained_cfg` has the input size, and the mean and standard deviation for normalising images; its
+    `value_range` is that of the training images. Plain timm builds the same model from the metadata:
     `timm.create_model(architecture, **model_args, pretrained_cfg_overlay=pretrained_cfg, checkpoint_path=path)`.
 
     Args:
-        path: A `backbone.safetensors`, or what fine-tuning, segmentation or detection made of one.
+        path: A `backbone.safetensors`, or a file that fine-tuning, segmentation or detection wrote.
 
     Raises:
-        CheckpointError: If the file is missing, broken or no backbone of ours.
+        CheckpointError: If the file is missing, broken or not a backbone of ours.
     """
     return _read(path)[0].eval()
 
 
 def open_backbone(name: str, *, pretrained: bool = True, drop_path_rate: float = 0.0) -> tuple[nn.Module, Architecture]:
-    """Make a backbone for a task, by its file or by timm's name, without a classifier.
+    """Open a backbone for a task, by its file or by timm's name, without a classifier.
 
     `timm:NAME` is a model with timm's weights; NAME may be `hf-hub:OWNER/MODEL` or `local-dir:FOLDER`, as in timm.
 
     Args:
-        name: What to open.
-        pretrained: With its weights, or the same network untrained.
-        drop_path_rate: Stochastic depth in training.
+        name: File or `timm:NAME`.
+        pretrained: Load the weights, or leave the same network untrained.
+        drop_path_rate: Stochastic depth rate in training.
 
     Returns:
-        The model, in evaluation mode, and what makes it.
+        The model in evaluation mode, and its architecture.
 
     Raises:
-        CheckpointError: If there is no such file or model, or its weights cannot be fetched.
-        ConfigError: If the model cannot have stochastic depth.
+        CheckpointError: If there is no such file or model, or its weights cannot be downloaded.
+        ConfigError: If the model cannot have stochastic depth, or has no pooled features.
     """
     kind, _, timm_name = name.partition(":")
     extra = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
@@ -189,7 +190,7 @@ def open_backbone(name: str, *, pretrained: bool = True, drop_path_rate: float =
             model, (architecture, arguments) = _read(name, pretrained, extra)
     except TypeError:
         raise ConfigError(f"the model takes no drop_path_rate; {name}; leave --drop_path at 0") from None
-    if getattr(model, "global_pool", None) == "":  # it gives tokens, where features of images are asked for
+    if getattr(model, "global_pool", None) == "":  # its output is tokens, not features of an image
         if getattr(model, "cls_token", None) is None:
             raise ConfigError(f"it gives tokens, and no features of images (global_pool); {name}; take another")
         arguments = {**arguments, "global_pool": "token"}
@@ -198,11 +199,11 @@ def open_backbone(name: str, *, pretrained: bool = True, drop_path_rate: float =
 
 
 def create_network(name: str, *, image_hw: tuple[int, int], in_chans: int) -> tuple[nn.Module, Architecture]:
-    """Make the untrained network of `timm:NAME` or of a backbone file for images of a size, without a classifier.
+    """Build the untrained network of `timm:NAME` or of a backbone file for a given image size, without a classifier.
 
     Raises:
         CheckpointError: If there is no such file or model.
-        ConfigError: If the network is bound to another size.
+        ConfigError: If the network does not support the image size.
     """
     kind, _, timm_name = name.partition(":")
     size = {"img_size": list(image_hw), "in_chans": in_chans, "num_classes": 0}
@@ -213,7 +214,7 @@ def create_network(name: str, *, image_hw: tuple[int, int], in_chans: int) -> tu
     try:
         network = timm.create_model(architecture[0], **arguments)
         if isinstance(network, VisionTransformer | ConvViT) and pools_by_weights(network):
-            # Masked views need the norm of all tokens, and features must not pass what pre-training never trains.
+            # Masked views need the norm on all tokens, and features must not use weights that are never trained.
             arguments |= {"global_pool": "avg", "fc_norm": False}
             network = timm.create_model(architecture[0], **arguments)
         return network, (architecture[0], arguments)
@@ -225,14 +226,14 @@ def create_network(name: str, *, image_hw: tuple[int, int], in_chans: int) -> tu
 
 
 def is_model(name: str) -> bool:
-    """Tell whether timm has a model of this name, with or without a tag of its weights."""
+    """Tell whether timm has a model of this name, with or without a tag for its weights."""
     return name in timm.list_models(name.partition(".")[0]) or name in timm.list_pretrained(name)
 
 
 def put_head(model: nn.Module, architecture: Architecture, num_classes: int) -> tuple[nn.Module, Architecture]:
-    """Give a model a new linear head, nearly silent at first as in MAE's fine-tuning; 0 classes: pooled features.
+    """Give a model a new linear head with near-zero weights, as in MAE's fine-tuning; 0 classes mean pooled features.
 
-    With the head, a ViT from pre-training gets a new norm after its pooling in the place of that of all tokens (MAE).
+    With the head, a pre-trained ViT gets a new norm after pooling, in place of the norm on all tokens (MAE).
     """
     network: Any = model
     name, arguments = architecture
@@ -245,24 +246,24 @@ def put_head(model: nn.Module, architecture: Architecture, num_classes: int) -> 
                     nn.init.trunc_normal_(layer.weight, std=2e-5)
                     if layer.bias is not None:
                         nn.init.zeros_(layer.bias)
-        if isinstance(model, VisionTransformer) and arguments.get("fc_norm") is False:  # as pre-training makes ViTs
+        if isinstance(model, VisionTransformer) and arguments.get("fc_norm") is False:  # as pre-training builds ViTs
             network.norm.reset_parameters()
             network.fc_norm, network.norm = network.norm, nn.Identity()
             arguments = {**arguments, "fc_norm": True}
     if isinstance(model, ConvViT) and model.fc_norm.elementwise_affine:
-        arguments = {**arguments, "fc_norm": True}  # kept when the head is taken off
+        arguments = {**arguments, "fc_norm": True}  # kept when the head is removed
     return model.eval(), (name, {**arguments, "num_classes": num_classes})
 
 
 def _fetch(model: str, given: str, pretrained: bool, extra: dict[str, Any]) -> tuple[nn.Module, Architecture]:
-    """Make a model of timm."""
-    hub = model.startswith(("hf-hub:", "local-dir:"))  # timm's own prefixes, for a hub and for a folder
+    """Create a timm model."""
+    hub = model.startswith(("hf-hub:", "local-dir:"))  # timm's prefixes for a hub and for a folder
     if not hub and not is_model(model):
         raise CheckpointError(f"timm has no such model; {given}; see timm.list_models()")
     try:
         source: dict[str, Any] = resolve_model_input_args(model) if hub else {"model_name": model}
         architecture: Architecture = source["model_name"], source.get("pretrained_model_args", {})
-        _refuse_unknown(*architecture, {}, given)  # as whoever opens what is made of it will
+        _refuse_unknown(*architecture, {}, given)  # as opening a file of ours made from it will
         return timm.create_model(model, pretrained=pretrained, **extra), architecture
     except (OSError, RuntimeError) as error:
         reason = one_line(error, 200)
@@ -272,9 +273,9 @@ def _fetch(model: str, given: str, pretrained: bool, extra: dict[str, Any]) -> t
 def _read(
     path: str | Path, pretrained: bool = True, extra: dict[str, Any] | None = None
 ) -> tuple[nn.Module, Architecture]:
-    """Make the model of a file."""
+    """Build the model of a file."""
     if Path(path).is_dir():
-        # The backbone of a run first; a folder of another program, or of dmjd linear, has none of that name.
+        # Suggest the backbone of a run first; a folder of another program, or of dmjd linear, has no such file.
         there = sorted(Path(path).glob("*.safetensors"), key=lambda file: (file.stem != "backbone", file.name))
         todo = f"a file in it, such as {there[0].name}" if there else "a run's backbone.safetensors"
         raise CheckpointError(f"a directory; {path}; give {todo}")
@@ -292,7 +293,7 @@ def _read(
         if Path(path).suffix in FOREIGN:
             what, todo = "weights of another program", f"{todo}; dmjd pretrain --init takes such weights to start from"
         raise CheckpointError(f"{what}; {path}; {todo}") from None
-    register_encoder.names()  # what other distributions offer may register models with timm
+    register_encoder.names()  # encoders of other distributions may register models with timm
     _refuse_unknown(name, arguments, overlay, path)
     try:
         model = timm.create_model(name, **arguments, **(extra or {}), pretrained_cfg_overlay=overlay)
@@ -301,20 +302,20 @@ def _read(
     except (RuntimeError, KeyError, TypeError) as error:
         reason = one_line(error, 300)
         raise CheckpointError(f"weights and metadata do not agree: {reason}; {path}; write the file again") from None
-    # Not an entry of `pretrained_cfg`: timm saves that, and refuses to open it with entries that it does not know.
+    # Not an entry of `pretrained_cfg`: timm saves that, and refuses to load it with unknown entries.
     model.value_range = value_range
     return model, (name, arguments)
 
 
 def _refuse_unknown(name: str, arguments: Any, overlay: Any, path: str | Path) -> None:
-    """Pass nothing on to timm but the name of a model and arguments of networks, as numbers, words and lists of them.
+    """Refuse anything but the name of a timm model and arguments of networks: numbers, strings and lists of them.
 
     Raises:
         CheckpointError: If there is anything else.
     """
     if not is_model(name):
         raise CheckpointError(f"timm has no model {name[:80]!r}; {path}; see timm.list_models()")
-    # A model of another distribution may have arguments of its own: those that its function names.
+    # A model of another distribution may have further arguments: those that its entry function names.
     own = set(inspect.signature(model_entrypoint(name.partition(".")[0])).parameters)
     known = ARGUMENTS | own - set(inspect.signature(timm.create_model).parameters)
     for values, keys in ((arguments, known), (overlay, OVERLAY)):
