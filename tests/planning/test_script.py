@@ -33,3 +33,9 @@ def test_slurm__two_jobs_on_a_machine_have_a_port_each_and_what_a_cluster_asks_f
     comments = [line for line in script.splitlines() if line.startswith(("##SBATCH", "# source"))]
     for word in ("--account=", "--partition=", "--mem=", "activate"):
         assert any(word in line for line in comments)
+
+
+@pytest.mark.parametrize(("hours", "asked"), [(0.1, 1), (10.0, 12), (300.0, 24)])
+def test_slurm__a_job_asks_for_a_fifth_more_than_the_hours_planned_and_for_a_day_at_most(hours, asked):
+    script = slurm(["dmjd", "pretrain"], 16, hours=hours, cores=64, out="runs/a")
+    assert f"--nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=64\n#SBATCH --time={asked}:00:00" in script
