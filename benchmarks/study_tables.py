@@ -17,7 +17,7 @@ from scipy.stats import t
 from study import RESULTS, ROOT, Job, Settings, Study, read
 
 STUDIES = ROOT / "benchmarks" / "studies"
-NAMES = {"linear": "linear", "knn": "k-NN", "finetune-0.01": "tuned, 1 %", "finetune-0.1": "tuned, 10 %"}
+NAMES = {"linear": "linear", "knn": "k-NN", "finetune-0.01": "fine-tuned, 1 %", "finetune-0.1": "fine-tuned, 10 %"}
 Runs = dict[tuple[str, float], dict[int, Settings]]  # by arm and budget, then by seed
 
 
@@ -137,7 +137,7 @@ def table_of_contrasts(study: Study, runs: Runs) -> str:
             verdict += f"; {contrast['time']:g}x less time: {time_verdict_of(ratio, contrast['time'])}"
         rows.append([*row, verdict])
     head = ["question", "arm", "against", "seeds", "time"]
-    return markdown([*head, *(NAMES[judge] for judge in study.asked["judges"]), "so"], rows)
+    return markdown([*head, *(NAMES[judge] for judge in study.asked["judges"]), "verdict"], rows)
 
 
 def ratio_of(ours: tuple[Time, int], other: tuple[Time, int]) -> Ratio:
@@ -214,7 +214,9 @@ def write(study: Study) -> None:
     on_cpus = [result for result in results if not result["device"].startswith("NVIDIA")]
     hours = sum(spent["cpu_seconds"] for result in on_cpus for spent in result["spent"].values()) / 3600
     cpus, devices = (sorted({result["device"] for result in part}) for part in (on_cpus, results))
-    others = [f"{sum(each['device'] == name for each in results)} on {name}" for name in devices if name not in cpus]
+    others = [
+        f"{sum(each['device'] == name for each in results)} ran on {name}" for name in devices if name not in cpus
+    ]
     asked = len(set(study.cells()))
     done, searched = sum(map(len, runs.values())), sum(result["searching"] for result in results)
     taken = sum(run["study"] != study.name for found in runs.values() for run in found.values())
@@ -224,7 +226,7 @@ def write(study: Study) -> None:
         f"{study.asked['question']}\n",
         f"Written by `python benchmarks/study_tables.py` from the files of [{study.name}]({study.name}).",
         f"Arms: [{study.name}.yaml](../../benchmarks/studies/{study.name}.yaml); rules: [protocol.md](protocol.md).",
-        f"{done} of {asked} runs that count are there, and {searched} of the search for rates; in all",
+        f"{done} of {asked} runs that count are stored, and {searched} of the search for rates; together they took",
         f"{hours:.1f} hours of CPU on {', '.join(cpus) or 'nothing'}{''.join(f', and {other}' for other in others)}.\n",
         *shared,
         "Accuracies are percent on the test part: mean ± standard deviation over seeds.\n",
