@@ -101,7 +101,7 @@ def test_refuse_deep__wherever_unscaled_images_go_to_a_network(tmp_path: Path) -
         lambda: AnnotatedSamples(train, lambda *both: both, 0)[0, 1],
         lambda: [*decodable(held_out, Ranks(torch.device("cpu")))],
     ):
-        with pytest.raises(DataError, match=r"more than 8 bits, where most have 8; b/1\.png; .*--data_range"):
+        with pytest.raises(DataError, match=r"a value of 18900, where .* 8 bits .*; b/1\.png; .*--data_range"):
             read()
     assert AnnotatedSamples(train, lambda *both: both, 0)[0, 0][0].dtype == torch.uint8
 

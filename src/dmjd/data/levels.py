@@ -71,7 +71,8 @@ def refuse_deep(image: Tensor, name: str) -> None:
         DataError: If there are any: clipped to 255, they would be white.
     """
     if image.dtype in DEEP and image.numpy().max() > BYTES.high:
-        raise DataError(f"more than 8 bits, where most have 8; {name}; say what values range over: --data_range")
+        such = f"a value of {image.numpy().max()}, where images are said to have 8 bits or most of them do"
+        raise DataError(f"{such}; {name}; say what values range over, to more than 255, by --data_range")
 
 
 def _power(value: float) -> float:
