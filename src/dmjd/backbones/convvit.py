@@ -219,7 +219,7 @@ class ConvViT(nn.Module):
         return {"pos_embed"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Group parameters for timm's layer decay: 0 before the transformer, i + 1 for block i, the last for the rest."""
+        """Group parameters for timm's layer decay: 0 before the transformer, i + 1 for block i, then the rest."""
         return {
             "stem": r"^pos_embed|patch_embed|blocks1|blocks2",
             "blocks": r"^blocks3\.(\d+)",
