@@ -155,8 +155,8 @@ def open_archive(data: str, wanted: Wanted) -> dict[str, Source]:
 def _source(data: str, path: Path, members: dict[str, Place], wanted: Wanted) -> StoredImages:
     """Make a source of members by their names."""
     names = sorted(members)
-    classes, labels = classes_of_folders(names)
     packed = PackedStrings.pack(names)
+    classes, labels = classes_of_folders(packed)
     reader = ArchiveReader(
         PackedStrings.pack([str(path)]), torch.tensor([members[name] for name in names]), packed, wanted
     )

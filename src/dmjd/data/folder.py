@@ -11,8 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from jaxtyping import Num
 from torch import Tensor
 
@@ -20,7 +18,8 @@ from dmjd.data.builtin import download_folder
 from dmjd.data.decode import EXTENSIONS, Reduce, Wanted, count_pages, decode
 from dmjd.data.listing import LINKED, list_files, say_ignored, say_unread
 from dmjd.data.packed import PackedNumbers, PackedStrings
-from dmjd.data.source import HELD_OUT_PARTS, Opener, Source, opener_of, places_of, register_source
+from dmjd.data.source import HELD_OUT_PARTS, Opener, Source, opener_of, register_source
+from dmjd.data.stored import PARTS, classes_of_folders
 from dmjd.errors import DataError
 
 
@@ -125,17 +124,7 @@ def folder_images(root: Path, wanted: Wanted) -> FolderImages:
     names = image_names(root)
     if wanted.pages == "frames":
         names = PackedStrings.pack(_frames(root, names))
-    places: dict[str, int] = {}
-    found = np.empty(len(names), dtype=np.int64)
-    for index in range(len(names)):
-        folder, _, file = names[index].partition("/")
-        if not file or "/" in file:
-            return FolderImages(root=root, names=names, wanted=wanted, classes=(), labels=None)
-        found[index] = places.setdefault(folder, len(places))
-    if len(places) < 2:
-        return FolderImages(root=root, names=names, wanted=wanted, classes=(), labels=None)
-    classes = tuple(sorted(places))
-    labels = PackedNumbers(torch.tensor(places_of(places, classes))[torch.from_numpy(found)])
+    classes, labels = classes_of_folders(names)
     return FolderImages(root=root, names=names, wanted=wanted, classes=classes, labels=labels)
 
 
@@ -171,7 +160,7 @@ def open_folder(data: str, wanted: Wanted) -> dict[str, Source]:
 
 def part_names(root: Path) -> list[str]:
     """List the parts of a folder, train first; empty without a part `train`."""
-    parts = [name for name in ("train", *HELD_OUT_PARTS) if (root / name).is_dir()]
+    parts = [name for name in PARTS if (root / name).is_dir()]
     return parts if "train" in parts else []
 
 

@@ -1,4 +1,4 @@
-"""Shared by sets that are not folders: images by index, and classes and parts from a column or the paths.
+"""Shared by most kinds of sets: images by index, and classes and parts from a column or the paths.
 
 Archives, arrays, prepared and hub sets differ in where an image lies. Each provides a reader, a small picklable
 function from the index of an image to its pixels; everything else is here.
@@ -75,8 +75,8 @@ def classes_of(labels: Iterable[str]) -> Classes:
     return _in_order(sorted(distinct, key=lambda label: (keys[label], label) if numbers else label), distinct, found)
 
 
-def classes_of_folders(names: Sequence[str]) -> Classes:
-    """Number the classes of paths, alphabetically as in a folder, if all are CLASS/IMAGE with two classes or more."""
+def classes_of_folders(names: PackedStrings) -> Classes:
+    """Number the classes of paths alphabetically, if all are CLASS/IMAGE with two classes or more."""
     if not all(name.count("/") == 1 for name in names):
         return (), None
     distinct, found = _numbered(name.partition("/")[0] for name in names)
