@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_faults import STEPS, backbone, curve, flags, resumption, start, wait_for_save
 
 import dmjd.tasks.pretrain
@@ -271,12 +272,14 @@ def test_pretrain__three_in_a_row_go_back_to_a_good_checkpoint_and_the_run_ends(
 ) -> None:
     out = tmp_path / "run"
     poison(monkeypatch, lambda number: number in (12, 13, 14), factor)
-    assert main(flags(data, out, monitor__log_every=log_every, monitor__saves=3)) == 0
+    assert main(flags(data, out, monitor__log_every=log_every, monitor__saves=3, log_to="tensorboard")) == 0
     assert "at step 14; back to step 10, other images from there (rollback 1 of 2)" in capsys.readouterr().err
     summary = json.loads((out / "summary.json").read_text())
     assert summary["rollbacks"] == 1
     if log_every == 1:
         assert [step for step, *_ in curve(out)] == list(range(1, STEPS + 1))
+        board = EventAccumulator(str(out / "tensorboard")).Reload()
+        assert [event.step for event in board.Scalars("loss")] == list(range(1, STEPS + 1))
     assert_finite(out)
 
 

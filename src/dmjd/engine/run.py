@@ -212,6 +212,9 @@ class Run:
         self.evaluated = {values["step"] for _, values in kept if "loss" not in values}
         self.ranks.on_main(lambda: self.replace("metrics.jsonl", "".join(line for line, _ in kept)))
         self.ranks.on_main(lambda: self.replace("skipped.tsv", rows_of(self.skipped)))
+        if self.loggers is not None:  # the run has gone back: what they show of later steps is void
+            self.tell(lambda logger: logger.finish())
+            self.ranks.on_main(self.open_loggers)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl, with null for numbers that are not finite, and log its numbers."""
