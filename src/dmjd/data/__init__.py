@@ -2,8 +2,9 @@
 
 Sources of images: `source` (what a source is, and opening one), and a file for each kind: `folder`, `table` (lists),
 `archive` (zip, tar and shards), `arrays`, `hub` (Hugging Face), `prepared`, and `builtin` with the scenes of `shapes`.
-A new kind is one new file that registers itself, here or in another distribution. `stored` is shared by most kinds, `listing` finds files, `packed` keeps millions of texts or numbers in memory that all workers share,
-and `memory` holds the decoded images of a small set; `single` is one image by itself; `transfer` copies to a device.
+A new kind is one new file that registers itself, here or in another distribution. `stored` is shared by most kinds,
+`listing` finds files, `packed` keeps millions of texts or numbers in memory that all workers share, and `memory` holds
+the decoded images of a small set; `single` is one image by itself; `transfer` copies to a device.
 Images: `decode` (any file to a tensor at its depth), `peek` (its header), `levels` and `statistics` (range, mean and
 standard deviation of its values), `crops`.
 Training: `sampler` (which samples, when), `loader` and its `workers` with the memory that they have `lent`, and for
