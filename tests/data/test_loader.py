@@ -17,6 +17,8 @@ from dmjd.data.masked import MaskedBatch, MaskedSamples
 from dmjd.data.memory import in_memory
 from dmjd.data.sampler import StepSampler
 from dmjd.data.source import Source, Subset
+from dmjd.data.workers import usable_cores
+from dmjd.engine.distributed import join_ranks
 
 COUNT = 11
 BAD = "006.png"
@@ -85,6 +87,36 @@ def test_train_batches__workers_have_the_cores_of_their_rank(
     sampler = StepSampler(COUNT, 4, 0, 6, 0)
     batches = train_batches(samples_of(folder), sampler, None, workers=None, pin_memory=False)
     assert batches.loader.num_workers == workers
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+    ],
+    ids=str,
+)
+def test_usable_cores__are_those_that_a_container_may_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, str], cores: int
+) -> None:
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("dmjd.data.workers.QUOTA", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(8)}, raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        with join_ranks("cpu"):
+            assert torch.get_num_threads() == usable_cores() == cores
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_train_batches__larger_than_the_set_they_show_images_of_several_epochs(folder: Path) -> None:

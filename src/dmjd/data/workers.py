@@ -1,11 +1,12 @@
 """Worker processes that load batches: watched while they run, and ended with the process that started them."""
 
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import connection, resource_tracker
@@ -20,14 +21,22 @@ from torch.utils.data import DataLoader, Dataset
 from dmjd.errors import ConfigError, UserError
 
 LOOK = 5  # seconds between two checks of the workers
+# Control group of a container, and its files with quota and period of CPU time, in versions 2 and 1.
+QUOTA = Path("/sys/fs/cgroup")
+QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
 # Signals that schedulers and terminals send to all processes of a run: the main process handles them, and needs its
 # workers to the end.
 TO_THE_GROUP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 def usable_cores() -> int:
-    """Count the cores for this process: its share of those of the machine, next to other ranks."""
+    """Count the cores for this process: its share of those of the machine or container, next to other ranks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in QUOTAS:
+        with suppress(OSError, ValueError):  # no such files, or no limit: max
+            quota, period = map(int, " ".join((QUOTA / name).read_text() for name in files).split())
+            if quota > 0:
+                cores = min(cores, math.ceil(quota / period))
     return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 

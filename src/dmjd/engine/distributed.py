@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import _get_current_function_mode
 from torch.utils.checkpoint import checkpoint
 
+from dmjd.data.workers import usable_cores
 from dmjd.engine.device import Float32Attention, choose_device, memory_errors
 from dmjd.engine.watch import this_process, watching
 from dmjd.errors import ConfigError, Stopped
@@ -161,6 +162,8 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         such = f"srun has started {tasks} processes that do not know of each other; SLURM_STEP_NUM_TASKS"
         how = "start torchrun in one task a node (see dmjd plan --script slurm), or set WORLD_SIZE=1 for runs apart"
         raise ConfigError(f"{such}; {how}")
+    if (cores := usable_cores()) < torch.get_num_threads():  # torch counts those of the whole machine
+        torch.set_num_threads(cores)
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     chosen = device_of(rank, world_size, device)
     current = torch.cuda.device(chosen) if chosen.type == "cuda" else nullcontext()  # for events and pinned memory
