@@ -1,14 +1,14 @@
-"""What `--preset auto` makes of a person's images: sets x minutes x seeds, against `quick` and an untrained network.
+"""Results of `--preset auto` on various images: sets x minutes x seeds, against `quick` and an untrained network.
 
     python benchmarks/auto.py run IMAGES OUT [--minutes 5 15 60] [--seeds 2] [--cores 2] [--sets clothing camvid]
     python benchmarks/auto.py table
 
 IMAGES holds cifar10/ and clothing/ (train/CLASS/IMAGE, test/CLASS/IMAGE), camvid/ (images/train/, annotations/train/)
-and bccd/ (a Pascal VOC folder in it). A network is pre-trained on the training images of a set without their labels,
-and judged by the program's own defaults: a linear probe, fine-tuning with a tenth and with all of the labels, mIoU of
-segmentation or AP of detection. Every result is a file of docs/results/auto, of which docs/results/auto.md is the
-table; what is there is not done again, so that a run can be cut off. Minutes are those of two cores: one core gets
-twice as many.
+and bccd/ (containing a Pascal VOC folder). A network is pre-trained on the training images of a set without their
+labels, and evaluated with the program's defaults: a linear probe, fine-tuning with a tenth and with all of the labels,
+mIoU of segmentation or AP of detection. Every result is a file in docs/results/auto, and docs/results/auto.md is the
+table; results that exist are not computed again, so a run may be interrupted. Minutes are those of two cores: one core
+gets twice as many.
 """
 
 import argparse

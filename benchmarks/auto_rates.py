@@ -1,12 +1,12 @@
-"""The learning rate of `--preset auto`: the same run at several times the rate that it chooses.
+"""The learning rate of `--preset auto`: the same run at several multiples of the rate that it chooses.
 
     python benchmarks/auto_rates.py run DATA OUT --epochs 17 [--factors 1 3 6] [--seeds 1]
     python benchmarks/auto_rates.py table
 
-DATA is a folder of labelled images in parts. Epochs are given, so that runs differ in nothing but the rate and do not
-depend on how fast the machine is. The judge is a logistic regression on the features of all images of all parts,
-cross-validated in five folds, with the best of five penalties. Every result is a file of docs/results/auto-rates, of
-which docs/results/auto-rates.md is the table; what is there is not done again.
+DATA is a folder of labelled images in parts. The number of epochs is given, so that runs differ only in the learning
+rate and do not depend on the speed of the machine. They are evaluated by logistic regression on the features of all
+images of all parts, with five-fold cross-validation and the best of five penalties. Every result is a file in
+docs/results/auto-rates, and docs/results/auto-rates.md is the table; results that exist are not computed again.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""Deep images train like the same ones of 8 bits, and images of twelve channels go through every verb.
+"""Check that deep images train like the same images in 8 bits, and that every verb takes images of twelve channels.
 
     python benchmarks/channels.py FOLDER [--images 1000] [--out results.json]
 
-FOLDER has images of one size as CLASS/IMAGE. So many of them, from all over FOLDER, are written anew:
+FOLDER has images of one size as CLASS/IMAGE. The given number of them, from all over FOLDER, is written again:
 
-* as uint16 of 257 times the value, so that they range over 0..65535 as bytes do over 0..255; of three channels, and of
-  four, the last of which is the mean of the others. The losses of 24 steps are compared with those of 8-bit images:
-  "held" in one tensor, as a set of few and small ones is; "packed", cropped one by one (--data_on_device no); and held
-  but "uncropped". A resized crop of bytes is rounded to bytes, that of a deep image is not, or at its own depth: only
-  uncropped images have to be the same to the last digit.
+* as uint16 of 257 times the value, so that they range over 0..65535 as bytes do over 0..255; with three channels, and
+  with four, the last of which is the mean of the others. The losses of 24 steps are compared with those of 8-bit
+  images: "held" in one tensor, as a set of few and small images is; "packed", cropped one by one (--data_on_device no);
+  and held but "uncropped". A resized crop of bytes is rounded to bytes, that of a deep image is not, or at its own
+  depth: only uncropped images must agree to the last digit.
 * as uint16 of twelve channels, random mixtures of red, green and blue in 12 bits. They train every kind of target, the
-  last of them a frozen teacher, which is what the first run has made; then the other verbs look at that.
+  last of which is a frozen teacher, the result of the first run; the other verbs then use that backbone.
 """
 
 import argparse

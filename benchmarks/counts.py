@@ -1,16 +1,16 @@
-"""What a pre-training step needs, counted, not timed: the same on any machine with the same versions.
+"""The cost of a pre-training step, counted rather than timed: the same on any machine with the same versions.
 
     python benchmarks/counts.py                      count, and write docs/results/bench/counts.json
-    python benchmarks/counts.py check [--only NAME]  count again, and fail where a figure is worse than the stored one
+    python benchmarks/counts.py check [--only NAME]  count again, and fail if a figure is worse than the stored one
 
-Figures of a step of forward and backward pass and AdamW in float32, for the images of a batch together:
-    flops        of products, attention and convolutions, two a multiply-add
-    saved_bytes  activations that are kept for the backward pass
-    calls        operators that torch dispatches, the target's and the optimizer's included
-    syncs        those of forward and backward pass that wait for a device: a number read, places of what is not zero
-    breaks       breaks of the graph that torch.compile makes of the step, and of its parts, at size `small`
+Figures of a step (forward pass, backward pass and AdamW) in float32, for all images of a batch together:
+    flops        of matrix products, attention and convolutions, two per multiply-add
+    saved_bytes  activations that are saved for the backward pass
+    calls        operators that torch dispatches, including those of the target and the optimizer
+    syncs        operators of forward and backward pass that synchronise with a device: item, nonzero
+    breaks       graph breaks of torch.compile in the step, and in its parts, at size `small`
 
-Plain forms of the same steps are counted too when figures are written; what is checked is ours.
+Plain implementations of the same steps are counted too when figures are written; only ours are checked.
 """
 
 import json

@@ -1,12 +1,12 @@
-"""What pre-training is worth for segmentation and detection on two cores: CamVid and BCCD, three starts, four seeds.
+"""The benefit of pre-training for segmentation and detection on two cores: CamVid and BCCD, three starts, four seeds.
 
     python benchmarks/dense.py CAMVID BCCD CLOTHING OUT
 
-CAMVID has images/ and annotations/, BCCD is a Pascal VOC folder, CLOTHING holds a larger set of photographs. A small
-ViT is pre-trained for the same number of steps on the training images of either task and on the photographs; then every
-task is trained for the same number of steps from random weights, from its own images and from the photographs. Every
-run takes one core. Runs that are there are not repeated; the table is OUT/table.md, settings, results and results by
-class of every run are a line of OUT/runs.jsonl, the pictures are OUT/TASK.jpg.
+CAMVID has images/ and annotations/, BCCD is a Pascal VOC folder, CLOTHING has a larger set of photographs. A small ViT
+is pre-trained for the same number of steps on the training images of each task and on the photographs; then every task
+is trained for the same number of steps from random weights, from weights of its own images and from weights of the
+photographs. Every run takes one core. Runs that exist are not repeated. The table is OUT/table.md; each line of
+OUT/runs.jsonl has the settings, results and results by class of a run; the pictures are OUT/TASK.jpg.
 """
 
 import argparse

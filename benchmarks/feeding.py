@@ -1,10 +1,10 @@
-"""How fast images are fed, and how much memory that takes; prints one table for each part.
+"""Speed and memory of data loading; prints one table for each part.
 
     python benchmarks/feeding.py photos FOLDER     photographs to crops of 224 px, against Pillow and torchvision
     python benchmarks/feeding.py small             images in memory to batches of two views, on one core
 
-`--pairs` says how often both sides run in turns. `small --before DIR` measures an earlier version as well: DIR is its
-`src`, of before batches were cropped at once.
+`--pairs` is the number of times that both sides run in turns. `small --before DIR` measures an earlier version as well:
+DIR is the `src` of a version that did not yet crop a whole batch at once.
 """
 
 import argparse

@@ -1,25 +1,25 @@
-"""Whether a device computes what a CPU computes: differences that are found, and those that rounding explains.
+"""Check that a device computes what a CPU computes: differences found, and differences that rounding explains.
 
     python benchmarks/gpu_correct.py --out correct.json [--golden FOLDER]
     python benchmarks/gpu_correct.py --device cpu --toy --only masks crops step --out toy.json
 
-Each check is a line of JSON, printed as it is done. A check that fails does not keep the others from being made; the
-program fails then. The checks, by the name for --only:
+Each check prints a line of JSON when it is done. If a check fails, the others still run, and the program fails at the
+end. The checks, by their name for --only:
 
 masks    hashes, uniform numbers and masks from the same seeds: equal to the last bit
 crops    boxes equal to the last bit; pixels within one level
 step     losses and gradients of one step, float32, by preset
-rows     the hybrid's convolution and its gradients, in the form that the device chooses, against maps in float64
-golden   losses and norms of gradients of the official programs (FOLDER has their files, as tests/parity reads them)
+rows     the hybrid's convolution and its gradients, as implemented on the device, against maps in float64
+golden   losses and gradient norms of the official programs (FOLDER has their files, as tests/parity reads them)
 curve    the losses of 20 steps of `dmjd pretrain`, float32, against those of the CPU
-repeat   a second run: near the first, and with --deterministic equal to the last bit, in float32 and in bf16
+repeat   a second run: close to the first, and with --deterministic equal to the last bit, in float32 and in bf16
 resume   a run with --deterministic that is killed by SIGKILL when step 10 is saved, and resumed: equal to the last bit
 bf16     bf16 against float32
 compile  --compile against the plain run, float32
-verbs    what every verb prints and writes, and runs of many kinds (gpu_verbs.py), against the CPU
+verbs    the output and files of every verb, and runs of many kinds (gpu_verbs.py), against the CPU
 
-A difference of losses is relative to the CPU's, the largest of all steps; that of gradients is the largest of all
-weights: the norm of what differs over the norm of the gradient. Everything is without TF32.
+The difference of losses is relative to the CPU's, the largest over all steps; that of gradients is the largest over all
+weights: the norm of the difference relative to the norm of the gradient. TF32 is off everywhere.
 """
 
 import argparse

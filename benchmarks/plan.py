@@ -1,11 +1,11 @@
-"""How far the counts and times of `dmjd plan` are from real steps: FLOP, peak memory, and time after a measurement.
+"""Accuracy of the counts and times of `dmjd plan` against real steps: FLOP, peak memory, and time after a measurement.
 
     OMP_NUM_THREADS=1 python benchmarks/plan.py --out docs/results/plan/cpu.json
 
-Each case is counted, then trained on noise in a process of its own, on the CPU. FLOP are those of torch's counter over
-a real step. The peak is the growth of the process's own memory (VmHWM less RssFile, less what was there before the
-network). Time is CPU time of one thread: `plan`'s measurement makes a line through steps of two sizes; steps of a
-third size, in yet another process, are what it is compared with.
+Each case is counted, then trained on noise in its own process on the CPU. FLOP are those of torch's counter over a real
+step. The peak is the growth of the process's own memory (VmHWM minus RssFile, minus its value before building the
+network). Time is the CPU time of one thread: `plan`'s measurement fits a line through steps of two batch sizes, which
+is compared with steps of a third size in another process.
 """
 
 import argparse

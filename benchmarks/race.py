@@ -1,13 +1,13 @@
-"""Races of training steps against plain forms, by name; each adds a row to docs/results/bench/NAME.json and its table.
+"""Time training steps against plain forms, by name; each adds a row to docs/results/bench/NAME.json and its table.
 
     python benchmarks/race.py hybrid --size base --batch-size 2 --precision bf16
     python benchmarks/race.py mae --against transformers
     python benchmarks/race.py share --model hybrid --form plain
     python benchmarks/race.py all
 
-Both sides of a pair run in turns on the same images, masks and weights, and no side is timed whose losses differ. Times
-are of forward and backward pass, by the clock and of the processor: on a busy machine only the second says something,
-and with one thread. A ratio is of the seconds of the other side to ours. `--help` of a race lists its settings.
+Both sides of a pair run in turns on the same images, masks and weights, and are only timed if their losses agree. Times
+are those of forward and backward pass, as wall-clock and CPU time: on a busy machine only the latter is meaningful, and
+only with one thread. A ratio is the other side's seconds over ours. `--help` of a race lists its settings.
 """
 
 import os

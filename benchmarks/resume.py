@@ -1,15 +1,16 @@
-"""Every kind of source trains, is killed in the middle of an epoch and goes on: are the losses the same?
+"""Train on every kind of source, kill the run in the middle of an epoch and resume it: are the losses the same?
 
     python benchmarks/resume.py FOLDER [--images 1000] [--only folder zip ...] [--out results.json]
 
-FOLDER has images of one size as CLASS/IMAGE. So many of them, from all over FOLDER, are packed in every way there is.
-On each a tiny network trains undisturbed, and then again: a process is killed by SIGKILL once its fifth step is saved,
-and another one resumes the run. Both have to log the same losses and norms of gradients, to the last digit.
+FOLDER has images of one size as CLASS/IMAGE. The given number of them, from all over FOLDER, is packed in every
+supported way. On each source a tiny network trains without interruption, and then again: a process is killed by SIGKILL
+once its fifth step is saved, and another one resumes the run. Both must log the same losses and gradient norms, to the
+last digit.
 
-Images are "held" in one tensor, as a set of few and small ones is; "packed" in memory and cropped one by one
-(--data_on_device no); or "read" from the source by worker processes whenever a step needs them, as those of a set that
-does not fit into memory are. The last column compares with the first kind of source in the table, held likewise: what
-holds the same pixels in the same order has the same losses. The TIFFs have a fourth channel and losses of their own.
+Images are "held" in one tensor, as a set of few and small images is; "packed" in memory and cropped one by one
+(--data_on_device no); or "read" from the source by worker processes whenever a step needs them, as in a set that does
+not fit into memory. The last column compares with the first kind of source in the table, held in the same way: sources
+with the same pixels in the same order have the same losses. The TIFFs have a fourth channel, and so other losses.
 """
 
 import argparse

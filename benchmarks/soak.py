@@ -1,15 +1,15 @@
-"""Does a long run leak? Training, evaluation and saving for hours, watched from outside.
+"""Does a long run leak? Training, evaluation and saving for hours, monitored from outside.
 
     python benchmarks/soak.py OUT [--minutes 120] [--data DATA] [--threads 2]
 
 One `dmjd pretrain` of a tiny network with a loader process evaluates and saves every hundred steps until it is stopped
-by SIGTERM. Every ten seconds: resident memory of the process and of all its processes together, open files and threads;
-the time of a step is what metrics.jsonl says, and its CPU time, which other work on the machine changes less, what the
-process has used in five minutes over the steps in them, with their evaluations and checkpoints.
+by SIGTERM. Sampled every ten seconds: resident memory of the process and of all its processes together, open files and
+threads; the time of a step from metrics.jsonl; and its CPU time, which other work on the machine affects less: what the
+process used in five minutes, divided by the steps in them, with their evaluations and checkpoints.
 
-The table has the slope of each, per hour (Theil and Sen: the median slope of all pairs of samples, with its interval of
-95 %), after the first fifth of the time, in which pools fill. Samples that follow each other are alike, so the
-intervals are rather too narrow. All samples are written to OUT/samples.csv.
+The table has the slope of each per hour (Theil and Sen: the median slope of all pairs of samples, with its 95 %
+interval), after the first fifth of the time, in which pools fill. Consecutive samples are correlated, so the intervals
+are somewhat too narrow. All samples are written to OUT/samples.csv.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""Every kind of source against the folder it was made of: names, labels, pixels, and images read a second.
+"""Every kind of source against the folder it was made from: names, labels, pixels, and images read per second.
 
 python benchmarks/sources.py FOLDER OUT [--images 1000] [--shards 4]
 
-FOLDER has images of one size as CLASS/IMAGE, and OUT is new. So many of the images, from all over FOLDER, are copied to
-OUT/folder, and packed in every way there is. A name is the same if it is the folder's, perhaps after that of a shard;
-arrays and sets of Hugging Face have numbers instead. Speed is that of one thread, at the second reading.
+FOLDER has images of one size as CLASS/IMAGE, and OUT is new. The given number of images, from all over FOLDER, is
+copied to OUT/folder, and packed in every supported way. A name counts as the same if it is the folder's, with or
+without the name of a shard before it; arrays and Hugging Face datasets have numbers instead. Speed is that of one thread, on
+the second reading.
 """
 
 import argparse

@@ -4,18 +4,19 @@
     python benchmarks/study.py time benchmarks/studies/halves.yaml --data IMAGES
     python benchmarks/study_tables.py
 
-A study trains every **arm** (settings of `dmjd pretrain`) at some **budgets** (effective epochs: rows over images of
-the set) and seeds. Every arm gets the same rows (views of an image) a step, so equal budgets are equal steps.
-First the arm's peak learning rate is searched: among `rates.values` and beyond the edge that wins, at `rates.budget`,
-or that of the arm in `rates.budgets`, judged by a linear probe on images of the training part that are never trained
-on. Only then come the runs that count, and only they see the test part. The arm `untrained` takes one step at rate 0.
-The protocol is docs/results/protocol.md.
+A study trains every **arm** (settings of `dmjd pretrain`) at several **budgets** (effective epochs: rows divided by
+images of the set) and seeds. Every arm has the same number of rows (views of an image) per step, so equal budgets are
+equal steps.
+First the arm's peak learning rate is searched: among `rates.values`, and beyond them if the best is at the edge, at
+`rates.budget` or the arm's own in `rates.budgets`, by a linear probe on images of the training part that are never
+trained on. Only then come the runs that count, and only they see the test part. The arm `untrained` takes one step at
+rate 0. The protocol is docs/results/protocol.md.
 
-`run` goes on with what is missing below docs/results/NAME, one JSON file a run; a study that is `like` another takes
-what that one has of the same settings. A run that was cut off resumes in --work, or begins again on another machine.
-All computes with a copy of the program, made from the last commit when --work was new, so that development goes on
-beside it.
-A stored result of another rate, or of other settings, than the file asks for now stops it with a line that names it.
+`run` computes what is missing below docs/results/NAME, one JSON file per run; a study that is `like` another reuses its
+results of the same settings. An interrupted run resumes in --work, or starts again on another machine.
+Everything runs with a copy of the program, made from the last commit when --work was new, so that development can go on
+meanwhile.
+A stored result with another rate or other settings than the file now asks for stops it with a line that names it.
 IMAGES is a folder train/CLASS/IMAGE and test/CLASS/IMAGE.
 """
 

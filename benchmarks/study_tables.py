@@ -2,7 +2,7 @@
 
     python benchmarks/study_tables.py [NAME ...]
 
-Says what is missing. The protocol is docs/results/protocol.md.
+Reports missing results. The protocol is docs/results/protocol.md.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Two sides in turns, by the clock and in seconds of the processor; and the file and the table of what they took."""
+"""Timing of two sides in turns, in wall-clock and CPU seconds, and the file and the table of results."""
 
 import json
 import os

@@ -1,9 +1,9 @@
-"""How long to fine-tune with few labels: epochs times labels, by the preset `quick`.
+"""How long to fine-tune with few labels: epochs x labels, with the preset `quick`.
 
     python benchmarks/tuning_length.py BACKBONE DATA OUT [--fractions 0.01 0.1] [--epochs 10 30 100 300] [--seeds 2]
 
-DATA is a folder of labelled images with a part that is judged by. Every result is a file of
-docs/results/tuning_length, of which docs/results/tuning_length.md is the table; what is there is not done again.
+DATA is a folder of labelled images with a held-out part. Every result is a file in docs/results/tuning_length, and
+docs/results/tuning_length.md is the table; results that exist are not computed again.
 """
 
 import argparse

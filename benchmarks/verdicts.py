@@ -1,11 +1,11 @@
-"""Is the verdict of `dmjd pretrain` right? Twelve runs that are made to go well or wrong, each in its own way.
+"""Is the verdict of `dmjd pretrain` right? Twelve runs that are made to succeed or fail, each in its own way.
 
     python benchmarks/verdicts.py CIFAR10 --out OUT [--only NAME ...]
 
-CIFAR10 is a folder train/CLASS/IMAGE, of which 2,000 images are taken, without their labels. The network is small (64
-wide, 4 deep, 64 tokens of 4 px), so that all runs together take a quarter of an hour of one core. The table has what
-should be said, what was said, and the measures that it rests on: how much of the hidden tokens is explained, of
-training and of held-out images, and RankMe and spread of the features, untrained and trained.
+CIFAR10 is a folder train/CLASS/IMAGE, of which 2,000 images are used, without their labels. The network is small (64
+wide, 4 deep, 64 tokens of 4 px), so that all runs together take a quarter of an hour of one core. The table has the
+expected verdict, the actual one, and the measures that it rests on: the explained variance of hidden tokens of training
+and held-out images, and RankMe and spread of the features, untrained and trained.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""The way of a new user, timed: 300 photographs without labels to predictions for others.
+"""A new user's first steps, timed: from 300 unlabelled photographs to predictions for others.
 
     python benchmarks/walkthrough.py CLOTHING OUT [--minutes 5]
 
 CLOTHING is a folder train/CLASS/IMAGE, test/CLASS/IMAGE. OUT gets `photos` (300 images without labels), `labelled`
 (the same in class folders), `new` (100 images of the test part) and everything that the commands below write. Prints a
-table, and stores it with what the commands said in docs/results/walkthrough.json.
+table, and stores it with the output of the commands in docs/results/walkthrough.json.
 """
 
 import argparse
