@@ -1,8 +1,8 @@
-"""Checkpoints that are there whole or not at all.
+"""Checkpoints that are written completely or not at all.
 
 A checkpoint is a directory: `model.safetensors`, `optimizer.safetensors`, `state.json` and a `MANIFEST.json` with the
-sha256 of each. It is written under a temporary name, flushed to the disk and renamed; older ones go only after the new
-one has been read back. Nothing is ever unpickled.
+SHA-256 of each. It is written under a temporary name, flushed to disk and renamed; older ones are removed only after
+the new one has been read back. Nothing is ever unpickled.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 from dmjd.engine.distributed import shared_like, whole
 from dmjd.errors import CheckpointError, one_line
 
-FORMAT = 2  # 1 named the optimizer's states by number
-# Of the groups of an optimizer: what is no JSON, and what a run that goes on has of its own, as settings may change.
+FORMAT = 2  # format 1 named the optimizer's states by number
+# Keys of an optimizer's groups: those that are not JSON, and those that a resumed run sets itself, from its settings.
 UNKEPT = {"params", "momentum_dtype"}
 OF_THIS_RUN = {"betas", "fused", "lr_scale", "weight_decay"}
 KEEP = 2
@@ -31,7 +31,7 @@ MANIFEST = "MANIFEST.json"
 
 
 class Tensors(NamedTuple):
-    """Whole tensors of a run by name, and the plain numbers of its optimizer."""
+    """Unsharded tensors of a run by name, and the plain numbers of its optimizer."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
@@ -39,16 +39,16 @@ class Tensors(NamedTuple):
 
 
 def collect(model: nn.Module, trained: nn.Module, optimizer: Optimizer, *, keep: bool = True) -> Tensors:
-    """Bring together what a checkpoint holds, whatever the ranks; all of them have to call this.
+    """Collect the contents of a checkpoint from all ranks, all of which have to call this.
 
-    An optimizer's state goes by the name of its parameter, as NAME:KEY, so that it fits any number of ranks and any
-    order of parameter groups. A tensor that a group has, such as LAMB's count of steps, is `group NUMBER:KEY`.
+    An optimizer's state is named after its parameter, as NAME:KEY, so that it fits any number of ranks and any order of
+    parameter groups. A tensor of a group, such as LAMB's step count, is `group NUMBER:KEY`.
 
     Args:
-        model: Whose state is kept.
-        trained: The part of it whose parameters are the optimizer's.
-        optimizer: Whose state is kept.
-        keep: Whether this rank is to have the tensors; one that will not write only gives its shares, and has none.
+        model: Model to save.
+        trained: The part of it whose parameters the optimizer has.
+        optimizer: Optimizer to save.
+        keep: Whether this rank gets the tensors; a rank that does not write only sends its shards.
     """
     states = {
         f"{name}:{key}": value
@@ -65,7 +65,7 @@ def collect(model: nn.Module, trained: nn.Module, optimizer: Optimizer, *, keep:
 
 
 def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Bring tensors together that may be shared out, one after the other, to keep them in memory of the host or not."""
+    """Gather tensors that may be sharded, one after the other; if `keep`, return them in host memory."""
     kept = {}
     for name, value in tensors.items():
         together = whole(value)
@@ -75,7 +75,7 @@ def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
 
 
 def save(folder: Path, tensors: Tensors, state: Mapping[str, Any]) -> Path:
-    """Write `folder/step-NNNNNNNN`; `state` is any JSON, with the `step`, that `read_state` shall return."""
+    """Write `folder/step-NNNNNNNN`; `state` is any JSON with the `step`, which `read_state` returns."""
     final = folder / f"step-{state['step']:08d}"
     partial = folder / f".{final.name}.partial"
     for abandoned in folder.glob(".*.partial"):
@@ -95,17 +95,17 @@ def save(folder: Path, tensors: Tensors, state: Mapping[str, Any]) -> Path:
     if verify(final):
         others = sorted(folder.glob("step-*"))
         place = others.index(final)
-        # Later ones are broken, or the run would have gone on from them: they must not push this one out.
+        # Later ones are broken, or the run would have resumed from them: they must not displace this one.
         for other in (*others[: max(place + 1 - KEEP, 0)], *others[place + 1 :]):
             shutil.rmtree(other)
     return final
 
 
 def latest(folder: Path) -> Path | None:
-    """Find the newest checkpoint that is whole, and name the newer ones that are not; None where none was ever written.
+    """Find the newest intact checkpoint, and warn of newer ones that are not; None if there are no checkpoints.
 
     Raises:
-        CheckpointError: If there are checkpoints, but none is whole.
+        CheckpointError: If there are checkpoints, but none is intact.
     """
     found = sorted(folder.glob("step-*"), reverse=True)
     kept = next((path for path in found if verify(path)), None)
@@ -118,15 +118,15 @@ def latest(folder: Path) -> Path | None:
 
 
 def whole_ones(folder: Path) -> list[Path]:
-    """List the checkpoints that are whole, the newest first."""
+    """List the intact checkpoints, newest first."""
     return [path for path in sorted(folder.glob("step-*"), reverse=True) if verify(path)]
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what was saved beside the tensors.
+    """Read the state that was saved beside the tensors.
 
     Raises:
-        CheckpointError: If another version wrote the checkpoint.
+        CheckpointError: If it is broken, or has another format.
     """
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
@@ -140,10 +140,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, *, model: nn.Module, trained: nn.Module, optimizer: Optimizer) -> None:
-    """Restore what `collect` brought together, on one rank or on any number of them.
+    """Restore what `collect` collected, on any number of ranks.
 
     Raises:
-        CheckpointError: If the checkpoint is of another model.
+        CheckpointError: If the checkpoint does not fit the model.
     """
     try:
         ours = model.state_dict()
@@ -174,7 +174,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def verify(path: Path) -> bool:
-    """Tell whether every file of a checkpoint is what its manifest says."""
+    """Tell whether every file of a checkpoint matches its manifest."""
     try:
         digests = json.loads((path / MANIFEST).read_text())
         inside = all(Path(name).name == name for name in digests)
@@ -184,13 +184,13 @@ def verify(path: Path) -> bool:
 
 
 def sha256(path: Path) -> str:
-    """Digest a file."""
+    """Compute the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:
-    """Have the disk, not its cache, hold a file or the entries of a folder."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -199,7 +199,7 @@ def flush(path: Path) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a file of tensors with the permissions of any other file: safetensors alone makes it the owner's only."""
+    """Write a file of tensors with the usual permissions: safetensors would make it readable by its owner only."""
     path.touch()
     permissions = path.stat().st_mode
     save_file(tensors, path, metadata)
@@ -207,7 +207,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file in one go."""
+    """Replace a small file atomically."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, "utf-8", errors="backslashreplace")  # file names need not be Unicode
     flush(partial)

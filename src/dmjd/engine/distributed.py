@@ -1,8 +1,8 @@
 """Ranks: the only file that knows that several processes may train one model.
 
 `torchrun --nproc-per-node N -m dmjd VERB ...` starts N processes, the ranks. Each takes its share of every batch and of
-every evaluation; rank 0 alone writes files and speaks. Without torchrun there is one rank and no process group, and
-everything here is what it would be if the file were not there.
+every evaluation; only rank 0 writes files and prints. Without torchrun there is one rank and no process group, and
+nothing here changes what that one process does.
 """
 
 import copy
@@ -39,14 +39,14 @@ T = TypeVar("T")
 Parallel = Literal["ddp", "fsdp"]
 Compile = Literal["auto", "on", "off"]
 SMALLER = "give a smaller --batch_size, or choose cpu for --device"
-REPAID = 2000  # steps after which a minute or two of compiling have paid on a GPU
-# How long ranks wait for one that does something alone, such as listing tens of millions of files: torch's 30 minutes
-# are too short for it. Who is dead or stopped is found by `watch`, not by waiting; NCCL keeps its own 10 minutes.
+REPAID = 2000  # steps after which a minute or two of compiling has paid off on a GPU
+# How long ranks wait for one that works alone, such as listing tens of millions of files: torch's 30 minutes are too
+# short for that. `watch` finds ranks that have died or are stopped; NCCL keeps its own timeout of 10 minutes.
 TIMEOUT = timedelta(hours=2)
-# A block of a transformer, by timm's names: what FSDP shards, and what is computed again, by itself.
+# A transformer block, by timm's names: the unit of FSDP's sharding and of activation checkpointing.
 BLOCK = re.compile(r"(^|\.)blocks\d*\.\d+$")
-# Numbers the groups that a process has been in, one after the other: each leaves its addresses in the store, and the
-# next one would take them for its own.
+# Numbers the process groups of a process: each leaves its addresses in the store, which the next one would take for
+# its own.
 MEETINGS = count()
 
 
@@ -55,10 +55,10 @@ class Ranks:
     """The processes of a run, as one of them sees them.
 
     Attributes:
-        device: Where this rank computes.
+        device: Device of this rank.
         rank: Its number.
-        world_size: How many there are.
-        talk: Group for short messages between the CPUs; it waits for no GPU.
+        world_size: Number of ranks.
+        talk: Group for short messages between CPUs; it never waits for a GPU.
     """
 
     device: torch.device
@@ -72,14 +72,14 @@ class Ranks:
         return self.rank == 0
 
     def number(self, part: int) -> int:
-        """Number a micro-batch of this rank among those of all ranks in a step."""
+        """Compute the number of a micro-batch of this rank among those of all ranks in a step."""
         return part * self.world_size + self.rank
 
     def micro_batch(self, batch_size: int, accumulation: int = 1) -> int:
-        """Count the images that a rank sees at a time, of a batch over all ranks and parts.
+        """Compute the images in one micro-batch of a rank.
 
         Raises:
-            ConfigError: If ranks and parts do not divide the batch.
+            ConfigError: If the batch size is not a multiple of the number of micro-batches of all ranks.
         """
         parts = accumulation * self.world_size
         if batch_size % parts:
@@ -90,11 +90,11 @@ class Ranks:
         return batch_size // parts
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Take this rank's share of what is to be evaluated: every world_size-th item."""
+        """Return this rank's share of the items of an evaluation: every world_size-th."""
         return items[self.rank :: self.world_size]
 
     def agree(self, *flags: bool) -> list[bool]:
-        """Tell of every flag whether any rank has it set."""
+        """Tell for each flag whether any rank has set it."""
         if self.world_size == 1:
             return list(flags)
         raised = torch.tensor(flags, dtype=torch.int32)
@@ -102,28 +102,28 @@ class Ranks:
         return raised.bool().tolist()
 
     def gather(self, item: T) -> list[T]:
-        """Collect an object of every rank, in their order, on all of them."""
+        """Collect an object from every rank, in their order, on all of them."""
         items: list[Any] = [item] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(items, item, group=self.talk)
         return items
 
     def gather_on_main(self, item: T) -> list[T]:
-        """Collect an object of every rank, in their order, on rank 0; the others have none."""
+        """Collect an object from every rank, in their order, on rank 0; other ranks get an empty list."""
         items: list[Any] = [item] * self.world_size if self.is_main else []
         if self.world_size > 1:
             dist.gather_object(item, items or None, group=self.talk)
         return items
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Let rank 0 do something and hand the result, or the error, to all ranks; the others wait for it."""
+        """Let rank 0 do something and send the result, or the error, to all ranks; the others wait for it."""
         if self.world_size == 1:
             return work()
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = work()
-            except Exception as error:  # it is raised on every rank, so that none waits for ever
+            except Exception as error:  # it is raised on every rank, so that none waits forever
                 outcome[1] = error
         dist.broadcast_object_list(outcome, src=0, group=self.talk)
         if outcome[1] is not None:
@@ -131,13 +131,13 @@ class Ranks:
         return outcome[0]
 
     def main_first(self, work: Callable[[], T]) -> T:
-        """Let rank 0 do something, then the others the same, who find what it has left on disk; each has its result."""
+        """Let rank 0 do something, then the others the same with its files on disk; each gets its own result."""
         done: list[T] = []
         self.on_main(lambda: done.append(work()))
         return done[0] if done else work()
 
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Average scalars over the ranks, which all have equally many images."""
+        """Average scalars over the ranks, which all have the same number of images."""
         if self.world_size == 1:
             return dict(values)
         stacked = torch.stack([*values.values()])
@@ -147,17 +147,17 @@ class Ranks:
 
 @contextmanager
 def join_ranks(device: str) -> Iterator[Ranks]:
-    """Meet the other ranks that torchrun has started, if it has; ranks but the first are silent meanwhile.
+    """Join the ranks that torchrun has started, if any; ranks other than 0 print nothing meanwhile.
 
     Args:
-        device: As `choose_device` takes it. Of several GPUs every rank has that of its place on the machine.
+        device: As `choose_device` takes it. Of several GPUs, each rank uses that of its local rank.
 
     Raises:
-        ConfigError: If the device is none for these ranks; if srun has started several processes without torchrun; from
-            within, if there is no memory left.
-        Stopped: If another rank has ended before its time.
+        ConfigError: If these ranks cannot use the device; if srun has started several processes without torchrun; from
+            within, if memory runs out.
+        Stopped: If another rank has ended early.
     """
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # of srun alone; that of a job is in every batch script
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # set by srun only; every batch script has the count of its job
     if tasks != "1" and "WORLD_SIZE" not in os.environ:
         such = f"srun has started {tasks} processes that do not know of each other; SLURM_STEP_NUM_TASKS"
         how = "start torchrun in one task a node (see dmjd plan --script slurm), or set WORLD_SIZE=1 for runs apart"
@@ -167,7 +167,7 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     chosen = device_of(rank, world_size, device)
     current = torch.cuda.device(chosen) if chosen.type == "cuda" else nullcontext()  # for events and pinned memory
-    ours = world_size > 1 and not dist.is_initialized()  # a script that runs several verbs may have begun, and keeps it
+    ours = world_size > 1 and not dist.is_initialized()  # a script that runs several verbs may have initialised it
     if ours and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         such = f"WORLD_SIZE is {world_size}, but MASTER_ADDR or MASTER_PORT is not set"
         raise ConfigError(f"{such}; start by torchrun, which sets all three, or set WORLD_SIZE=1")
@@ -188,15 +188,15 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         with losing_others():
             yield ranks
     if ours:
-        dist.destroy_process_group()  # not after an error: others may still wait for this rank, and would be waited for
+        dist.destroy_process_group()  # not after an error: this would wait for ranks that still wait for this one
 
 
 def device_of(rank: int, world_size: int, device: str) -> torch.device:
-    """Choose where a rank computes: of several GPUs, on that of its place on the machine.
+    """Choose the device of a rank: of several GPUs, that of its local rank.
 
     Raises:
-        ConfigError: If the device is unknown, absent, one for all ranks, or of a kind on which they cannot meet; if
-            the machine has fewer GPUs than ranks.
+        ConfigError: If the device is unknown, absent, the same for all ranks, or of a kind on which they cannot
+            communicate; if the machine has fewer GPUs than ranks.
     """
     if world_size > 1 and ":" in device:
         raise ConfigError(f"{world_size} processes cannot share a device; --device {device}; leave its number out")
@@ -214,17 +214,17 @@ def device_of(rank: int, world_size: int, device: str) -> torch.device:
 
 @cache
 def store() -> dist.Store:
-    """Connect to where ranks leave word for each other, once in a process."""
+    """Connect to the key-value store of the ranks, once per process."""
     found: dist.Store = next(iter(dist.rendezvous("env://")))[0]
     return found
 
 
 @contextmanager
 def losing_others() -> Iterator[None]:
-    """Stop where what is done together fails, as another rank has ended.
+    """Turn errors of collective operations into a stop: another rank has ended.
 
     Raises:
-        Stopped: If so.
+        Stopped: If one failed.
     """
     try:
         yield
@@ -236,9 +236,9 @@ def losing_others() -> Iterator[None]:
 
 
 def cause(error: Exception) -> str:
-    """Find what was wrong in what a compiler says, which may hold the tracebacks of other processes: its last error.
+    """Extract the last error from a compiler's message, which may contain tracebacks of other processes.
 
-    Triton's say where in their first line, and what in the last.
+    Triton's errors say where in their first line, and what in the last.
     """
     errors = re.findall(r"^[\w.]+(?:Error|Exception): .+(?:\n.+)*", str(error), re.MULTILINE)
     first, *others = (errors or [str(error).strip()])[-1].splitlines()
@@ -246,20 +246,20 @@ def cause(error: Exception) -> str:
 
 
 class ParallelModel:
-    """A network that all ranks train: as it is (one rank), copied to each (DDP), or shared out among them (FSDP2).
+    """A network that all ranks train: as it is (one rank), replicated (DDP), or sharded (FSDP2).
 
-    DDP keeps whole weights, gradients and optimizer states on every rank. FSDP keeps a share of each on a rank and
-    brings the weights of a block together while it computes. What is no part of checkpoints, a frozen teacher, stays
-    whole on every rank.
+    DDP keeps all weights, gradients and optimizer states on every rank. FSDP keeps a shard of each on a rank, and
+    gathers the weights of a block while it computes. Modules that are not part of checkpoints, such as a frozen
+    teacher, are not sharded.
 
     Args:
         module: The network, on this rank's device and the same on all ranks. FSDP changes its parameters, so the
             optimizer has to be made afterwards.
-        ranks: Who trains.
+        ranks: Ranks that train.
         parallel: `ddp` or `fsdp`.
-        compile: Compile forward and backward pass by torch.compile: always, never, or on GPUs in runs that are long.
-        checkpointing: Keep of every block only what goes in, and compute the rest again in the backward pass.
-        all_used: Whether every step uses every weight; if not, DDP has to look which it used.
+        compile: Compile forward and backward pass with torch.compile: always, never, or on GPUs in long runs.
+        checkpointing: Keep only the inputs of every block, and recompute the rest in the backward pass.
+        all_used: Whether every step uses every weight; if not, DDP has to find out which ones.
 
     Attributes:
         module: The network itself, whose parameters are trained.
@@ -280,7 +280,7 @@ class ParallelModel:
         if checkpointing:
             recompute(module)
         self._copy: nn.Module | None = None
-        if ranks.world_size > 1 and ranks.device.type == "cuda":  # statistics of the whole batch; GPUs only
+        if ranks.world_size > 1 and ranks.device.type == "cuda":  # for statistics of the whole batch; GPUs only
             module = convert_sync_batchnorm(module)  # timm's: torch's would drop the activations of BatchNormAct2d
         self.module = module
         if ranks.world_size > 1 and parallel == "fsdp":
@@ -313,25 +313,25 @@ class ParallelModel:
         return self._forward(*arguments)
 
     def begin(self, steps: int) -> None:
-        """Compile the network for so many steps, if that is asked for or pays; the first step then takes minutes."""
+        """Compile the network, if that is asked for or pays off in so many steps; the first step then takes minutes."""
         pays = self.ranks.device.type == "cuda" and steps >= REPAID
         if self.compile == "on" or (self.compile == "auto" and pays):
-            # With the forward pass, not within the first backward pass: there a failure could not be caught.
+            # Compile the backward pass with the forward pass: in the first backward pass a failure could not be caught.
             torch._functorch.config.force_non_lazy_backward_lowering = True
             self.module.compile()
             self.compiled = True
 
     def plainly(self) -> AbstractContextManager[None]:
-        """Make the context in which the network runs as it is, compiled or not: for batches of other sizes."""
+        """Make a context in which the network runs uncompiled, for batches of other sizes."""
         return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """The trained parameters."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def synchronized(self, last: bool) -> AbstractContextManager[None]:
-        """Make the context of a forward and a backward pass: only the last one of a step averages over the ranks."""
+        """Make the context of a forward and a backward pass; only the last one of a step averages over the ranks."""
         if isinstance(self._forward, FSDPModule):
             self._forward.set_requires_gradient_sync(last)
         elif isinstance(self._forward, DistributedDataParallel) and not last:
@@ -339,7 +339,7 @@ class ParallelModel:
         return nullcontext()
 
     def whole(self) -> nn.Module:
-        """Return the network with whole weights, to evaluate or to write: under FSDP a copy, as it is now.
+        """Return the network with unsharded weights, to evaluate or save: with FSDP, a copy with the current weights.
 
         All ranks have to call this together.
         """
@@ -352,10 +352,10 @@ class ParallelModel:
 
 
 def recompute(module: nn.Module) -> None:
-    """Have the blocks of a network keep what goes into them alone; the backward pass computes the rest again.
+    """Make the blocks of a network keep only their inputs; the backward pass recomputes the rest.
 
     Raises:
-        ConfigError: If there are none.
+        ConfigError: If no block is trained.
     """
     blocks = [
         block
@@ -369,8 +369,8 @@ def recompute(module: nn.Module) -> None:
 
 
 def computed_again(forward: Callable[..., Tensor], *arguments: Any, **keywords: Any) -> Tensor:
-    """Run a forward pass whose inside is not kept."""
-    # Modes of torch functions are off in a backward pass; the compiler sees through this by itself.
+    """Run a forward pass without keeping its intermediate activations."""
+    # Torch function modes are off in a backward pass, so the current one is passed on; the compiler does that itself.
     mode = None if torch.compiler.is_compiling() else _get_current_function_mode()
     if mode is not None:
         keywords["context_fn"] = lambda: (nullcontext(), mode)
@@ -378,7 +378,7 @@ def computed_again(forward: Callable[..., Tensor], *arguments: Any, **keywords: 
 
 
 def shard(module: nn.Module, mesh: Any, ignored: set[nn.Parameter]) -> None:
-    """Share a network's parameters out, block by block, and those outside of any block together."""
+    """Shard a network's parameters block by block, and those outside any block together."""
     for name, block in module.named_modules():
         if BLOCK.search(name) and not ignored.intersection(block.parameters()):
             fully_shard(block, mesh=mesh)
@@ -386,12 +386,12 @@ def shard(module: nn.Module, mesh: Any, ignored: set[nn.Parameter]) -> None:
 
 
 def whole(value: Tensor) -> Tensor:
-    """Bring a tensor that is shared out together; all ranks have to do it. Any other is returned as it is."""
+    """Gather a sharded tensor, which all ranks have to do together; return any other as it is."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def shared_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Share a whole tensor out as a parameter of its shape is; one of another shape, a counter, stays whole."""
+    """Shard a tensor like a parameter of the same shape; a tensor of another shape, a counter, is not sharded."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     return distribute_tensor(

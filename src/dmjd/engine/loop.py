@@ -1,4 +1,4 @@
-"""The training loop, in plain sight."""
+"""The training loop."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -22,23 +22,23 @@ Objective = Callable[[ParallelModel, Any], dict[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How long a run is, how large its steps are, how fast it learns, and what happens on the way.
+    """Length of a run, size of its steps, learning rate, and how often it logs, evaluates and saves.
 
     Attributes:
         steps: Optimizer steps of the whole run.
-        batch_size: Images in one of them, over all ranks and parts.
+        batch_size: Images in a step, over all ranks and micro-batches.
         lr: Peak learning rate.
-        warmup_epochs: Length of the linear rise to it.
+        warmup_epochs: Length of the linear warm-up.
         shape: How the learning rate falls afterwards.
-        seed: Of the order of images, of samples, and of what the network draws itself.
-        accumulation: Parts of a rank's share of a step, whose gradients are averaged.
-        clip_grad: Largest norm of the gradient; 0 does not clip.
+        seed: Seed of the order of images, of samples, and of the network's own randomness.
+        accumulation: Micro-batches of a rank in a step, whose gradients are averaged.
+        clip_grad: Largest norm of the gradient; 0 turns clipping off.
         workers: Processes that load images; None for as many as fit the machine.
         log_every: Steps between two lines of metrics.jsonl.
-        evals: How many evaluations, beside those before and after the run.
-        saves: How many checkpoints; the last step has one in any case.
-        checkpoint_minutes: Longest time between two.
-        deterministic: Whether torch is to take only algorithms that give the same bits at every call.
+        evals: Number of evaluations, besides those before and after the run.
+        saves: Number of checkpoints; the last step always has one.
+        checkpoint_minutes: Longest time without a checkpoint.
+        deterministic: Whether torch uses deterministic algorithms only.
     """
 
     steps: int
@@ -58,14 +58,14 @@ class Plan:
 
 
 class Step(NamedTuple):
-    """What one optimizer step came to. Losses are tensors on the device: reading them waits for it."""
+    """The outcome of one optimizer step. Losses are tensors on the device: reading them synchronises."""
 
     number: int  # steps done, this one included
-    start: int  # steps done before this process, and when it began to step
+    start: int  # steps done before this process, and the time when it began
     began: float
-    losses: dict[str, Tensor]  # by name, of this rank's images; `loss` is what was minimised
+    losses: dict[str, Tensor]  # by name, of this rank's images; `loss` is the one minimised
     grad_norm: Tensor
-    finite: Tensor  # whether the gradient was; if not, the step has left weights and optimizer as they were
+    finite: Tensor  # whether the gradient was; if not, the step left weights and optimizer unchanged
     lr: float
     skipped: dict[str, str]  # files of this rank that did not decode
 
@@ -81,17 +81,17 @@ def train(
     lr: Callable[[int], float],
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> Iterator[Step]:
-    """Run the steps start .. plan.steps - 1 and hand out each as it is done; between two the caller looks around.
+    """Run the steps start .. plan.steps - 1 and yield each when it is done, so that the caller can act between two.
 
-    Ends early between two parts of a step when a signal has come.
+    Ends early between two micro-batches of a step if a signal has come.
 
     Args:
-        model: What is trained.
-        optimizer: Steps on its parameters; a group may have an `lr_scale`.
-        batches: `plan.accumulation` micro-batches a step; a batch says in `skipped` which files did not decode.
+        model: Model to train.
+        optimizer: Updates its parameters; a group may have an `lr_scale`.
+        batches: `plan.accumulation` micro-batches per step; `skipped` of a batch names files that did not decode.
         objective: From a micro-batch to scalars by name; `loss` is minimised, the others are only reported.
-        plan: Of the run.
-        start: Steps done before.
+        plan: Plan of the run.
+        start: Steps that are already done.
         lr: Learning rate by step.
         autocast: Context of the forward pass.
     """
@@ -104,7 +104,7 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
                 return
             batch = next(batches)
-            # What the network draws itself (drop path) depends on the step and the micro-batch, not on who computes it.
+            # The network's own randomness (drop path) depends on the step and the micro-batch, not on the rank.
             torch.manual_seed(mix(plan.seed, step, model.ranks.number(part)))
             with deterministic(plan.deterministic), model.synchronized(last=part == plan.accumulation - 1):
                 with autocast():
@@ -127,10 +127,10 @@ def train(
 
 
 def step_if(finite: Tensor, optimizer: Optimizer) -> None:
-    """Step if the gradient is finite. Its norm is over all ranks, so all do the same.
+    """Step if the gradient is finite. Its norm is over all ranks, so they all do the same.
 
-    A fused optimizer is told so on its device, as torch's gradient scaler tells it; for any other the answer is read,
-    which on a GPU waits for it.
+    A fused optimizer gets the flag as a tensor on its device, as from torch's gradient scaler; for any other optimizer
+    the flag is read, which synchronises with a GPU.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         told: Any = optimizer
