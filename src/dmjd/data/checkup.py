@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dmjd.data.crops import RandomCrop
 from dmjd.data.decode import BadImage, Wanted
 from dmjd.data.duplicates import Outline, exact_copies, near_copies, outline
+from dmjd.data.folder import file_and_page
 from dmjd.data.levels import BYTES, levels_of
 from dmjd.data.memory import in_threads
 from dmjd.data.peek import Peek, peek
@@ -74,8 +75,7 @@ class Look:
 def file_of(source: Source, index: int) -> Path | None:
     """Find the file of an image in a folder or a list; None if it is inside another file, or drawn."""
     root, name = Path(source.address), source.name(index)
-    page = name.rpartition("#")
-    for each in (name, page[0]) if page[2].isdecimal() else (name,):
+    for each in (name, file_and_page(name)[0]):
         file = (root if root.is_dir() else root.parent) / each
         if file.is_file():
             return file

@@ -6,7 +6,6 @@ A part has labels if every image lies in a folder of its class: PART/CLASS/IMAGE
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +61,8 @@ class FolderFiles:
         Raises:
             BadImage: If it does not decode.
         """
-        name, frame = self.names[index], 0
-        if self.wanted.pages == "frames" and name.rpartition("#")[2].isdecimal():
-            name, _, number = name.rpartition("#")
-            frame = int(number)
-        return decode(os.path.join(self.root, name), self.wanted, frame=frame, reduce=reduce)
+        file, page = file_and_page(self.names[index]) if self.wanted.pages == "frames" else (self.names[index], "")
+        return decode(os.path.join(self.root, file), self.wanted, frame=int(page or 0), reduce=reduce)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -123,17 +119,21 @@ def folder_images(root: Path, wanted: Wanted) -> FolderImages:
     """
     names = image_names(root)
     if wanted.pages == "frames":
-        names = PackedStrings.pack(_frames(root, names))
+        names = PackedStrings.pack(page for name in names for page in page_names(root, name))
     classes, labels = classes_of_folders(names)
     return FolderImages(root=root, names=names, wanted=wanted, classes=classes, labels=labels)
 
 
-def _frames(root: Path, names: PackedStrings) -> Iterator[str]:
-    """Name every page of every file, as FILE#PAGE where there are several."""
-    for index in range(len(names)):
-        name = names[index]
-        count = count_pages(root / name)
-        yield from [name] if count == 1 else (f"{name}#{page}" for page in range(count))
+def page_names(root: Path, name: str) -> list[str]:
+    """Name every page of a file below a folder, as FILE#PAGE where there are several."""
+    count = count_pages(root / name)
+    return [name] if count == 1 else [f"{name}#{page}" for page in range(count)]
+
+
+def file_and_page(name: str) -> tuple[str, str]:
+    """Take a name that `page_names` has made apart; the page is empty where the file has one only."""
+    file, _, page = name.rpartition("#")
+    return (file, page) if file and page.isdecimal() else (name, "")
 
 
 def open_folder(data: str, wanted: Wanted) -> dict[str, Source]:

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Int, Num
 from torch import Tensor
 
-from dmjd.data.decode import MAX_BYTES, BadImage, Reduce, Wanted, count_pages, decode
-from dmjd.data.folder import FolderImages
+from dmjd.data.decode import MAX_BYTES, BadImage, Reduce, Wanted, decode
+from dmjd.data.folder import FolderImages, page_names
 from dmjd.data.hub import has_embedded_images, open_hub
 from dmjd.data.packed import PackedStrings, Packer
 from dmjd.data.source import Opener, Source, is_file_name, register_source
@@ -269,8 +269,7 @@ def _frames(root: Path, columns: Columns) -> Columns:
 
     def rows() -> Iterator[list[str]]:
         for name, *rest in zip(*columns.values(), strict=True):  # the paths come first
-            count = 1 if "://" in name else count_pages(root / name)
-            yield from ([f"{name}#{page}" if count > 1 else name, *rest] for page in range(count))
+            yield from ([page, *rest] for page in ([name] if "://" in name else page_names(root, name)))
 
     return _pack(columns, rows())
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmjd.data.decode import BadImage
+from dmjd.data.folder import file_and_page
 from dmjd.data.levels import refuse_deep
 from dmjd.data.single import open_all_or_one
 from dmjd.data.source import Readable, join_skipped
@@ -76,10 +77,10 @@ def decodable(images: Readable, ranks: Ranks) -> Iterator[tuple[int, Any]]:
 
 def output_name(name: str) -> str:
     """Name the output of an image, without suffix: always a path below a folder, and a different one for each page."""
-    file, _, page = name.rpartition("#")
-    path, page = (Path(file), f"#{page}") if file and page.isdecimal() else (Path(name), "")
+    file, _ = file_and_page(name)
+    path = Path(file).with_suffix("")
     # Names from a list may be absolute or contain "..": outputs there would land beside the images themselves.
-    return "/".join(part for part in path.with_suffix("").parts if part not in (path.anchor, "..")) + page
+    return "/".join(part for part in path.parts if part not in (path.anchor, "..")) + name.removeprefix(file)
 
 
 def refuse_images(path: Path, out: Path) -> None:
