@@ -129,6 +129,13 @@ def test_random_crop__boxes_lie_everywhere_in_the_image() -> None:
     assert torch.allclose(high, torch.tensor([100 - side / 2, 200 - side / 2]), atol=3)
 
 
+def test_random_crop__a_box_lies_at_every_place_equally_often() -> None:
+    crop = RandomCrop((8, 8), (0.81, 0.81), (1.0, 1.0), flip=False)
+    box = crop.box(crop.draws(mix_all(torch.arange(4000))), 10, 10)  # of 9 x 9 pixels
+    for starts in (box.top, box.left):
+        assert torch.bincount(torch.from_numpy(starts), minlength=2).tolist() == pytest.approx([2000, 2000], abs=150)
+
+
 def test_random_crop__mirrors_half_of_the_images() -> None:
     image = noise(3, 8, 8)
     whole = WHOLE | {"flip": True}

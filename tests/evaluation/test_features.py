@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from in_two import in_two
 from sklearn.neighbors import KNeighborsClassifier
 
 from dmjd.data.source import open_all
@@ -134,6 +135,21 @@ def test_stream__what_is_seen_goes_to_the_first_rank_alone(backbones: dict[str, 
     seen = list(extractor.stream(extractor.pooled, images, batch_size=2))
     assert [(each.numbers, each.end) for each in seen] == [([0, 1], 2), ([2, 3], 4), ([4], 5)]
     assert "to all" not in extractor.ranks.noted
+
+
+def test_features__of_two_ranks_are_those_of_one_in_the_order_of_the_images(
+    backbones: dict[str, Path], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (7, 9, 8, 3), dtype=np.uint8))
+
+    def features(ranks: Ranks) -> tuple[torch.Tensor, list[int]]:
+        extractor = FeatureExtractor(str(backbones["vit"]), ranks=ranks, workers=0)
+        (images,) = open_all(str(tmp_path / "images.npy"), extractor.wanted)
+        return extractor.features(images, batch_size=2)
+
+    (alone, numbers), (together, others) = features(Ranks(torch.device("cpu"))), in_two(features)
+    assert numbers == others == [*range(7)]
+    torch.testing.assert_close(alone, together)
 
 
 def test_feature_extractor__what_it_does_not_know_is_refused(backbones: dict[str, Path]) -> None:

@@ -2,7 +2,8 @@
 
 import torch
 
-from dmjd.evaluation.shown import most_alike, principal_colours, token_errors
+import dmjd
+from dmjd.evaluation.shown import look, most_alike, principal_colours, token_errors
 
 
 def test_token_errors__are_zero_for_the_truth_and_one_for_its_mean() -> None:
@@ -28,6 +29,14 @@ def test_principal_colours__show_the_largest_difference_first_whatever_its_sign(
 
 def test_principal_colours__narrow_and_constant_features_are_drawn() -> None:
     assert principal_colours(torch.ones(1, 2, 3, 3)).shape == (1, 3, 3, 3)
+
+
+def test_look__brightness_alone_makes_no_other_pixels() -> None:
+    network = dmjd.build("quick", image_size=32, depth=1)
+    dark = torch.randint(0, 200, (3, 32, 32), generator=torch.Generator().manual_seed(0)).float()
+    seen = look(network, torch.stack([dark, dark + 50]), [3, 8])
+    assert seen.numbers.tolist() == [3, 8]
+    torch.testing.assert_close(seen.pixels[0], seen.pixels[1], atol=1e-3, rtol=0)
 
 
 def test_most_alike__finds_the_same_row_first_and_no_more_rows_than_there_are() -> None:
