@@ -1,4 +1,4 @@
-"""The one way to train, for every verb: resume, log, evaluate, keep, save, stop; on one rank or on many."""
+"""The one trainer of all verbs: resumes, logs, evaluates, keeps the best network, saves and stops, on any ranks."""
 
 import sys
 import time
@@ -27,27 +27,27 @@ from dmjd.engine.stopwatch import Stopwatch
 from dmjd.errors import CheckpointError, NonFiniteError, Stopped
 from dmjd.random import mix
 
-IN_A_ROW = 3  # steps without a finite gradient after which a run goes back
-ROLLBACKS = 2  # then it ends
-WAITING = 0.1  # share of the time that images may be waited for
-PATIENCE = 60.0  # seconds of training before something is said about it
+IN_A_ROW = 3  # steps without a finite gradient after which a run rolls back
+ROLLBACKS = 2  # after which it ends
+WAITING = 0.1  # share of the time spent waiting for images above which a warning is printed
+PATIENCE = 60.0  # seconds of training before that warning
 LESS_MEMORY = "give a smaller --batch_size, or compute it in more parts (accumulation) where the verb can"
 
 
 class DivergedError(Exception):
-    """What a run goes back for; the message says why."""
+    """The reason to roll a run back, as its message."""
 
 
 class Trainer:
-    """Trains a network as a plan says and writes the run down.
+    """Trains a network by a plan and records the run.
 
     Args:
-        run: Where.
-        model: What.
-        optimizer: Steps on the model's parameters.
-        plan: How long, how large, how often.
+        run: Directory and records of the run.
+        model: Model to train.
+        optimizer: Updates the model's parameters.
+        plan: Length and size of steps, and how often to log, evaluate and save.
         autocast: Context of the forward pass.
-        checkpointed: What a checkpoint holds, if that is more than the model: anything with state.
+        checkpointed: Module that checkpoints save, if it is more than the model: anything with state.
     """
 
     def __init__(
@@ -65,22 +65,22 @@ class Trainer:
         self.checkpointed = checkpointed or model.module
         self.ranks = model.ranks
         self.progress = Progress(plan.steps, silent=not self.ranks.is_main)
-        self.done = 0  # steps, those of earlier processes included
+        self.done = 0  # steps done, including those of earlier processes
         self.last: Step | None = None
-        self.saved = (0, 0.0)  # step and time of the last checkpoint, or where and when training began
+        self.saved = (0, 0.0)  # step and time of the last checkpoint, or of the start of training
         self.evaluate_at = spaced(plan.steps, plan.evals + 1) - {plan.steps}
         self.save_at = spaced(plan.steps, plan.saves) | {plan.steps}
         self.logged: tuple[int, float] | None = None  # step and time of the last line
         self.finite: list[Tensor] = []  # whether the gradient was, of every step since the last line
         self.in_a_row = 0  # steps without a finite gradient
         self.waiting = Stopwatch(self.ranks.device)
-        self.data_seconds = self.trained = 0.0  # of this process, logged so far: waiting for images, and in all
+        self.data_seconds = self.trained = 0.0  # of this process, logged so far: waiting for images, and in total
 
     def begin(self, *, resume: bool) -> None:
-        """Start the run, or take it up at its newest checkpoint, if it has one.
+        """Start the run, or resume it from its newest checkpoint, if it has one.
 
         Raises:
-            CheckpointError: If the run to resume is another one, or no checkpoint is whole.
+            CheckpointError: If settings or images of the run differ, or no checkpoint is intact.
         """
         newest = self.ranks.on_main(lambda: checkpoint.latest(self.run.checkpoints)) if resume else None
         if newest is None:
@@ -90,10 +90,10 @@ class Trainer:
         self.model.begin(self.plan.steps)
 
     def restore(self, path: Path) -> None:
-        """Be where a checkpoint was, with a later end if the run is longer now.
+        """Resume from a checkpoint, with a later end if the run is longer now.
 
         Raises:
-            CheckpointError: If the run is to end before it, or is another one.
+            CheckpointError: If the run would end before the checkpoint, or its settings or images differ.
         """
         state, steps = checkpoint.read_state(path), self.plan.steps
         planned, done = state.get("planned", steps), state["step"]
@@ -104,7 +104,7 @@ class Trainer:
         if steps > planned and self.ranks.is_main:
             said = f"{steps} steps instead of {planned}: from step {done} the learning rate follows the longer schedule"
             print(f"{said}, to zero at the new end", file=sys.stderr)
-        if self.run.settings.get("precision") == "auto":  # what it came to is the run's, wherever that goes on
+        if self.run.settings.get("precision") == "auto":  # a choice stays with the run, wherever it resumes
             before = "fp32" if self.ranks.device.type == "cpu" else "auto"
             self.autocast = choose_precision(state.get("precision", before), self.ranks.device)
         checkpoint.load(path, model=self.checkpointed, trained=self.model.module, optimizer=self.optimizer)
@@ -126,20 +126,20 @@ class Trainer:
         """Train to the end and return the last evaluation.
 
         Args:
-            samples: What training sees, by (epoch, index).
-            collate: Makes a micro-batch of samples; None where these come as one.
+            samples: Training samples, by (epoch, index).
+            collate: Makes a micro-batch from samples; None where these come as a batch.
             objective: From the model and a micro-batch to scalars by name; `loss` is minimised.
-            evaluate: Judges the network after a step; its first number tells the best one.
-            keep: Writes the network under a name, best.safetensors or last.safetensors.
-            after_step: Called with the number of every step done.
-            gauge: Adds to a line of metrics.jsonl what it has seen in the seconds since the last one.
-            untrained: Evaluate before the first step as well.
+            evaluate: Evaluates the network after a step; the best network has the highest first number.
+            keep: Saves the network under a name, best.safetensors or last.safetensors.
+            after_step: Called after every step, with the number of steps done.
+            gauge: Returns further numbers for a line of metrics.jsonl, given the seconds since the last line.
+            untrained: Whether to evaluate before the first step as well.
 
         Raises:
-            ConfigError: If the device has not the memory.
+            ConfigError: If the device runs out of memory.
             DataError: If too many files do not decode.
-            NonFiniteError: If gradients or weights are not finite and going back did not help.
-            Stopped: After a signal, when a checkpoint is written.
+            NonFiniteError: If gradients or weights are not finite and rolling back did not help.
+            Stopped: After a signal, once a checkpoint is written.
         """
         plan, unevaluated = self.plan, self.evaluate_at - self.run.evaluated
         self.introduce()
@@ -173,7 +173,7 @@ class Trainer:
             return measured
 
     def introduce(self) -> None:
-        """Say on stderr what is trained, if anything is left to, and warn of a batch larger than the set."""
+        """Describe the training on stderr, unless the run is finished, and warn of a batch larger than the set."""
         run, plan, device = self.run, self.plan, self.ranks.device
         if not self.ranks.is_main or self.done == plan.steps:
             return
@@ -198,14 +198,14 @@ class Trainer:
 
     @property
     def precision(self) -> str:
-        """What matrix products are computed in: bf16 or fp32."""
+        """Precision of matrix products: bf16 or fp32."""
         return "bf16" if computes_in_bf16(self.autocast, self.ranks.device) else "fp32"
 
     def steps(
         self, samples: ReadableSamples, collate: Callable[[list[Any]], Any] | None, objective: Objective
     ) -> Iterator[Step]:
         """Load this rank's share of every batch and train on it, step by step, to the end of the plan."""
-        # After a rollback the images come in another order: the same ones would end as before.
+        # After a rollback the images come in another order, or the run would diverge again.
         rollbacks = self.run.summary.get("rollbacks", 0)
         plan = replace(self.plan, seed=mix(self.plan.seed, rollbacks)) if rollbacks else self.plan
         ranks = self.ranks
@@ -236,7 +236,7 @@ class Trainer:
         )
 
     def look_around(self, step: Step) -> tuple[bool, bool]:
-        """Agree with the other ranks on whether to stop and whether to save, and share what did not decode."""
+        """Agree with the other ranks on whether to stop and to save, and share the files that did not decode."""
         self.last, self.done = step, step.number
         self.finite.append(step.finite)
         due = self.ranks.is_main and time.perf_counter() - self.saved[1] > 60 * self.plan.checkpoint_minutes
@@ -247,7 +247,7 @@ class Trainer:
         return stop, due
 
     def count_skipped(self, number: int) -> None:
-        """Look how many of the steps up to `number` had no finite gradient; this waits for the device.
+        """Count the steps up to `number` whose gradient was not finite; this synchronises with the device.
 
         Raises:
             DivergedError: If there are three in a row.
@@ -264,10 +264,10 @@ class Trainer:
                     print(f"warning: the gradient is not finite at step {step}; the step is left out", file=sys.stderr)
 
     def roll_back(self, why: str) -> None:
-        """Go back to a good checkpoint: the newest, the second time the one before it if there is one.
+        """Roll back to an intact checkpoint: the newest, or the second time the one before it, if there is one.
 
         Raises:
-            NonFiniteError: If there is none, or it was gone back to twice before.
+            NonFiniteError: If there is none, or the run was rolled back twice before.
         """
         before = self.run.summary.get("rollbacks", 0)
         good = self.ranks.on_main(lambda: checkpoint.whole_ones(self.run.checkpoints))
@@ -281,7 +281,7 @@ class Trainer:
             print(f"{said} (rollback {before + 1} of {ROLLBACKS})", file=sys.stderr)
 
     def log(self, step: Step, gauge: Callable[[float], dict[str, float]]) -> dict[str, str]:
-        """Write a step down; here the loop waits for the device. Returns what is shown of it.
+        """Log a step, which synchronises with the device; returns the numbers to show.
 
         Raises:
             DivergedError: If too many gradients were not finite.
@@ -308,7 +308,7 @@ class Trainer:
         }
 
     def warn_of_waiting(self, waited: float, seconds: float) -> None:
-        """Say what would help, once, where a tenth of a minute's work and more has gone into waiting for images."""
+        """Warn once, after a minute of training, if more than a tenth of the time went into waiting for images."""
         before, (self.data_seconds, self.trained) = self.trained, (self.data_seconds + waited, self.trained + seconds)
         if before < PATIENCE <= self.trained and self.data_seconds > WAITING * self.trained and self.ranks.is_main:
             print(
@@ -320,7 +320,7 @@ class Trainer:
     def evaluate(
         self, step: int, evaluate: Callable[[int], dict[str, float]], keep: Callable[[str], None] | None = None
     ) -> dict[str, float]:
-        """Measure what the network is worth after a step, write it down, and keep the network if it is the best."""
+        """Evaluate the network after a step, record the result, and keep the network if it is the best."""
         with self.model.plainly():
             measured = evaluate(step)
         if step not in self.run.evaluated:
@@ -335,7 +335,7 @@ class Trainer:
     def evaluate_on_the_way(
         self, step: int, evaluate: Callable[[int], dict[str, float]], keep: Callable[[str], None] | None
     ) -> bool:
-        """Evaluate between two steps, and count the seconds that this takes; tell whether a signal ended it."""
+        """Evaluate between two steps and record the seconds; returns whether a signal interrupted it."""
         began = time.perf_counter()
         try:
             self.evaluate(step, evaluate, keep)
@@ -348,10 +348,10 @@ class Trainer:
         return False
 
     def end_early(self) -> None:
-        """Leave after the last step, with a checkpoint of it.
+        """Stop after the last step, with a checkpoint of it.
 
         Raises:
-            Stopped: In any case.
+            Stopped: Always.
         """
         if self.saved[0] < self.done:
             self.save()
@@ -363,7 +363,7 @@ class Trainer:
         """Write a checkpoint of the last step.
 
         Raises:
-            DivergedError: If weights, or what the optimizer keeps, are not finite; then none is written.
+            DivergedError: If weights or optimizer states are not finite; no checkpoint is written then.
         """
         assert self.last
         step = self.last
@@ -379,5 +379,5 @@ class Trainer:
 
 
 def spaced(steps: int, parts: int) -> set[int]:
-    """Cut a run into equal parts and return the steps where they end."""
+    """Divide a run into equal parts and return the steps where they end."""
     return {round(steps * part / parts) for part in range(1, parts + 1)} - {0}

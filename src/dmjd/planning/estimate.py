@@ -1,4 +1,4 @@
-"""From counted work to hours, memory, communication and storage of a run on so many devices."""
+"""From counted work to hours, memory, communication and storage of a run on a number of devices."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,25 +7,25 @@ from dmjd.planning.gpus import Device
 from dmjd.planning.work import Work
 
 IN_A_MACHINE = 8  # devices
-FEWEST = 8  # images of a device at a time, below which kernels are too small to fill it; judgement
-# Images of 224 px that a core decodes and crops in a second: half of what two workers did (docs/results.md, Feeding).
+FEWEST = 8  # images in a device's micro-batch, below which kernels are too small to fill it; judgement
+# Images of 224 px that a core decodes and crops per second: half of what two workers did (docs/results.md, Feeding).
 DECODED = {"files": 538, "prepared": 755}
-STEPPED = 32  # bytes that AdamW moves for a trained number: 16 read, 12 written, and 4 for the norm
+STEPPED = 32  # bytes that AdamW moves per trained parameter: 16 read, 12 written, and 4 for the norm
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be trained, and what surrounds the devices.
+    """A run to plan, and the hardware around the devices.
 
     Attributes:
-        steps: Of the optimizer.
-        batch_size: Images in one, over all devices.
-        accumulation: Parts of a step at least.
-        image_bytes: Mean size of an image as a file, and in a set that is prepared.
+        steps: Optimizer steps.
+        batch_size: Images in a step, over all devices.
+        accumulation: Fewest micro-batches of a device in a step.
+        image_bytes: Mean size of an image as a file, and in a prepared set.
         parallel: ddp or fsdp.
-        network: Bytes/s between machines, for each device.
-        storage: Bytes/s that the storage delivers.
-        price: Of an hour of a device; None if nobody knows.
+        network: Bandwidth between machines, in bytes/s per device.
+        storage: Bandwidth of the storage, in bytes/s.
+        price: Price of one device per hour; None if it is not known.
     """
 
     steps: int
@@ -43,10 +43,10 @@ class Pace:
     """How fast one device computes.
 
     Attributes:
-        image: Seconds that another image takes, forward and backward.
-        step: Seconds that a step takes beside its images.
+        image: Seconds per image, forward and backward.
+        step: Seconds that a step takes in addition to its images.
         utilisation: Share of the peak that products reach; None where no peak is known.
-        measured: Whether that was timed, not assumed.
+        measured: Whether this was timed rather than assumed.
     """
 
     image: float
@@ -56,24 +56,24 @@ class Pace:
 
 
 class Outlook(NamedTuple):
-    """A run on so many devices; bytes, seconds, and rates of all devices together unless said otherwise.
+    """A run on a number of devices; bytes, seconds, and rates of all devices together unless stated otherwise.
 
     Attributes:
-        devices: How many.
-        images: Of a device in a step.
-        largest: Images at a time that fit on a device, with what is spared.
-        accumulation: Parts of a device's share of a step.
-        memory: Bytes of a device where most is needed.
-        step_seconds: Of a step.
-        images_per_second: Of one device.
-        hours: Of the run.
-        device_hours: Of all devices.
-        cost: At the price.
-        sent: Seconds of a step in which something is sent between devices; None where no link is known.
-        hidden: Share of these that the computation covers.
-        storage: Bytes/s that are read, of files or of a set that is prepared.
-        cores: That decode files, or a set that is prepared, for all devices.
-        breaks: What goes wrong, the worst first; empty if nothing does.
+        devices: Number of devices.
+        images: Images of a device in a step.
+        largest: Largest micro-batch that fits into the usable memory of a device.
+        accumulation: Micro-batches of a device in a step.
+        memory: Peak memory of a device, in bytes.
+        step_seconds: Seconds per step.
+        images_per_second: Images per second of one device.
+        hours: Hours of the run.
+        device_hours: Hours of all devices together.
+        cost: Cost at the price.
+        sent: Seconds of communication between devices in a step; None where no link is known.
+        hidden: Share of these that overlaps with computation.
+        storage: Bytes/s read from files or from a prepared set.
+        cores: Cores that decode files or read a prepared set, for all devices.
+        breaks: Problems, the worst first; empty if there are none.
     """
 
     devices: int
@@ -94,12 +94,12 @@ class Outlook(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether a device has the memory for one of its parts of a step."""
+        """Whether a device has the memory for one of its micro-batches."""
         return max(self.images // self.accumulation, 1) <= self.largest
 
 
 def assume(work: Work, device: Device, precision: str, utilisation: float) -> Pace | None:
-    """Make the speed of a device by its data sheet; None if there is none."""
+    """Compute the pace of a device from its data sheet; None if no peak is known."""
     peak = device.peak(precision)
     if peak is None:
         return None
@@ -108,11 +108,11 @@ def assume(work: Work, device: Device, precision: str, utilisation: float) -> Pa
 
 
 def split(job: Job, work: Work, device: Device, devices: int) -> tuple[int, int, int]:
-    """Split a step.
+    """Split a step into micro-batches.
 
     Returns:
-        Images of a device in a step, those at a time that fit, and the parts that follow: the fewest that fit and
-        divide them.
+        Images of a device in a step, the largest micro-batch that fits, and the number of micro-batches: the fewest
+        that divide the images and fit.
     """
     share = max(job.batch_size // devices, 1)
     how = {"devices": devices, "parallel": job.parallel}
@@ -124,7 +124,7 @@ def split(job: Job, work: Work, device: Device, devices: int) -> tuple[int, int,
 
 
 def look_ahead(job: Job, work: Work, device: Device, speed: Pace, devices: int) -> Outlook:
-    """Work out a run on so many devices."""
+    """Estimate a run on a number of devices."""
     share, largest, parts = split(job, work, device, devices)
     at_a_time = max(share // parts, 1)
     computed = share * speed.image
@@ -163,16 +163,16 @@ def look_ahead(job: Job, work: Work, device: Device, speed: Pace, devices: int) 
 
 
 def send(job: Job, work: Work, device: Device, devices: int, parts: int) -> float | None:
-    """Count the seconds of a step in which something is sent, by the ring: each device passes on all but its share.
+    """Estimate the seconds of communication in a step, by ring algorithms: each device passes on all but its share.
 
-    DDP reduces the gradients, twice around. FSDP gathers the weights for every forward and every backward pass, and
-    reduces the gradients once around. None where no link is known.
+    DDP all-reduces the gradients, twice around the ring. FSDP gathers the weights for every forward and every backward
+    pass, and reduce-scatters the gradients, each once around. None where no link is known.
     """
     if devices == 1:
         return 0.0
     if device.link is None:
         return None
     rounds = 2 * parts + 1 if job.parallel == "fsdp" else 2
-    # Between machines the ring is as many rings as devices in one, each with a network of its own.
+    # Between machines there are as many rings as devices in a machine, each with its own network link.
     link = device.link if devices <= IN_A_MACHINE else min(device.link, IN_A_MACHINE * job.network)
     return rounds * (devices - 1) / devices * work.gradients / link

@@ -1,4 +1,4 @@
-"""Devices: what data sheets say of GPUs, and what is known of the device of this machine."""
+"""Devices: GPUs by their data sheets, and the device of this machine."""
 
 import os
 import time
@@ -15,23 +15,23 @@ from dmjd.errors import ConfigError
 
 SHEETS = Path(__file__).parent / "gpus.yaml"
 GIB = 2**30
-# Share of a device's memory that a plan leaves alone. Of a GPU: error correction, the driver, cuBLAS, fragmentation.
+# Share of a device's memory that a plan leaves free. On a GPU: for error correction, driver, cuBLAS, fragmentation.
 SPARE = {"gpu": 0.15, "cpu": 0.5}
-SIDE, REPEATS = 1024, 4  # of the product that a CPU is timed by
+SIDE, REPEATS = 1024, 4  # of the matrix product that a CPU is timed with
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What a plan has to know of a device.
+    """Properties of a device that a plan depends on.
 
     Attributes:
-        name: What `--device` calls it.
-        memory: In bytes.
-        bf16: Peak of dense products in FLOP/s; None without units for it, or where it is not known.
-        fp32: The same in float32; None where it is not known.
-        bandwidth: Of its memory, in bytes/s; None where it is not known.
-        link: To other devices of the machine, in one direction, in bytes/s; None where it is not known.
-        source: Where this stands.
+        name: Its name, as for `--device`.
+        memory: Its memory in bytes.
+        bf16: Peak of dense products in bf16, in FLOP/s; None without units for it, or if it is not known.
+        fp32: The same in float32; None if it is not known.
+        bandwidth: Memory bandwidth in bytes/s; None if it is not known.
+        link: Bandwidth to other devices of the machine, in one direction, in bytes/s; None if it is not known.
+        source: Source of these numbers.
         kind: `gpu` or `cpu`.
     """
 
@@ -46,30 +46,30 @@ class Device:
 
     @property
     def usable(self) -> float:
-        """Bytes of its memory that a plan fills."""
+        """Bytes of its memory that a plan may fill."""
         return self.memory * (1 - SPARE[self.kind])
 
     @property
     def has_bf16(self) -> bool:
-        """Whether it has units for bf16; of a GPU that is not listed that is likely."""
+        """Whether it has units for bf16; assumed of a GPU that is not listed."""
         return self.bf16 is not None or self.fp32 is None
 
     def peak(self, precision: str) -> float | None:
-        """FLOP/s of dense products; without units for bf16 they are no faster than in float32."""
+        """Return the FLOP/s of dense products; without units for bf16 they are no faster than in float32."""
         return (self.bf16 or self.fp32) if precision == "bf16" else self.fp32
 
 
 @cache
 def listed() -> dict[str, Device]:
-    """Read the GPUs that are listed, by name."""
+    """Read the listed GPUs, by name."""
     return {name: _of_sheet(name, sheet) for name, sheet in _sheets().items()}
 
 
 def find_device(name: str) -> Device:
-    """Find a device: one that is listed, or with `auto`, `cuda` or `cpu` that of this machine.
+    """Find a device: a listed one, or for `auto`, `cuda` or `cpu` that of this machine.
 
     Raises:
-        ConfigError: If there is none of this name.
+        ConfigError: If there is no such device.
     """
     if name.lower() in listed():
         return listed()[name.lower()]
@@ -97,7 +97,7 @@ def _of_sheet(name: str, sheet: dict[str, float | str]) -> Device:
 
 
 def _this_gpu(device: torch.device) -> Device:
-    """Find the GPU of this machine among those that are listed; of another one only the memory is known."""
+    """Find the GPU of this machine among the listed ones; of any other, only the memory is known."""
     called, memory = torch.cuda.get_device_name(device), float(torch.cuda.get_device_properties(device).total_memory)
     for name, sheet in _sheets().items():
         if called == sheet["torch"]:
@@ -106,7 +106,7 @@ def _this_gpu(device: torch.device) -> Device:
 
 
 def _this_cpu() -> Device:
-    """Time products of matrices, for CPUs have no data sheets that would say what one reaches."""
+    """Time matrix products, since data sheets of CPUs do not say what they reach."""
     memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return Device(
         name="cpu",
@@ -119,7 +119,7 @@ def _this_cpu() -> Device:
 
 
 def _timed_product(kind: torch.dtype) -> float:
-    """Measure the FLOP/s of a product of matrices."""
+    """Measure the FLOP/s of a matrix product."""
     matrix, seconds = torch.ones(SIDE, SIDE, dtype=kind), []
     for _ in range(REPEATS):
         began = time.perf_counter()

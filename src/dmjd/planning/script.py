@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from dmjd.errors import ConfigError
 from dmjd.planning.estimate import IN_A_MACHINE
 
-LONGEST = 24  # hours of a job, which then goes on in another one
-MARGIN = 1.2  # of the hours planned
-NOTICE = 300  # seconds before its end in which a job saves
+LONGEST = 24  # hours of a job, after which another one continues
+MARGIN = 1.2  # job hours per planned hour
+NOTICE = 300  # seconds before its end when a job is told to save
 PORT = 29500
-PORTS = 20000  # of a job of SLURM, and the 10,000 above: two jobs may share a machine
+PORTS = 20000  # first of 10,000 ports for SLURM jobs, since two jobs may share a machine
 MOST_WIDE = 110
 
 
 def machines(devices: int) -> tuple[int, int]:
-    """Split devices over machines: how many, and devices of each.
+    """Distribute devices over machines: returns the number of machines, and of devices in each.
 
     Raises:
-        ConfigError: If some would have more than others.
+        ConfigError: If some machines would have more devices than others.
     """
     nodes = math.ceil(devices / IN_A_MACHINE)
     if devices % nodes:
@@ -29,7 +29,7 @@ def machines(devices: int) -> tuple[int, int]:
 
 
 def torchrun(command: Sequence[str], devices: int, *, out: str) -> str:
-    """Write the script for one machine, or to be started on each of several; arguments as those of `slurm`."""
+    """Write the script for one machine, or to be started on each of several; arguments as in `slurm`."""
     nodes, each = machines(devices)
     launch = ["torchrun", "--nproc-per-node", str(each)]
     head = ["#!/bin/bash", "set -e", f"mkdir -p {shlex.quote(out)}  # --resume wants it"]
@@ -41,13 +41,13 @@ def torchrun(command: Sequence[str], devices: int, *, out: str) -> str:
 
 
 def slurm(command: Sequence[str], devices: int, *, hours: float, cores: int, out: str) -> str:
-    """Write the script for SLURM, which asks for its job again as long as the run is not done.
+    """Write the script for SLURM, which requeues its job until the run is finished.
 
     Args:
-        command: After `python -m`, with --resume.
-        devices: In all.
-        hours: Of the run.
-        cores: Of a machine.
+        command: The command after `python -m`, with --resume.
+        devices: Devices in total.
+        hours: Hours of the run.
+        cores: Cores of a machine.
         out: Directory of the run.
     """
     nodes, each = machines(devices)
@@ -83,7 +83,7 @@ exit "$code"
 
 
 def folded(words: Sequence[str]) -> str:
-    """Write a command in lines of readable length; words are quoted already, and a flag stays with its values."""
+    """Break a command into lines of readable length; words are already quoted, and a flag stays with its values."""
     lines: list[str] = []
     for word in words:
         if lines and (not word.startswith("-") or len(lines[-1]) + len(word) < MOST_WIDE - 20):

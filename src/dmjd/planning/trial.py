@@ -1,4 +1,4 @@
-"""Real steps of the real network on the device of this machine: their time, and the memory that they need."""
+"""Real steps of the real network on the device of this machine: their time and memory."""
 
 import time
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from dmjd.errors import ConfigError
 from dmjd.method import DMJD
 from dmjd.planning.work import StepParts, Work
 
-MOST = 2**14  # images at a time that are tried
-APART = 4  # the larger of the two batches that are timed, over the smaller
-STEPS = 2  # that are timed at least, after one to warm up
+MOST = 2**14  # largest batch to try
+APART = 4  # ratio of the two batch sizes that are timed
+STEPS = 2  # fewest steps to time, after one to warm up
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
 
 
@@ -28,9 +28,9 @@ class Timed(NamedTuple):
     """Steps of one size.
 
     Attributes:
-        batch: Images in one.
-        seconds: Their median.
-        memory: Bytes that were taken at most, beside what was there before the network; None where nobody counts.
+        batch: Images per step.
+        seconds: Median time of a step.
+        memory: Peak memory in bytes, without what was in use before the network; None where it cannot be measured.
     """
 
     batch: int
@@ -39,11 +39,11 @@ class Timed(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """What real steps took.
+    """Measurements of real steps.
 
     Attributes:
-        small, large: Steps of two sizes; the second may be the first.
-        largest: Images at a time that fit, as far as it was tried.
+        small, large: Steps of two batch sizes, which may be the same.
+        largest: Largest batch that fits, of those tried.
     """
 
     small: Timed
@@ -52,7 +52,7 @@ class Trial(NamedTuple):
 
     @property
     def image(self) -> float:
-        """Seconds that another image takes."""
+        """Seconds per additional image."""
         few, many = self.small, self.large
         if few.batch == many.batch:
             return few.seconds / few.batch
@@ -60,7 +60,7 @@ class Trial(NamedTuple):
 
     @property
     def step(self) -> float:
-        """Seconds that a step takes beside its images."""
+        """Seconds that a step takes in addition to its images."""
         return max(self.large.seconds - self.large.batch * self.image, 0.0)
 
 
@@ -69,10 +69,10 @@ class Bench:
     """A network in training on the device of this machine.
 
     Args:
-        parts: What its steps are made of.
-        device: Where.
-        precision: As settings have it.
-        clock: Tells seconds.
+        parts: Parts of its steps.
+        device: Device that computes.
+        precision: The setting `precision`.
+        clock: Returns seconds.
     """
 
     parts: StepParts
@@ -91,7 +91,7 @@ class Bench:
         """Train on `batch` images of noise once; returns the seconds.
 
         Raises:
-            OutOfMemoryError: If the device has not the memory.
+            OutOfMemoryError: If the device runs out of memory.
         """
         images, tokens = self.parts.inputs(batch, self.device)
         self.wait()
@@ -107,12 +107,12 @@ class Bench:
         return self.clock() - began
 
     def wait(self) -> None:
-        """Wait for the queue of a GPU."""
+        """Synchronise with a GPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def timed(self, batch: int, seconds: float) -> Timed:
-        """Time steps of one size for so long, two at least."""
+        """Time steps of one batch size for `seconds`, at least two."""
         forget_peak(self.device)
         taken: list[float] = []
         while len(taken) < STEPS or sum(taken) < seconds:
@@ -120,10 +120,10 @@ class Bench:
         return Timed(batch, median(taken), self.peak())
 
     def peak(self) -> float | None:
-        """Count the bytes taken at most since `forget_peak`, beside what was there before the network."""
+        """Return the peak memory in bytes since `forget_peak`, without what was in use before the network."""
         if self.device.type == "cuda":
             return float(torch.cuda.max_memory_allocated(self.device))
-        most, code = resident("VmHWM"), resident("RssFile")  # libraries that were used for the first time
+        most, code = resident("VmHWM"), resident("RssFile")  # RssFile: libraries that were loaded meanwhile
         return None if most is None or code is None else float(most - code - self.before)
 
 
@@ -131,11 +131,11 @@ def try_steps(bench: Bench, work: Work, *, usable: float, most: int, seconds: fl
     """Double the batch while it fits and there is time; then time steps of two sizes.
 
     Args:
-        bench: What is timed.
-        work: What was counted: a CPU is not asked for more memory than is usable by that.
-        usable: Bytes.
-        most: Images at a time beyond which nobody wants to know.
-        seconds: What the timing should take.
+        bench: Network to time.
+        work: Counted work; on a CPU, batches stay within the usable memory by this count.
+        usable: Usable memory in bytes.
+        most: Largest batch of interest.
+        seconds: Time that the measurement should take.
 
     Raises:
         ConfigError: If not even one image fits.
@@ -152,7 +152,7 @@ def try_steps(bench: Bench, work: Work, *, usable: float, most: int, seconds: fl
             break
         took, fitting = time.perf_counter() - began, batch
         fits = on_gpu or work.memory(2 * batch) <= usable
-        # The larger batch warms up and is timed, and so is a smaller one: that is four times as much and more.
+        # A batch twice as large is warmed up and timed, and so is a smaller one: at least four times as much work.
         late = not on_gpu and time.perf_counter() + 2 * (STEPS + 1) * took > ended
         if not fits or late or 2 * batch > min(most, MOST):
             break
@@ -168,7 +168,7 @@ def try_steps(bench: Bench, work: Work, *, usable: float, most: int, seconds: fl
 
 
 def resident(name: str) -> int | None:
-    """Read bytes of this process that are in memory: RssAnon, RssFile, or VmHWM for the most there were; only Linux."""
+    """Read the resident memory of this process in bytes: RssAnon, RssFile, or VmHWM for its peak; Linux only."""
     with suppress(OSError):
         for line in STATUS.read_text().splitlines():
             if line.startswith(f"{name}:"):
@@ -177,7 +177,7 @@ def resident(name: str) -> int | None:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Begin to look for the peak of memory anew."""
+    """Reset the peak of memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:

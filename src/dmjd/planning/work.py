@@ -1,7 +1,8 @@
 """Arithmetic and memory of a training step, counted on the real network without computing it.
 
-The network has tensors without memory (torch's fake tensors): they know shape and type, and every operation makes the
-outputs that it would make. So torch's counter sees all products, and a ledger all memory, of any batch in seconds.
+The network has tensors without memory (torch's fake tensors), which have a shape and a type, and on which every
+operation makes the outputs that it would make. So in seconds, and for any batch, torch's counter sees all products, and
+a ledger sees all memory.
 """
 
 import math
@@ -25,7 +26,7 @@ from dmjd.engine.device import Float32Attention
 from dmjd.masking import TokenIds, token_ids
 from dmjd.method import DMJD, Losses
 
-FEW, MANY = 8, 32  # images of the two batches that memory is counted for; it is linear between them and beyond
+FEW, MANY = 8, 32  # images of the two batches for which memory is counted; it is linear in the batch size
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -41,8 +42,8 @@ def _convolution_backward(gradient: Any, images: Any, weight: Any, *others: Any,
     return 2 * int(gradient[0]) * math.prod(gradient[2:]) * math.prod(weight) * sum(wanted[:2])
 
 
-# For torch's counter, which leaves out the attention of CPUs before 2.15, and takes the gradient of a depthwise
-# convolution's weights for that of a dense one.
+# For torch's counter, which before 2.15 leaves out attention on CPUs, and counts the weight gradient of a depthwise
+# convolution as that of a dense one.
 FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -52,15 +53,15 @@ FORMULAS = {
 
 @dataclass(frozen=True)
 class StepParts:
-    """What a training step is made of.
+    """Parts of a training step.
 
     Attributes:
-        create: Makes the untrained network, where torch's default device is.
+        create: Makes the untrained network, on torch's default device.
         optimizer: Makes the optimizer of its weights.
         image: Channels, height and width of an image.
-        masks: Draws the masks (B, V, L) of samples by their seeds, True = hidden.
-        hidden: Tokens that a view hides.
-        reads_files: Whether the network is made of files, which needs memory.
+        masks: Draws the masks (B, V, L) of samples from their seeds, True = hidden.
+        hidden: Number of tokens hidden in a view.
+        reads_files: Whether making the network reads files, which needs real memory.
     """
 
     create: Callable[[], DMJD]
@@ -81,9 +82,9 @@ class Footprint:
     """Memory of the activations of a step, in bytes.
 
     Attributes:
-        image: What an image keeps for the backward pass, all its views.
-        fixed: What is kept whatever the batch: copies of weights in bf16.
-        passing: What an image needs on top for a moment where most is needed.
+        image: Bytes kept per image for the backward pass, over all views.
+        fixed: Bytes kept for any batch: copies of weights in bf16.
+        passing: Bytes per image that are needed temporarily on top, at the peak.
     """
 
     image: float
@@ -93,17 +94,17 @@ class Footprint:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a step takes, a device with the whole network.
+    """Work of a step on a device with the whole network.
 
     Attributes:
-        parameters: Trained numbers by part: encoder, decoder, projector.
+        parameters: Trained parameters by part: encoder, decoder, projector.
         teachers: Bytes of targets that are networks: a moving average, or frozen ones.
-        forward: FLOP of an image forward, all views, targets included.
-        flops: FLOP of an image forward and backward.
+        forward: FLOP of the forward pass of an image, all views, targets included.
+        flops: FLOP of the forward and backward pass of an image.
         weights: Bytes of the network without teachers, buffers included.
         gradients: Bytes of gradients.
-        states: Bytes that the optimizer remembers.
-        stepping: Bytes that the optimizer needs for a moment.
+        states: Bytes of optimizer states.
+        stepping: Bytes that the optimizer needs temporarily.
         footprint: Memory of activations.
     """
 
@@ -119,15 +120,15 @@ class Work:
 
     @property
     def trained(self) -> int:
-        """Numbers that are trained."""
+        """Number of trained parameters."""
         return sum(self.parameters.values())
 
     def kept(self, *, devices: int = 1, accumulation: int = 1, parallel: str = "ddp") -> float:
         """Count the bytes of a device that do not depend on its batch.
 
-        DDP keeps a copy of the gradients to send; FSDP a share of weights, gradients and states, a whole copy of the
-        weights for evaluations, and for a moment the whole of one block, which is not counted. From the second part of
-        a step on, whole gradients are there while activations are.
+        DDP keeps a copy of the gradients to send; FSDP keeps a share of weights, gradients and states, a whole copy of
+        the weights for evaluations, and temporarily one whole block, which is not counted. From the second micro-batch
+        of a step on, all gradients are in memory together with the activations.
         """
         share = devices if parallel == "fsdp" else 1
         sent = self.gradients if parallel == "ddp" and devices > 1 else 0
@@ -136,14 +137,14 @@ class Work:
         return (self.weights + self.states) / share + copy + self.teachers + sent + summed
 
     def memory(self, batch: int, **how: Any) -> float:
-        """Count the bytes of a device where most is needed; `how` as in `kept`."""
+        """Count the bytes of a device at the peak; `how` as in `kept`."""
         share = how.get("devices", 1) if how.get("parallel") == "fsdp" else 1
         stepping = (self.gradients + self.stepping) / share
         each = self.footprint.image + self.footprint.passing
         return self.kept(**how) + max(self.footprint.fixed + batch * each, stepping)
 
     def largest(self, usable: float, **how: Any) -> int:
-        """Find how many images at a time so many bytes have room for; 0 if none."""
+        """Find the largest micro-batch that fits into `usable` bytes; 0 if none does."""
         if self.memory(1, **how) > usable:
             return 0
         each = self.footprint.image + self.footprint.passing
@@ -151,11 +152,11 @@ class Work:
 
 
 class Ledger(TorchDispatchMode):
-    """Adds up the memory of all tensors that are made while it is there, until they are gone.
+    """Adds up the memory of all tensors that are made in its context, until they are freed.
 
     Attributes:
-        now: Bytes.
-        most: Largest number of bytes there was; may be set back.
+        now: Bytes in use.
+        most: Largest number of bytes in use; may be reset.
     """
 
     def __init__(self) -> None:
@@ -184,7 +185,7 @@ class Ledger(TorchDispatchMode):
 
 
 class GpuAutocast(TorchFunctionMode):
-    """Makes autocast on a CPU keep what it keeps on a GPU, where LayerNorm takes and gives float32."""
+    """Makes autocast on a CPU keep the same tensors as on a GPU, where LayerNorm takes and returns float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.layer_norm:
@@ -196,9 +197,9 @@ def count(parts: StepParts, *, precision: str, on_gpu: bool) -> Work:
     """Count a step.
 
     Args:
-        parts: What it is made of.
-        precision: Of products: fp32 or bf16.
-        on_gpu: Whether it will run on a GPU, whose autocast and optimizers need other memory than those of a CPU.
+        parts: Parts of the step.
+        precision: Precision of products: fp32 or bf16.
+        on_gpu: Whether it will run on a GPU, whose autocast and optimizers use memory differently from those of a CPU.
     """
     with without_memory(parts) as (network, ledger):
         optimizer = parts.optimizer(network)
@@ -214,12 +215,12 @@ def count(parts: StepParts, *, precision: str, on_gpu: bool) -> Work:
         del losses
         passing = ledger.most - began - large
         for group in optimizer.param_groups:
-            if "foreach" in group:  # all weights at once, which is quick to count, and what GPUs do without a kernel
+            if "foreach" in group:  # all weights at once: quick to count, and what GPUs do without a fused kernel
                 group["foreach"] = True
         ledger.most = ledger.now
         optimizer.step()
         fused = not on_gpu or "fused" in optimizer.defaults
-        stepping = 0 if fused else ledger.most - ledger.now  # what the optimizer remembers is there at the end
+        stepping = 0 if fused else ledger.most - ledger.now  # its states stay in memory
         optimizer.zero_grad()
         states = ledger.now - made
     teachers = {id(each): each.nbytes for target in _targets(network) for each in _tensors(target)}
@@ -237,7 +238,7 @@ def count(parts: StepParts, *, precision: str, on_gpu: bool) -> Work:
 
 
 def recount(work: Work, parts: StepParts, *, precision: str, on_gpu: bool) -> Work:
-    """Count the same step in another precision, where only activations differ; arguments as of `count`."""
+    """Count the same step in another precision, where only activations differ; arguments as in `count`."""
     with without_memory(parts) as (network, ledger), products(precision, on_gpu):
         small, large = (_forward(network, parts, batch, ledger)[1] for batch in (FEW, MANY))
     return replace(work, footprint=_footprint(small, large, work.footprint.passing))
@@ -245,7 +246,7 @@ def recount(work: Work, parts: StepParts, *, precision: str, on_gpu: bool) -> Wo
 
 @contextmanager
 def without_memory(parts: StepParts) -> Iterator[tuple[DMJD, Ledger]]:
-    """Make the network of tensors without memory, and count that of all that is made meanwhile."""
+    """Make the network with tensors without memory, and count the memory of all tensors made meanwhile."""
     with torch.device("cpu" if parts.reads_files else "meta"):
         shapes = parts.create()
     with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
@@ -254,7 +255,7 @@ def without_memory(parts: StepParts) -> Iterator[tuple[DMJD, Ledger]]:
 
 @contextmanager
 def products(precision: str, on_gpu: bool) -> Iterator[None]:
-    """Compute products on a CPU in a precision, with what a GPU would keep if so asked."""
+    """Compute products on a CPU in a precision, keeping the tensors that a GPU would keep if `on_gpu`."""
     with ExitStack() as stack:
         if precision == "bf16":
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))
@@ -263,14 +264,14 @@ def products(precision: str, on_gpu: bool) -> Iterator[None]:
 
 
 def _forward(network: DMJD, parts: StepParts, batch: int, ledger: Ledger) -> tuple[Losses, int]:
-    """Run the forward pass; also count the bytes that are there after it and were not before."""
+    """Run the forward pass, and count the bytes that it leaves in use."""
     before = ledger.now
     losses = network(*parts.inputs(batch, torch.device("cpu")))
     return losses, ledger.now - before
 
 
 def _footprint(small: int, large: int, passing: float) -> Footprint:
-    """Split the bytes after the forward pass of a small and of a large batch."""
+    """Split the bytes in use after the forward pass of a small and of a large batch."""
     image = (large - small) / (MANY - FEW)
     return Footprint(image=image, fixed=large - MANY * image, passing=passing)
 
@@ -286,7 +287,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _parameters(network: DMJD) -> dict[str, int]:
-    """Count trained numbers by part."""
+    """Count trained parameters by part."""
     parts: dict[str, Any] = {"encoder": network.encoder, "decoder": network.decoder, "projector": network.projector}
     return {
         name: sum(each.numel() for each in part.parameters() if each.requires_grad)
