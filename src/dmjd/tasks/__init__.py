@@ -1,1 +1,1 @@
-"""One verb of the command line, one file."""
+"""The verbs of the command line, one file each."""

@@ -32,24 +32,25 @@ from dmjd.networks.detector import create_detector
 from dmjd.reports.dense import write_dense
 from dmjd.reports.overlays import legend_of, overlay_objects, rgb
 
-FROM_TRAINING = ("fpn_channels", "head_channels", "window")  # what predictions share, and crop_size
+FROM_TRAINING = ("fpn_channels", "head_channels", "window")  # taken by predictions, besides crop_size
 
 
 def detect(settings: DetectSettings) -> dict[str, Any] | None:
-    """Train, keep the best and the last network as `best.safetensors` and `last.safetensors`, print one line of JSON.
+    """Train, save the best and the last network as `best.safetensors` and `last.safetensors`, print one line of JSON.
 
     With `settings.dense.predict` nothing is trained: boxes as a COCO file and an overlay of every image go to
     `settings.run.out`.
 
     Returns:
-        The numbers, on the first rank.
+        The results, on rank 0.
 
     Raises:
-        CheckpointError: If the backbone or the network does not load, or the run to resume is another one.
-        ConfigError: If settings do not go together.
+        CheckpointError: If the backbone or the network does not load, or the run to resume has other settings or
+            images.
+        ConfigError: If settings are incompatible.
         DataError: If images or annotations are missing.
         NonFiniteError: If a loss is not finite.
-        Stopped: After a signal that ends runs.
+        Stopped: After a signal that stops runs.
     """
     if settings.dense.predict is not None:
         return predict(settings)
@@ -105,10 +106,10 @@ def create(settings: DetectSettings, backbone: FeatureExtractor, num_classes: in
 
 
 def fit(settings: DetectSettings, backbone: FeatureExtractor, train: DetectionSet, held_out: DetectionSet) -> Judged:
-    """Train the network, and judge it on the way and at the end."""
+    """Train the network, and evaluate it during training and at the end."""
     run, optim, dense, ranks = settings.run, settings.optim, settings.dense, backbone.ranks
     network = create(settings, backbone, len(train.classes), masks=train.masks)
-    # No two batches have equally many boxes: by itself it is not compiled, again and again.
+    # Not compiled by default: the number of boxes differs in every batch, so it would be compiled again and again.
     compiling = {"compile": "off"} if run.compile == "auto" else {}
     model = ParallelModel(network, ranks, **run.training | compiling, all_used=False)
 
@@ -149,7 +150,7 @@ def fit(settings: DetectSettings, backbone: FeatureExtractor, train: DetectionSe
 def predict(settings: DetectSettings) -> dict[str, Any] | None:
     """Write detections.json (a COCO file with scores), overlays/NAME.jpg and, with masks, masks/NAME.png.
 
-    A pixel of masks/NAME.png is 0 or the place, from 1, of the object in order of scores, of those of 0.5 and more.
+    A pixel of masks/NAME.png is 0, or the rank by score, from 1, of its object among those with a score of 0.5 or more.
     """
     began, out, path = time.perf_counter(), settings.run.out, settings.dense.predict
     assert path is not None
@@ -168,9 +169,9 @@ def predict(settings: DetectSettings) -> dict[str, Any] | None:
     }
     skipped = 0
     with join_ranks(settings.run.device) as ranks:
-        if not ranks.is_main:  # an image takes no longer than starting a process
+        if not ranks.is_main:  # predicting an image takes no longer than starting a process
             return None
-        start = settings.start.keywords | {"pretrained": False}  # the weights of all come with `load_around`
+        start = settings.start.keywords | {"pretrained": False}  # `load_around` loads all weights
         alone = Ranks(ranks.device)  # the others have left
         backbone = FeatureExtractor(ranks=alone, **start, **settings.run.keywords)
         network = create(settings, backbone, len(classes), masks=task["masks"]).eval()
@@ -198,7 +199,7 @@ def predict(settings: DetectSettings) -> dict[str, Any] | None:
 
 
 def annotations(found: Found, image_id: int, *, first_id: int) -> list[dict[str, Any]]:
-    """Write what was found in an image as COCO has it; ids start at 1, since 0 is no match to COCO's evaluation."""
+    """Convert the detections of an image to COCO's format; ids start at 1, since 0 means no match there."""
     rows = []
     for number, (label, score) in enumerate(zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)):
         left, top, right, bottom = (round(value, 2) for value in found["boxes"][number].tolist())
@@ -216,7 +217,7 @@ def annotations(found: Found, image_id: int, *, first_id: int) -> list[dict[str,
 
 
 def encoded(mask: Tensor) -> dict[str, Any]:
-    """Write a mask as COCO's run lengths."""
+    """Encode a mask in COCO's run-length encoding."""
     from faster_coco_eval.core import mask as run_lengths
 
     lengths = run_lengths.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
@@ -224,7 +225,7 @@ def encoded(mask: Tensor) -> dict[str, Any]:
 
 
 def instances(masks: Tensor, height: int, width: int) -> np.ndarray:
-    """Number the pixels of masks in order; the first one wins."""
+    """Number the pixels of masks in order; where masks overlap, the first one wins."""
     numbers = np.zeros((height, width), np.uint16)
     for place in range(len(masks), 0, -1):
         numbers[masks[place - 1].numpy()] = place

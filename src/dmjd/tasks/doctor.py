@@ -1,4 +1,4 @@
-"""`dmjd doctor`: what is in a set of images and what to do about it; or whether a run or a backbone is whole."""
+"""`dmjd doctor`: examine a set of images and advise what to do with it, or check that a run or backbone is intact."""
 
 import json
 import math
@@ -28,16 +28,16 @@ from dmjd.engine.run import one_cell
 from dmjd.errors import DataError
 from dmjd.reports.doctor import write_checkup
 
-LONG = 5  # longer side over the shorter, from which most of an image is outside of every crop
-SLOW = 0.5  # share of a sample's time that decoding takes, from which a prepared set is worth while
+LONG = 5  # ratio of the sides above which most of an image is outside every crop
+SLOW = 0.5  # share of a sample's time spent on decoding above which a prepared set pays off
 ON_ONE_LINE = ("images", "looked_at", "broken", "refused", "equal", "near_pairs", "leaked", "command", "seconds")
 
 
 def doctor(settings: DoctorSettings) -> dict[str, Any]:
-    """Look at `settings.data` and print one line of JSON; for a set of images, also write the folder `settings.out`.
+    """Examine `settings.data` and print one line of JSON; for a set of images, also write the folder `settings.out`.
 
     Returns:
-        What it has found.
+        The findings.
 
     Raises:
         CheckpointError: If a run, a checkpoint or a backbone is broken.
@@ -57,7 +57,7 @@ def doctor(settings: DoctorSettings) -> dict[str, Any]:
 
 
 def examine_set(settings: DoctorSettings) -> dict[str, Any]:
-    """Look at a set of images, write what is found out to `settings.out` and return the most important of it."""
+    """Examine a set of images, write the findings to `settings.out` and return the most important ones."""
     began, data, out = time.perf_counter(), settings.data, settings.out
     if (Path(data) / SET).is_file():
         verify(Path(data))
@@ -97,7 +97,7 @@ def examine_set(settings: DoctorSettings) -> dict[str, Any]:
 
 
 def describe_files(data: str, parts: Mapping[str, Source], looks: Sequence[Look]) -> dict[str, Any]:
-    """Count the images of a set and what their files are; everything but parts, labels and endings is of the sample."""
+    """Count the images of a set and describe their files; headers, sizes and faults are those of the sample."""
     endings = Counter(
         Path(source.name(index)).suffix.partition("#")[0].lower() or "none"
         for source in parts.values()
@@ -106,7 +106,7 @@ def describe_files(data: str, parts: Mapping[str, Source], looks: Sequence[Look]
     sizes = [each.file_bytes for each in looks if each.file_bytes is not None]
     seen = [each.header for each in looks if each.header]
     faulty = [each for each in looks if each.fault]
-    # Every page of a file that is looked at as frames has the header of the file.
+    # In a file that is read as frames, every page has the header of the file.
     paged = {
         (each.part, re.sub(r"#\d+$", "", each.name)): each.header.pages
         for each in looks
@@ -150,7 +150,7 @@ def describe_images(good: Sequence[Look]) -> dict[str, Any]:
 
 
 def describe_copies(good: Sequence[Look], copies: Copies) -> dict[str, Any]:
-    """Count what is there more than once."""
+    """Count the images that occur more than once."""
     return {
         "equal": sum(len(group) - 1 for group in copies.exact),
         "near_pairs": len(copies.near),
@@ -160,7 +160,7 @@ def describe_copies(good: Sequence[Look], copies: Copies) -> dict[str, Any]:
 
 
 def spread(numbers: Sequence[int]) -> dict[str, int]:
-    """Find the least, the middle and the largest of some numbers; nothing of none."""
+    """Compute minimum, median and maximum of some numbers; empty if there are none."""
     if not numbers:
         return {}
     return {"min": min(numbers), "median": int(np.median(numbers)), "max": max(numbers)}
@@ -176,9 +176,9 @@ def advise(
     good: Sequence[Look],
     settings: DoctorSettings,
 ) -> dict[str, Any]:
-    """Choose settings that fit, and a command with those that `--preset auto` cannot find out by itself.
+    """Choose suitable settings, and a command with those that `--preset auto` cannot find out by itself.
 
-    Measures how fast images can be read for that. What pages are is for the user to say: no command guesses it.
+    For that, it measures how fast images can be read. What pages are, only the user knows: no command guesses it.
     """
     short = int(np.median([min(each.shape[1:]) for each in good]))
     size, patch = fitting_size(short)
@@ -191,7 +191,7 @@ def advise(
     flags = ["--out", Path("runs") / name_of(found["data"]), *chans, *pages]
     broken = found["broken"] / found["looked_at"]
     if broken > RunSettings.max_bad:
-        flags += ["--max_bad", min(math.ceil(110 * broken), 100) / 100]  # a tenth more, as it is perhaps of a sample
+        flags += ["--max_bad", min(math.ceil(110 * broken), 100) / 100]  # a tenth more, as it may be of a sample
     prepare = ["--out", "SET", "--size", size * 8 // 7, "--in_chans", wanted.in_chans, *pages]
     unsaid = wanted.pages != settings.data_pages
     slow = not ready and share > SLOW and short > size and not unsaid
@@ -213,19 +213,19 @@ def advise(
 
 
 def command_line(verb: str, data: str, flags: Sequence[Any]) -> str:
-    """Write a command as a shell reads it."""
+    """Quote a command for the shell."""
     return shlex.join(["dmjd", verb, "--data", data, *map(str, flags)])
 
 
 def name_of(data: str) -> str:
-    """Choose a folder's name after that of a set: what a shell or a path would read anything into becomes a dash."""
+    """Make a folder's name from that of a set; characters with a meaning in a shell or a path become dashes."""
     return re.sub(r"\W+", "-", Path(data).absolute().stem).strip("-") or "run"
 
 
 def fitting_size(short: int) -> tuple[int, int]:
-    """Choose the side of a crop, 224 pixels at most, and of a patch for images whose short side is mostly `short`.
+    """Choose the side of a crop, at most 224 pixels, and of a patch, for images with a typical short side of `short`.
 
-    There are eight patches or more along a side: with fewer there is little to hide.
+    There are at least eight patches along a side: with fewer there is little to hide.
     """
     patch = next((patch for patch in (16, 8) if short >= 8 * patch), 4)
     return min(max(round(short / patch) * patch, 32), 224), patch
@@ -235,7 +235,7 @@ def fitting_size(short: int) -> tuple[int, int]:
 
 
 def write_tables(out: Path, looks: Sequence[Look], good: Sequence[Look], copies: Copies) -> None:
-    """Write broken.tsv, of every file that cannot be used, and duplicates.tsv, of every pair of copies."""
+    """Write broken.tsv, with every file that cannot be used, and duplicates.tsv, with every pair of copies."""
     write_table(out / "broken.tsv", ((each.part, each.name, each.fault) for each in looks if each.fault))
     equal = ((group[0], other) for group in copies.exact for other in group[1:])
     rows = [("equal", *pair) for pair in equal] + [("near", *pair) for pair in copies.near]
@@ -244,6 +244,6 @@ def write_tables(out: Path, looks: Sequence[Look], good: Sequence[Look], copies:
 
 
 def write_table(path: Path, rows: Iterable[Sequence[str]]) -> None:
-    """Write rows of cells between tabs."""
+    """Write rows of tab-separated cells."""
     lines = ("\t".join(map(one_cell, row)) for row in rows)
     write_atomically(path, "".join(f"{line}\n" for line in lines))

@@ -22,14 +22,14 @@ from dmjd.evaluation.features import FeatureExtractor
 def embed(settings: EmbedSettings) -> dict[str, Any] | None:
     """Write features (N, D), or (N, L, D) of patches, to `settings.out`, and path and label row by row beside it.
 
-    All images of a folder are embedded, whatever its parts; the label is there for class folders. Files that do not
-    decode are left out of both and counted in the closing line.
+    All images are embedded, from all parts of a set; labels are written for sets that have them. Files that do not
+    decode are left out of both and counted in the final line.
 
     Returns:
-        The numbers, on the first rank.
+        The results, on rank 0.
 
     Raises:
-        CheckpointError: If the backbone does not load, or what is to be gone on with is of another run.
+        CheckpointError: If the backbone does not load, or the files to continue are from a run with other settings.
         ConfigError: If the backbone has no such layers, or `out` is among the images.
         DataError: If there are no images, or none decodes.
     """
@@ -62,7 +62,7 @@ def embed(settings: EmbedSettings) -> dict[str, Any] | None:
 
 
 def origin(settings: EmbedSettings, backbone: FeatureExtractor, parts: Sequence[Source]) -> dict[str, Any]:
-    """Describe what features follow from, for those who search them and for a run that goes on."""
+    """Describe the origin of the features, for `dmjd search` and for a run that is resumed."""
     run, file = settings.run, Path(settings.start.backbone)
     return {
         "backbone": settings.start.backbone,
@@ -81,16 +81,16 @@ def origin(settings: EmbedSettings, backbone: FeatureExtractor, parts: Sequence[
 
 
 def cells(images: Source, index: int) -> list[str]:
-    """Name an image, and its class if it has one."""
+    """Return the name of an image, and its class if it has one."""
     label = images.label(index)
     return [images.name(index), *([] if label is None else [images.classes[label]])]
 
 
 def finish(writer: FeatureWriter, images: Source) -> None:
-    """Give the files their names.
+    """Give the files their final names.
 
     Raises:
-        DataError: If there is nothing in them; it says why the first of the images is not.
+        DataError: If they are empty; it says why the first image does not decode.
     """
     if not writer.rows:
         writer.discard()

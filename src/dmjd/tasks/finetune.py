@@ -39,17 +39,17 @@ from dmjd.reports.classification import write_classification
 
 
 def finetune(settings: FinetuneSettings) -> dict[str, Any] | None:
-    """Train, keep the best and the last network as `best.safetensors` and `last.safetensors`, print one line of JSON.
+    """Train, save the best and the last network as `best.safetensors` and `last.safetensors`, print one line of JSON.
 
     Returns:
-        The numbers, on the first rank.
+        The results, on rank 0.
 
     Raises:
-        CheckpointError: If the backbone does not load, or the run to resume is another one.
-        ConfigError: If settings do not go together.
+        CheckpointError: If the backbone does not load, or the run to resume has other settings or images.
+        ConfigError: If settings are incompatible.
         DataError: If the images have no labels.
         NonFiniteError: If a loss is not finite.
-        Stopped: After a signal that ends runs.
+        Stopped: After a signal that stops runs.
     """
     run = settings.run
     with join_ranks(run.device) as ranks, claim(run.out, resume=run.resume, ranks=ranks):
@@ -73,7 +73,7 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any] | None:
 def fit(
     settings: FinetuneSettings, backbone: FeatureExtractor, parts: Parts, ranks: Ranks
 ) -> tuple[Trainer, ClassificationResult]:
-    """Train with a new head on the backbone, and return its last result on the held-out images."""
+    """Train the backbone with a new head; returns the trainer and the last result on the held-out images."""
     run, optim, (train, held_out) = settings.run, settings.optim, parts
     network, architecture = put_head(backbone.model, backbone.architecture, len(train.classes))
     network.to(ranks.device)
@@ -124,7 +124,7 @@ def fit(
 
 
 def augmentation(augment: AugmentSettings, backbone: FeatureExtractor) -> TrainingTransform:
-    """Make what training does to images, as settings say, for what a backbone takes."""
+    """Make the augmentation in the settings, for the inputs of a backbone."""
     mean, std = backbone.statistics
     return training_transform(
         (backbone.in_chans, *backbone.image_hw),
@@ -138,7 +138,7 @@ def augmentation(augment: AugmentSettings, backbone: FeatureExtractor) -> Traini
 
 
 class Loss:
-    """Cross-entropy with smoothed labels, on images that timm's mixup and cutmix blend if they are wanted."""
+    """Cross-entropy with label smoothing, on images blended by timm's mixup and cutmix if these are on."""
 
     def __init__(self, settings: FinetuneSettings, num_classes: int, micro_batch: int):
         augment = settings.augment

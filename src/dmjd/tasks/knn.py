@@ -1,4 +1,4 @@
-"""`dmjd knn`: what a backbone's features are worth without any training."""
+"""`dmjd knn`: evaluate a backbone's features without any training."""
 
 import json
 import time
@@ -21,10 +21,10 @@ from dmjd.reports.classification import write_classification
 def knn(settings: KnnSettings) -> dict[str, Any] | None:
     """Classify held-out images by their neighbours among the training images and print one line of JSON.
 
-    `rankme` in it is how many directions the features of the held-out images use.
+    Its `rankme` is the effective number of directions that the features of the held-out images span.
 
     Returns:
-        The numbers, on the first rank.
+        The results, on rank 0.
 
     Raises:
         CheckpointError: If the backbone does not load.

@@ -1,4 +1,4 @@
-"""`dmjd linear`: what a frozen backbone's features are worth to a linear classifier."""
+"""`dmjd linear`: evaluate a frozen backbone's features with a linear classifier."""
 
 import json
 import sys
@@ -48,13 +48,13 @@ CROP_AND_FLIP: Any = {"scale": (0.08, 1.0), "flip": True, "auto_augment": "none"
 def linear(settings: LinearSettings) -> dict[str, Any] | None:
     """Fit a linear classifier on frozen features, write the result to `settings.run.out`, print one line of JSON.
 
-    Backbone and classifier are kept as `linear.safetensors`, where the features are the backbone's own output.
+    Backbone and classifier are saved as `linear.safetensors` if the features are the backbone's own output.
 
     Returns:
-        The numbers, on the first rank.
+        The results, on rank 0.
 
     Raises:
-        CheckpointError: If the backbone does not load, or the run to resume is another one.
+        CheckpointError: If the backbone does not load, or the run to resume has other settings or images.
         ConfigError: If the backbone has no such layers, or `out` holds a run.
         DataError: If the images have no labels.
     """
@@ -83,8 +83,8 @@ def linear(settings: LinearSettings) -> dict[str, Any] | None:
 def fit_features(
     settings: LinearSettings, backbone: FeatureExtractor, parts: Parts, ranks: Ranks
 ) -> ClassificationResult | None:
-    """Fit logistic regressions on features computed once, with the penalty that does best over folds of them."""
-    with memory_errors("choose cpu for --device"):  # the size of a batch is that of the paper's recipe
+    """Fit a logistic regression on features computed once, with the penalty that is best in cross-validation."""
+    with memory_errors("choose cpu for --device"):  # --batch_size is for the paper's recipe, so it is no remedy
         (bank, bank_labels), (queries, labels) = backbone.labelled_features(parts, layers=settings.layers)
     if not ranks.is_main:
         return None
@@ -101,14 +101,14 @@ def fit_features(
 def fit_paper(
     settings: LinearSettings, backbone: FeatureExtractor, parts: Parts, ranks: Ranks
 ) -> ClassificationResult | None:
-    """Train BatchNorm without affine and a linear layer by LARS on crops and flips, as MAE and the paper do."""
+    """Train BatchNorm without affine and a linear layer with LARS on crops and flips, as MAE and the paper do."""
     run, (train, held_out) = settings.run, parts
     features, seen = backbone.features(held_out, layers=settings.layers)  # frozen: once is enough
     classifier = nn.Linear(features.shape[1], len(train.classes))
     nn.init.normal_(classifier.weight, std=0.01)
     nn.init.zeros_(classifier.bias)
     head = nn.Sequential(nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6), classifier).to(ranks.device)
-    # By itself it is not compiled: the time is the frozen backbone's.
+    # Not compiled by default: nearly all the time goes into the frozen backbone.
     compiling = {"compile": "off"} if run.compile == "auto" else {}
     model = ParallelModel(head, ranks, **run.training | compiling)
     labels = labels_of(held_out, seen)
@@ -144,14 +144,14 @@ def fit_paper(
     )
     with model.plainly():
         result = judge()
-    trained = cast("nn.Sequential", model.whole())  # by all ranks, which bring the weights together
+    trained = cast("nn.Sequential", model.whole())  # all ranks have to call this, to gather the weights
     if ranks.is_main:
         keep(settings, backbone, normalized_head(*trained), train.classes)
     return result if ranks.is_main else None
 
 
 def keep(settings: LinearSettings, backbone: FeatureExtractor, head: nn.Linear, classes: Sequence[str]) -> None:
-    """Write backbone and classifier as one model of timm, `linear.safetensors`, as fine-tuning writes its own."""
+    """Save backbone and classifier as one timm model, `linear.safetensors`, in the same format as fine-tuning."""
     network: Any = backbone.model
     network.reset_classifier(len(classes))
     place = network.get_classifier()

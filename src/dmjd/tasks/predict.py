@@ -1,4 +1,4 @@
-"""`dmjd predict`: what a trained network says of images."""
+"""`dmjd predict`: predict with a trained network."""
 
 import json
 import time
@@ -33,17 +33,18 @@ DENSE: dict[str, Any] = {"segment": (SegmentSettings, SegmentRun), "detect": (De
 
 
 def predict(settings: PredictSettings) -> dict[str, Any] | None:
-    """Write what the network of a file says of images, and print one line of JSON.
+    """Write the predictions of a trained network for images, and print one line of JSON.
 
-    A classifier writes a table of classes and probabilities; a segmenter and a detector what `dmjd segment --predict`
-    and `dmjd detect --predict` write.
+    A classifier writes a table of classes and probabilities; a segmenter or a detector writes the same as
+    `dmjd segment --predict` or `dmjd detect --predict`.
 
     Returns:
-        The numbers, on the first rank.
+        The results, on rank 0.
 
     Raises:
         CheckpointError: If the file holds no trained classifier, segmenter or detector.
-        ConfigError: If settings are not for this network, or a run or the images are where it would write.
+        ConfigError: If settings are not for this kind of network, or the output would go into a run or among the
+            images.
         DataError: If there are no images.
     """
     task = task_of(settings.start.backbone)
@@ -53,7 +54,7 @@ def predict(settings: PredictSettings) -> dict[str, Any] | None:
 
 
 def look_at_pixels(settings: PredictSettings, verb: str) -> dict[str, Any] | None:
-    """Do what a dense verb does with `--predict`."""
+    """Run a dense verb with `--predict`."""
     if settings.top is not None or settings.format is not None:
         raise ConfigError(f"--top and --format are for classifiers; {settings.start.backbone} is of dmjd {verb}")
     refuse_run(settings.out)
@@ -64,11 +65,11 @@ def look_at_pixels(settings: PredictSettings, verb: str) -> dict[str, Any] | Non
         start=StartSettings(backbone=settings.start.backbone),
         dense=DenseSettings(predict=Path(settings.run.data)),
     )
-    return getattr(import_module(f"dmjd.tasks.{verb}"), verb)(looking)  # its libraries are an extra
+    return getattr(import_module(f"dmjd.tasks.{verb}"), verb)(looking)  # its libraries are an optional extra
 
 
 def classify(settings: PredictSettings, named: Sequence[str] | None) -> dict[str, Any] | None:
-    """Write classes and probabilities, image by image, as they are computed."""
+    """Write classes and probabilities as they are computed, image by image."""
     began, run, table_path = time.perf_counter(), settings.run, settings.table
     refuse_run(table_path.parent)
     refuse_input(run.data, [table_path, table_path.with_name("skipped.tsv"), table_path.parent])
@@ -77,7 +78,7 @@ def classify(settings: PredictSettings, named: Sequence[str] | None) -> dict[str
         network: Any = None if given.startswith("timm:") else load_backbone(given).to(ranks.device)
         if network is None or not network.num_classes:
             raise CheckpointError(f"a backbone without a classifier; {given}; run dmjd finetune, or dmjd linear, on it")
-        # The classifier is another part of the same file.
+        # The extractor reads and normalises images; the weights, classifier included, are in `network`.
         backbone = FeatureExtractor(ranks=ranks, **settings.start.keywords, **run.keywords, pretrained=False)
         classes = named or [str(number) for number in range(network.num_classes)]
 

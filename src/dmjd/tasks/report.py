@@ -1,4 +1,4 @@
-"""`dmjd report`: the page of a run, written anew from what it has recorded, or that of several runs side by side."""
+"""`dmjd report`: rewrite the page of a run from its records, or compare several runs side by side."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +9,14 @@ from dmjd.reports.pretraining import write_report
 
 
 def report(runs: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page of one run or of several, and print where it is.
+    """Write the page of one run or of several, and print its path.
 
     Args:
         runs: Directories written by `dmjd pretrain`.
-        out: The page; if None, RUN/report.html of one run and comparison.html, here, of several.
+        out: The page. Default: RUN/report.html for one run, comparison.html in the working directory for several.
 
     Raises:
-        ConfigError: If one is no run's directory, or that of another verb, which writes its own page; or if `out` is
+        ConfigError: If one is not the directory of a run, or of another verb, which writes its own page; or if `out` is
             a folder.
         CheckpointError: If the pictures of the run are broken.
     """

@@ -1,4 +1,4 @@
-"""`dmjd search`: images by their likeness to others, and near-duplicates, by features that `dmjd embed` wrote."""
+"""`dmjd search`: find similar images and near-duplicates by the features that `dmjd embed` wrote."""
 
 import json
 import time
@@ -23,15 +23,15 @@ from dmjd.reports.search import Album, write_duplicates, write_neighbours
 
 
 def search(settings: SearchSettings) -> dict[str, Any] | None:
-    """Write what is nearest to each query, or what is there twice, and a page of it, and print one line of JSON.
+    """Write the nearest neighbours of each query, or the near-duplicates, and a page; print one line of JSON.
 
     Returns:
-        The numbers, on the first rank.
+        The results, on rank 0.
 
     Raises:
-        CheckpointError: If the backbone does not load, or is not the one that made the features.
-        ConfigError: If the backbone is not known, there are too many duplicates, or what is read would be written over.
-        DataError: If there are no features, or no images to look for.
+        CheckpointError: If the backbone does not load, or is not the one that computed the features.
+        ConfigError: If the backbone is not known, there are too many duplicates, or an input would be overwritten.
+        DataError: If there are no features, or no queries.
     """
     began = time.perf_counter()
     table = settings.out / ("duplicates.csv" if settings.duplicates else "neighbours.csv")
@@ -48,7 +48,7 @@ def search(settings: SearchSettings) -> dict[str, Any] | None:
 
 
 def find_nearest(settings: SearchSettings, bank: FeatureBank, ranks: Ranks) -> dict[str, Any]:
-    """Compute the features of the queries, all ranks together, and find their neighbours."""
+    """Compute the features of the queries on all ranks, and find their neighbours."""
     run = settings.run
     backbone, album = backbone_of(settings, bank, ranks), album_of(settings, bank)
     layers = tuple(bank.record.get("layers", ()))
@@ -71,7 +71,7 @@ def find_nearest(settings: SearchSettings, bank: FeatureBank, ranks: Ranks) -> d
 
 
 def find_duplicates(settings: SearchSettings, bank: FeatureBank, ranks: Ranks) -> dict[str, Any]:
-    """Compare all images with all others, on the first rank."""
+    """Compare all images with all others, on rank 0."""
     if not ranks.is_main:
         return {}
     album = album_of(settings, bank)
@@ -82,11 +82,11 @@ def find_duplicates(settings: SearchSettings, bank: FeatureBank, ranks: Ranks) -
 
 
 def backbone_of(settings: SearchSettings, bank: FeatureBank, ranks: Ranks) -> FeatureExtractor:
-    """Open what made the features.
+    """Open the backbone that computed the features.
 
     Raises:
-        CheckpointError: If the file is another one.
-        ConfigError: If nobody says what it was.
+        CheckpointError: If the file has changed since.
+        ConfigError: If the backbone is not known.
     """
     name = settings.backbone or bank.record.get("backbone")
     if name is None:
@@ -100,7 +100,7 @@ def backbone_of(settings: SearchSettings, bank: FeatureBank, ranks: Ranks) -> Fe
 
 
 def album_of(settings: SearchSettings, bank: FeatureBank) -> Album:
-    """Find where the pictures of the features are."""
+    """Open the images that the features belong to."""
     record, run = bank.record, settings.run
     levels = Levels(*(run.data_range or record.get("value_range") or (0.0, 255.0)))
     wanted = Wanted(record.get("in_chans", 3), levels=levels, pages=run.data_pages or record.get("data_pages"))

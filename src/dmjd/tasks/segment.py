@@ -32,23 +32,25 @@ from dmjd.networks.segmenter import Segmenter, pixel_loss
 from dmjd.reports.dense import write_dense
 from dmjd.reports.overlays import class_colours, colour_pixels, legend_of, overlay_pixels, rgb
 
-FROM_TRAINING = ("decoder_channels", "auxiliary_weight", "inference", "stride")  # what predictions share, and crop_size
+# Settings that predictions take from training, besides crop_size.
+FROM_TRAINING = ("decoder_channels", "auxiliary_weight", "inference", "stride")
 
 
 def segment(settings: SegmentSettings) -> dict[str, Any] | None:
-    """Train, keep the best and the last network as `best.safetensors` and `last.safetensors`, print one line of JSON.
+    """Train, save the best and the last network as `best.safetensors` and `last.safetensors`, print one line of JSON.
 
     With `settings.dense.predict` nothing is trained: a mask and an overlay of every image go to `settings.run.out`.
 
     Returns:
-        The numbers, on the first rank.
+        The results, on rank 0.
 
     Raises:
-        CheckpointError: If the backbone or the network does not load, or the run to resume is another one.
-        ConfigError: If settings do not go together.
+        CheckpointError: If the backbone or the network does not load, or the run to resume has other settings or
+            images.
+        ConfigError: If settings are incompatible.
         DataError: If images or annotations are missing.
         NonFiniteError: If a loss is not finite.
-        Stopped: After a signal that ends runs.
+        Stopped: After a signal that stops runs.
     """
     if settings.dense.predict is not None:
         return predict(settings)
@@ -100,7 +102,7 @@ def create(settings: SegmentSettings, backbone: FeatureExtractor, num_classes: i
 
 
 def pixel_classifier(settings: SegmentSettings, backbone: FeatureExtractor, network: nn.Module) -> PixelClassifier:
-    """Make what finds the classes of pixels as settings say."""
+    """Make the pixel classifier described by the settings."""
     return PixelClassifier(
         network,
         backbone.normalize,
@@ -114,7 +116,7 @@ def pixel_classifier(settings: SegmentSettings, backbone: FeatureExtractor, netw
 def fit(
     settings: SegmentSettings, backbone: FeatureExtractor, train: SegmentationSet, held_out: SegmentationSet
 ) -> Judged:
-    """Train the network, and judge it on the way and at the end."""
+    """Train the network, and evaluate it during training and at the end."""
     run, optim, dense, ranks = settings.run, settings.optim, settings.dense, backbone.ranks
     network = create(settings, backbone, len(train.classes))
     model = ParallelModel(network, ranks, **run.training, all_used=False)
@@ -162,7 +164,7 @@ def fit(
 
 
 def predict(settings: SegmentSettings) -> dict[str, Any] | None:
-    """Write the classes of all pixels (masks/NAME.png, numbers of classes.txt) and overlays/NAME.jpg."""
+    """Write the class of every pixel (masks/NAME.png, indices into classes.txt) and overlays/NAME.jpg."""
     began, out, path = time.perf_counter(), settings.run.out, settings.dense.predict
     assert path is not None
     refuse_images(path, out)
@@ -173,9 +175,9 @@ def predict(settings: SegmentSettings) -> dict[str, Any] | None:
         **{name: task[name] for name in FROM_TRAINING},
     )
     with join_ranks(settings.run.device) as ranks:
-        if not ranks.is_main:  # an image takes no longer than starting a process
+        if not ranks.is_main:  # predicting an image takes no longer than starting a process
             return None
-        start = settings.start.keywords | {"pretrained": False}  # the weights of all come with `load_around`
+        start = settings.start.keywords | {"pretrained": False}  # `load_around` loads all weights
         alone = Ranks(ranks.device)  # the others have left
         backbone = FeatureExtractor(ranks=alone, **start, **settings.run.keywords)
         classes = task["classes"]
