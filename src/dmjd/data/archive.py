@@ -17,7 +17,6 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
@@ -27,13 +26,12 @@ import numpy as np
 import torch
 from jaxtyping import Int, Num
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from dmjd.data.builtin import download_folder
 from dmjd.data.decode import EXTENSIONS, MAX_BYTES, BadImage, Reduce, Wanted, decode
-from dmjd.data.listing import SETTLED, say_ignored, say_unread
+from dmjd.data.listing import SETTLED, keep, say_ignored, say_unread
 from dmjd.data.packed import PackedStrings, Packer
 from dmjd.data.source import HELD_OUT_PARTS, Opener, Source, is_file_name, register_source
 from dmjd.data.stored import PARTS, StoredImages, classes_of, classes_of_folders, refuse_frames
@@ -327,7 +325,9 @@ def index_tar(path: Path) -> TarIndex:
     except OSError as error:
         raise DataError(f"{error.strerror or error}; {path}; check its permissions") from None
     if status.st_mtime_ns / 1e9 < time.time() - SETTLED:
-        _keep(kept, index, stamp)
+        names, texts = index.names, index.texts
+        tensors = {"names": names.content, "ends": names.ends, "spans": index.spans}
+        keep(kept, tensors | {"texts": texts.content, "text_ends": texts.ends}, stamp)
     return index
 
 
@@ -370,18 +370,6 @@ def _with_links(index: TarIndex, links: Mapping[str, str]) -> TarIndex:
         torch.cat([index.spans, index.spans[list(found.values())]]),
         PackedStrings.pack([*index.texts, *(index.texts[place] for place in found.values())]),
     )
-
-
-def _keep(kept: Path, index: TarIndex, stamp: dict[str, str]) -> None:
-    """Write an index down, if the cache can be written to."""
-    names, texts = index.names, index.texts
-    tensors = {"names": names.content, "ends": names.ends, "spans": index.spans}
-    tensors |= {"texts": texts.content, "text_ends": texts.ends}
-    partial = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
-    with suppress(OSError, SafetensorError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, stamp)
-        partial.replace(kept)
 
 
 def _kept_index(kept: Path, stamp: dict[str, str]) -> TarIndex | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from dmjd.data.packed import PackedStrings
 
@@ -60,7 +61,9 @@ def list_files(root: Path, endings: frozenset[str], cache: Path | None = None) -
     names = PackedStrings.pack(_scan(root, "", endings, folders, passed_over))
     listing = Listing(names, dict(sorted(passed_over.items())))
     if kept and len(names) >= MANY and max(folders.values()) / 1e9 < began - SETTLED:
-        _keep(kept, listing, folders)
+        below, times = PackedStrings.pack(folders), torch.tensor(list(folders.values()))
+        tensors = {"names": names.content, "ends": names.ends, "folders": below.content, "folder_ends": below.ends}
+        keep(kept, tensors | {"times": times}, {ending: str(count) for ending, count in listing.passed_over.items()})
     return listing
 
 
@@ -124,16 +127,13 @@ def _is_linked_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _keep(kept: Path, listing: Listing, folders: dict[str, int]) -> None:
-    """Cache a listing, if the cache is writable."""
-    names, below = listing.names, PackedStrings.pack(folders)
-    tensors = {"names": names.content, "ends": names.ends, "folders": below.content, "folder_ends": below.ends}
-    times = torch.tensor(list(folders.values()))
-    partial = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
+def keep(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file of the cache, whole or not at all, if the cache is writable."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     with suppress(OSError, SafetensorError, UnicodeError):  # a file extension need not be Unicode
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors | {"times": times}, partial, {key: str(value) for key, value in listing.passed_over.items()})
-        partial.replace(kept)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, metadata)
+        partial.replace(file)
 
 
 def _kept_listing(kept: Path, root: Path) -> Listing | None:
