@@ -4,8 +4,8 @@ python benchmarks/sources.py FOLDER OUT [--images 1000] [--shards 4]
 
 FOLDER has images of one size as CLASS/IMAGE, and OUT is new. The given number of images, from all over FOLDER, is
 copied to OUT/folder, and packed in every supported way. A name counts as the same if it is the folder's, with or
-without the name of a shard before it; arrays and Hugging Face datasets have numbers instead. Speed is that of one thread, on
-the second reading.
+without the name of a shard before it; arrays and Hugging Face datasets have numbers instead. Speed is that of one
+thread, on the second reading.
 """
 
 import argparse
