@@ -109,15 +109,17 @@ def test_vit__weights_of_pooling_are_refused_as_nothing_would_train_them(pooling
         ViT(timm.create_model("vit_tiny_patch16_224", **shape, **TINY, **pooling))
 
 
-def test_vit__mask_token_stands_for_every_hidden_patch():
-    encoder = create_vit("tiny", image_size=32, patch_size=8, mask_token=True, **TINY).eval()
-    masked = masks(encoder)
-    images = torch.randn(2, 3, 32, 32)
-    before = encoder(images, token_ids(masked))
-    encoder.mask_token.data += 1
-    after = encoder(images, token_ids(masked))
-    assert not torch.allclose(before.visible, after.visible)
-    assert before.hidden.shape == (4, 8, 32)
+def test_vit__with_a_mask_token_it_equals_timm_on_images_whose_hidden_patches_are_that():
+    encoder = create_vit("tiny", image_size=32, patch_size=8, mask_token=True, class_token=True, **TINY).eval()
+    images, masked = torch.randn(2, 3, 32, 32), masks(encoder)
+    vit, flat = encoder.backbone, masked.flatten(0, 1)
+    patches = vit.patch_embed(images).repeat_interleave(2, dim=0)
+    patches[flat] = encoder.mask_token[0, 0]
+    expected = vit.norm(vit.blocks(vit._pos_embed(patches)))
+    latents = encoder(images, token_ids(masked))
+    torch.testing.assert_close(latents.prefix, expected[:, :1])
+    torch.testing.assert_close(latents.visible.flatten(0, 1), expected[:, 1:][~flat])
+    torch.testing.assert_close(latents.hidden.flatten(0, 1), expected[:, 1:][flat])
 
 
 def test_vit__sizes_that_do_not_divide_are_refused():
