@@ -28,9 +28,9 @@ from dmjd.data.annotated import refuse_pages, turn_of
 from dmjd.data.decode import EXTENSIONS, BadImage, Wanted, turn
 from dmjd.data.folder import FolderFiles
 from dmjd.data.packed import PackedStrings
+from dmjd.data.source import HELD_OUT_PARTS
 from dmjd.errors import DataError, one_line
 
-COCO_PARTS = (("train",), ("val", "valid", "test"))
 UNIQUE = (("categories", "id"), ("images", "id"), ("images", "file_name"), ("annotations", "id"))  # in a file of COCO
 VOC_PARTS = (("train", "val"), ("train", "test"), ("trainval", "test"))
 
@@ -155,7 +155,7 @@ def open_detection(
         data: Folder of the set.
         wanted: What is wanted of its images.
         classes: Names of the classes. Default: COCO's categories by their numbers, VOC's names of the training part.
-        part: Name of the held-out part. Default: that of COCO_PARTS or VOC_PARTS which there is.
+        part: Name of the held-out part. Default: the first that there is of `HELD_OUT_PARTS`; of VOC, val or test.
 
     Raises:
         DataError: If files are missing or broken, objects are of an unknown class, or a part has no object.
@@ -170,7 +170,7 @@ def open_detection(
         parts = [(folder, file.stem, read_voc(root, file)) for file in pair]
         named = classes or tuple(sorted({each["class"] for found in parts[0][2] for each in found.objects}))
     else:
-        wanted_parts = (COCO_PARTS[0], (part,) if part else COCO_PARTS[1])
+        wanted_parts = (("train",), (part,) if part else HELD_OUT_PARTS)
         files = [coco_file(root, names) for names in wanted_parts]
         read = [read_coco(file) for file in files]
         parts = [

@@ -22,10 +22,10 @@ from dmjd.data.annotated import refuse_pages, turn_of
 from dmjd.data.decode import BadImage, Wanted, open_picture, open_regular, turn
 from dmjd.data.folder import FolderFiles, image_names
 from dmjd.data.packed import PackedStrings
-from dmjd.data.source import evenly
+from dmjd.data.source import HELD_OUT_PARTS, evenly
 from dmjd.errors import DataError, one_line
 
-PARTS = (("train", "training"), ("val", "valid", "validation", "test"))
+TRAIN_PARTS = ("train", "training")  # the first that there is
 SCALED = {"L;2": 85, "L;4": 17}  # grey of 2 and 4 bits, which Pillow multiplies by so much, to be shown
 LOOKED_AT = 256  # annotations at most, to see whether there are classes of these names
 LONGEST = 4  # times the shorter side that an image is seen at: what its longer side has at most, as 2048 is to 512
@@ -122,7 +122,7 @@ def open_segmentation(
     root = Path(data)
     train, held_out = (
         _part(root, names, wanted=wanted, ignore_index=ignore_index, reduce_zero_label=reduce_zero_label)
-        for names in (PARTS[0], (part,) if part else PARTS[1])
+        for names in (TRAIN_PARTS, (part,) if part else HELD_OUT_PARTS)
     )
     indices = evenly(len(train), LOOKED_AT if classes else len(train))
     seen = _labels_seen(train, indices)
