@@ -41,13 +41,13 @@ MEASURES = {"linear": "linear", "tuned-0.1": "tuned, 10 %", "tuned-1": "tuned, a
 
 
 class Bench:
-    """Where images are and runs go, and with how many cores they compute."""
+    """Locations of images and runs, and the number of cores to use."""
 
     def __init__(self, images: Path, out: Path, cores: int):
         self.images, self.out, self.cores = images.resolve(), out.resolve(), cores
 
     def dmjd(self, words: str, out: Path, **paths: object) -> dict[str, Any]:
-        """Run a verb, or go on with it; return what it found."""
+        """Run or resume a verb; return its results."""
         done = out / ("summary.json" if words.startswith("pretrain") else "result.json")
         if not done.exists():
             print(words, *paths.values(), flush=True)
@@ -59,7 +59,7 @@ class Bench:
         return dict(json.loads(done.read_text()))
 
     def training_images(self, name: str) -> Path:
-        """Link the images that may be pre-trained on into a flat folder, so that nothing tells their classes."""
+        """Link the images allowed for pre-training into a flat folder, so that nothing reveals their classes."""
         folder = self.out / "images" / name
         if folder.exists():
             return folder
@@ -84,11 +84,11 @@ class Bench:
 
     @property
     def voc(self) -> Path:
-        """Where BCCD's images and boxes are."""
+        """Find the folder of BCCD's images and boxes."""
         return next((self.images / "bccd").rglob("JPEGImages")).parent
 
     def labelled(self, name: str) -> Path:
-        """Find the set with its labels; of a part of a set, make a list of that part and of the images to judge by."""
+        """Find the set with its labels; for a part of a set, write a list of that part and of the held-out images."""
         if name in DENSE:
             return self.voc if name == "bccd" else self.images / name
         source, count = CLASSES[name]
@@ -101,7 +101,7 @@ class Bench:
         return table
 
     def pretrain(self, name: str, recipe: str, seed: int) -> tuple[Path, dict[str, Any]]:
-        """Pre-train; an untrained network is that of the shortest recipe of auto, and found in its folder."""
+        """Pre-train by a recipe; return the folder of the run and its summary."""
         run = self.out / f"{name}-{recipe}-{seed}"
         preset, _, minutes = recipe.partition("-")
         words = f"pretrain --preset {preset} --seed {seed}"
@@ -111,7 +111,7 @@ class Bench:
         return run, summary
 
     def judge(self, name: str, backbone: Path, run: Path, seed: int, more: str = "") -> dict[str, float]:
-        """Judge a backbone by what its set has labels for, in percent."""
+        """Evaluate a backbone on the tasks that its set has labels for, in percent."""
         labelled, start = self.labelled(name), f"--seed {seed} {more}"
         if name in DENSE:
             verb, measure = DENSE[name]
@@ -128,7 +128,7 @@ class Bench:
         return scores
 
     def do(self, name: str, recipe: str, seed: int, source: str) -> None:
-        """Pre-train, judge and write down one row; `source` is whose network an untrained one is."""
+        """Pre-train, evaluate and store one row; an untrained network has the shape that recipe `source` chooses."""
         run, summary = self.pretrain(name, source, seed)
         backbone, when = run / "pretrain" / "backbone.safetensors", "trained"
         if recipe == "untrained":
@@ -153,7 +153,7 @@ class Bench:
 
 
 def rows(sets: list[str], minutes: list[float], seeds: int) -> Iterator[tuple[str, str, int]]:
-    """Go through the rows, those first that say most."""
+    """Iterate over the rows, the most informative first."""
     for seed, length in itertools.product(range(seeds), minutes):
         for name in sets:
             yield name, f"auto-{length:g}", seed
@@ -163,7 +163,7 @@ def rows(sets: list[str], minutes: list[float], seeds: int) -> Iterator[tuple[st
 
 
 def write_table() -> None:
-    """Write what is there, a line for each set and recipe: means over seeds."""
+    """Write existing results, a line for each set and recipe: means over seeds."""
     found = [json.loads(path.read_text()) for path in FOLDER.glob("*.json")]
     order = {name: place for place, name in enumerate(SETS)}
     keys = sorted({(each["set"], each["recipe"]) for each in found}, key=lambda key: (order[key[0]], place(key[1])))
@@ -189,7 +189,7 @@ def place(recipe: str) -> float:
 
 
 def mean(values: list[float | None], digits: int) -> str:
-    """Write a mean, of those that there are, and their range."""
+    """Format the mean of existing values, and their range."""
     there = [value for value in values if value is not None]
     if not there:
         return ""

@@ -55,13 +55,13 @@ def main() -> None:
 
 
 def dmjd(*words: object) -> str:
-    """Run a command; return what it prints."""
+    """Run a command; return its output."""
     command = [sys.executable, "-m", "dmjd.cli", *map(str, words)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def compare(data: Path, out: Path, epochs: float, factor: float, seed: int) -> dict[str, Any]:
-    """Pre-train at `factor` times the rate that auto chooses, and judge the features."""
+    """Pre-train at `factor` times the learning rate that auto chooses, and evaluate the features."""
     words = ("pretrain", "--preset", "auto", "--epochs", epochs, "--seed", seed, "--data", data)
     chosen = yaml.safe_load(dmjd(*words, "--print_config"))["optim"]["blr"]
     resumption = ["--resume"] if (out / "checkpoints").exists() else []
@@ -93,14 +93,14 @@ def peak_rate(config: Mapping[str, Any]) -> float:
 
 
 def accuracy(features: np.ndarray, labels: list[str], inverse_penalty: float) -> float:
-    """Cross-validate a logistic regression; the share of images whose class it finds, in percent."""
+    """Cross-validate a logistic regression; return its accuracy in percent."""
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=inverse_penalty, max_iter=1000))
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
     return round(100 * float(cross_val_score(probe, features, labels, cv=folds).mean()), 2)
 
 
 def write_table() -> None:
-    """Write what is there, a line for each set, length and factor: means over seeds."""
+    """Write existing results, a line for each set, length and factor: means over seeds."""
     found = [json.loads(path.read_text()) for path in FOLDER.glob("*.json")]
     head = ["set", "epochs", "steps", "rows a step", "times", "peak rate", "seeds", "linear", "explained", "RankMe"]
     lines = [head, ["---"] * len(head)]

@@ -101,13 +101,13 @@ def run_twelve(root: Path) -> Iterator[dict[str, object]]:
 
 
 def losses_of(out: Path) -> list[float]:
-    """Read the loss of every step; those that are not finite are written as null."""
+    """Read the loss of every step; losses that are not finite are stored as null."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [math.nan if line["loss"] is None else line["loss"] for line in lines if "loss" in line]
 
 
 def row(verb: str, numbers: list[float], result: str) -> dict[str, object]:
-    """Sum up what a verb has written."""
+    """Summarise the output of a verb."""
     return {"verb": verb, "numbers": len(numbers), "finite": sum(map(math.isfinite, numbers)), "result": result}
 
 

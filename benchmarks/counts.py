@@ -45,7 +45,7 @@ STORED = RESULTS / "counts.json"
 
 @dataclass(frozen=True)
 class Counted:
-    """What is counted: a model of `race.MODELS` at a size, and how many images."""
+    """A case to count: a model of `race.MODELS`, its size and the number of images."""
 
     model: str
     size: str
@@ -118,7 +118,7 @@ class Step:
 
 
 def saved_bytes(forward: Callable[[], Losses], model: nn.Module) -> int:
-    """Count what a forward pass keeps for the backward pass, without weights and buffers; storages count once."""
+    """Count the bytes saved for the backward pass, without weights and buffers, and each storage only once."""
     owned = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}
 
@@ -135,7 +135,7 @@ def saved_bytes(forward: Callable[[], Losses], model: nn.Module) -> int:
 
 
 def graph_breaks(step: Step) -> dict[str, int]:
-    """Count the breaks of the graphs of a model and of its parts."""
+    """Count the graph breaks of a model and of its parts."""
     model, images = step.model, step.images
     tokens = step.tokens()
     latents = model.encoder(model.normalize(images), tokens)
@@ -194,7 +194,7 @@ def worse(stored: dict[str, int], now: dict[str, int]) -> list[str]:
 
 
 def table(figures: dict[str, dict[str, int]], plain: dict[str, dict[str, int]]) -> str:
-    """Write figures as a table, in GFLOP and MB, those of the plain form behind a stroke."""
+    """Format figures as a table, in GFLOP and MB, with those of the plain form after a slash."""
     rows = ["| one image | GFLOP | saved, MB | operators | waits | graph breaks |", "|---|---|---|---|---|---|"]
     for name, each in figures.items():
         both = [each, plain[name]] if name in plain else [each]
@@ -209,8 +209,8 @@ def write(*, only: Only = None, file: Path = STORED) -> None:
     """Count, and store the figures.
 
     Args:
-        only: Names of models; others keep what is stored.
-        file: Where; the table goes beside it.
+        only: Names of models; others keep their stored figures.
+        file: File to write; the table goes beside it.
     """
     stored = json.loads(file.read_text()) if file.exists() else {"figures": {}, "plain": {}}
     for name in only or COUNTED:
@@ -228,11 +228,11 @@ def write(*, only: Only = None, file: Path = STORED) -> None:
 
 @app.command
 def check(*, only: Only = None, file: Path = STORED) -> None:
-    """Count again, and fail where a figure is worse than the stored one.
+    """Count again, and fail if a figure is worse than the stored one.
 
     Args:
-        only: Names of models; default: all that are stored.
-        file: Of the stored figures.
+        only: Names of models; default: all stored ones.
+        file: File of the stored figures.
     """
     stored = json.loads(file.read_text())
     if stored["versions"] != versions():
@@ -247,7 +247,7 @@ def check(*, only: Only = None, file: Path = STORED) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Name what the figures depend on."""
+    """Return the versions that the figures depend on."""
     return {name: version(name) for name in ("torch", "timm")}
 
 

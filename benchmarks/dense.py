@@ -37,7 +37,7 @@ SHOWN = (1, 4, 6)  # of the eight held-out images of a report
 
 
 def dmjd(words: str, out: Path, **paths: Path) -> dict:
-    """Run a verb on one core unless it is done; return what it found."""
+    """Run a verb on one core unless its results exist; return its results."""
     done = out / ("summary.json" if words.startswith("pretrain") else "result.json")
     if not done.exists():
         print(words, paths, flush=True)
@@ -49,7 +49,7 @@ def dmjd(words: str, out: Path, **paths: Path) -> dict:
 
 
 def training_images(bccd: Path, folder: Path) -> Path:
-    """Link the images of the training part into a folder: pre-training shall not see the others."""
+    """Link the images of the training part into a folder, since pre-training must not see the others."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (bccd / "ImageSets" / "Main" / "train.txt").read_text().split():
         if not (folder / f"{name}.jpg").exists():
@@ -58,12 +58,12 @@ def training_images(bccd: Path, folder: Path) -> Path:
 
 
 def lines(folder: Path) -> list[dict]:
-    """Read what a run recorded on the way."""
+    """Read the metrics that a run logged."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def spread_of(values: list[float]) -> str:
-    """Mean and standard deviation, and the values they are of."""
+    """Format mean and standard deviation, and the values themselves."""
     each = " ".join(f"{value:.1f}" for value in values)
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({each})"
 
@@ -88,7 +88,7 @@ def keep(out: Path) -> None:
 
 
 def draw(task: str, out: Path) -> None:
-    """Lay some held-out images out in rows: image, truth, and what the networks from every start see (seed 0)."""
+    """Draw some held-out images in rows: image, truth, and the predictions from every start (seed 0)."""
     rows: list[list[Image.Image]] = [[] for _ in SHOWN]
     for start in STARTS:
         page = (out / f"{task}-{start}-0" / "report.html").read_text()

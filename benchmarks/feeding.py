@@ -56,7 +56,7 @@ print(512 * len(batches) / (time.process_time() - began))
 
 
 class PlainImages(Dataset[torch.Tensor]):
-    """What most programs do: Pillow decodes, torchvision crops and mirrors."""
+    """The usual loader: Pillow decodes, torchvision crops and flips."""
 
     def __init__(self, paths: list[str]):
         self.paths = paths
@@ -87,7 +87,7 @@ def rate(batches: Iterator[Any], size: Callable[[Any], int], count: int) -> floa
 
 
 def photos(folder: str, pairs: int, workers: int) -> None:
-    """Race the loaders over the same photographs: as files, and as a set of `dmjd prepare`."""
+    """Time the loaders on the same photographs: as files, and as a set of `dmjd prepare`."""
     source = open_source(folder).train
     root = Path(folder) / "train" if (Path(folder) / "train").is_dir() else Path(folder)
     paths = [str(root / source.name(index)) for index in range(len(source))]
@@ -163,7 +163,7 @@ def small(pairs: int, before: str | None) -> None:
 
 
 def spread(values: Any, digits: int) -> str:
-    """Write the median, and between which values all lie."""
+    """Format the median, and the range of all values."""
     middle, low, high = statistics.median(values), min(values), max(values)
     return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 

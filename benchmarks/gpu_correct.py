@@ -81,7 +81,7 @@ main(sys.argv[1:])
 
 
 class Finding(NamedTuple):
-    """A difference that was found and the largest that is allowed."""
+    """A measured difference and the largest one allowed."""
 
     part: str
     difference: float
@@ -101,7 +101,7 @@ def masks(device: str) -> Iterator[Finding]:
 
 
 def differing(ours: Tensor, theirs: Tensor) -> float:
-    """Tell which share of the numbers is not the same."""
+    """Return the share of numbers that differ."""
     return (ours.cpu() != theirs).double().mean().item()
 
 
@@ -136,7 +136,7 @@ def step(name: str, device: str, *, toy: bool) -> Iterator[Finding]:
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """Compare two losses; that of a branch that is left out is 0."""
+    """Compare two losses; the loss of a missing branch is 0."""
     return ((ours.detach().cpu() - theirs.detach()).abs() / theirs.detach().abs().clamp_min(1e-12)).item()
 
 
@@ -208,7 +208,7 @@ def golden(path: Path, device: str) -> Iterator[Finding]:
 
 
 class Runs:
-    """Short runs of `dmjd pretrain`, each made once, when it is asked for.
+    """Short runs of `dmjd pretrain`, each started once, on first use.
 
     Args:
         folder: For the runs and their images.
@@ -285,7 +285,7 @@ class Runs:
 
 
 def verb(verbs: Verbs, name: str) -> Iterator[Finding]:
-    """Compare what a verb says and writes on the device with what it does on the CPU."""
+    """Compare a verb's printed output and files on the device with those on the CPU."""
     for part, difference in verbs.compare(name):
         yield Finding(part, difference, DECISION if "decisions" in part else VERB)
 
@@ -301,7 +301,7 @@ def exactly(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def checks_of(given: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str, Callable[[], Iterator[Finding]]]]:
-    """List the checks: name, what is checked, and how; the quickest first."""
+    """List the checks, quickest first: name, subject and function."""
     device, toy = given.device, given.toy
     yield "masks", "", partial(masks, device)
     yield "crops", "", partial(crops, device)

@@ -64,7 +64,7 @@ T = TypeVar("T")
 
 
 class Case(NamedTuple):
-    """What is timed: a preset with settings of its own, in our form or in a plain one."""
+    """A case to time: a preset with changed settings, in our form or in a plain one."""
 
     model: str
     preset: str
@@ -91,13 +91,13 @@ CASES = {"small": VIT + HYBRID, "base": VIT + HYBRID, "large": VIT}
 
 
 def masking_of(preset: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Look up how a preset with some settings of its own masks images: arguments of `seeded_masks`."""
+    """Return the arguments of `seeded_masks` for a preset with changed settings."""
     asked = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())["masking"]
     return {name: settings.get(name, value) for name, value in asked.items()}
 
 
 def create(case: Case, size: str, *, toy: bool) -> nn.Module:
-    """Build the model of a case, untrained, in a toy's shape if asked for."""
+    """Build the untrained model of a case, tiny if requested."""
     shape: dict[str, Any] = {**TOY, "decoder_num_heads": 2} if toy else {}
     if toy and case.preset != "maskfeat":
         shape["decoder_depth"] = 2
@@ -111,7 +111,7 @@ def create(case: Case, size: str, *, toy: bool) -> nn.Module:
 
 
 class Contender:
-    """A model in training, for the timing of its steps.
+    """A model in training, whose steps are timed.
 
     Args:
         case: What it is.
@@ -152,7 +152,7 @@ class Contender:
         self.optimizer.zero_grad(set_to_none=True)
 
     def seconds(self, batch: int, steps: int) -> float:
-        """Time so many steps, in seconds a step."""
+        """Time a number of steps, in seconds per step."""
         if self.device.type != "cuda":
             began = time.perf_counter()
             for _ in range(steps):
@@ -167,7 +167,7 @@ class Contender:
         return float(began.elapsed_time(ended)) / 1e3 / steps
 
     def operators(self, batch: int) -> dict[str, float]:
-        """Profile a step: the share of the time on the device that operators take, of those above a hundredth."""
+        """Profile a step: the share of device time of each operator, for shares above a hundredth."""
         with profile() as profiler:
             self.step(batch)
             if self.device.type == "cuda":
@@ -214,7 +214,7 @@ def largest_batch(step: Callable[[int], None], most: int) -> int:
 
 @dataclass
 class Entry:
-    """A contender in a race: its batch, the steps of a round, the peak memory in GiB, and seconds a step by round.
+    """A contender in a race: its batch, steps per round, peak memory in GiB, and seconds per step in each round.
 
     `operators` are their shares of a step, if asked for.
     """
@@ -232,7 +232,7 @@ class Entry:
 
 
 def enter(contender: Contender, *, most: int, compiled: bool, profiled: bool) -> Entry:
-    """Find the batch of a contender, at most so many images, compile and profile it if asked for, and run it warm."""
+    """Find the batch size of a contender up to a maximum, compile and profile it if requested, and warm it up."""
     batch = largest_batch(contender.step, most)  # before: another batch would be compiled anew
     if compiled:
         contender.model.compile()
@@ -244,7 +244,7 @@ def enter(contender: Contender, *, most: int, compiled: bool, profiled: bool) ->
 
 
 def results_of(entry: Entry, peak: float | None) -> dict[str, Any]:
-    """Sum the rounds of a contender up; `peak` is that of the device in TFLOP/s, if it is known."""
+    """Summarise the rounds of a contender; `peak` is that of the device in TFLOP/s, if known."""
     contender, batch = entry.contender, entry.batch
     low, median, high = (batch / each for each in reversed(statistics.quantiles(entry.seconds, n=4)))
     tflops = contender.flops * median / 1e12
@@ -263,7 +263,7 @@ def results_of(entry: Entry, peak: float | None) -> dict[str, Any]:
 
 
 class Race:
-    """All that is timed, and what came of it.
+    """All cases to time, and their results.
 
     Args:
         given: The command line.
@@ -277,7 +277,7 @@ class Race:
         self.found |= {"peak_tflops": self.peaks, "results": [], "errors": [], "left_out": []}
 
     def run(self) -> None:
-        """Go through modes and sizes, the most telling first."""
+        """Run all modes and sizes, the most informative first."""
         given = self.given
         side = TOY["image_size"] if given.toy else 224
         images = torch.randint(256, (given.batch, 3, side, side), dtype=torch.uint8, device=given.device)
@@ -288,13 +288,13 @@ class Race:
                     self.race(size, images, {"mode": mode, "precision": precision})
 
     def write(self) -> None:
-        """Write down what is there."""
+        """Write the results so far."""
         made = self.given.out.with_suffix(".part")
         made.write_text(json.dumps(self.found, indent=1) + "\n")
         made.rename(self.given.out)
 
     def race(self, size: str, images: Tensor, how: dict[str, str]) -> None:
-        """Time all models of a size against each other, as far as there is time."""
+        """Time all models of a size against each other, as time permits."""
         torch.compiler.reset()  # of the networks of the race before
         contenders: list[tuple[dict[str, Any], Contender]] = []
         entries: list[tuple[dict[str, Any], Entry]] = []
@@ -325,7 +325,7 @@ class Race:
             print(json.dumps(line), file=sys.stderr, flush=True)
 
     def attempt(self, work: Callable[[], T], label: dict[str, Any], *, kept: float = 0.0) -> list[T]:
-        """Return what comes of some work; nothing if it fails, or if only `kept` seconds are left, which is noted."""
+        """Return the result of some work as a list; it is empty if it fails or only `kept` seconds are left."""
         late, done = time.monotonic() + kept > self.until, []
         if late:
             self.found["left_out"].append(label)

@@ -70,7 +70,7 @@ TIMES = ("seconds", "_share", "minutes", "device", "out", "file", "per_s", "_ms"
 
 
 class Verbs:
-    """The lines, run on the CPU and on a device, each in a folder of its own.
+    """The commands, run on the CPU and on a device, each in its own folder.
 
     Args:
         folder: For images and runs.
@@ -107,7 +107,7 @@ class Verbs:
             (folder / "boxes" / "annotations" / f"instances_{part}.json").write_text(json.dumps(content))
 
     def numbers(self, name: str, device: str, runs: Path) -> dict[str, float]:
-        """Run a line on a device and collect what it prints last, the losses of its steps, and its features.
+        """Run a command on a device and collect its last printed output, the losses of its steps, and its features.
 
         Args:
             name: Of the line.
@@ -152,7 +152,7 @@ class Verbs:
         return found
 
     def compare(self, name: str) -> Iterator[tuple[str, float]]:
-        """Run a line on both; yield what differs most, and by how much: of numbers, and of shares of decisions.
+        """Run a command on both; yield what differs most, and by how much, among numbers and among shares of decisions.
 
         Raises:
             RuntimeError: If one fails, or they give other numbers.
@@ -172,7 +172,7 @@ class Verbs:
 
 @contextlib.contextmanager
 def drawn_on_the_cpu() -> Iterator[None]:
-    """Let torch draw on the CPU what it would draw on another device, where the same seed gives other numbers."""
+    """Let torch draw random numbers on the CPU instead of another device, whose numbers differ for the same seed."""
     permute, drop = torch.randperm, functional.dropout2d
 
     def randperm(count: int, *, device: torch.device | str = "cpu", **how: Any) -> Tensor:
@@ -205,7 +205,7 @@ def number_of(text: str) -> object:
 
 
 def flat(name: str, found: object) -> dict[str, float]:
-    """List the numbers in what was read from JSON, but times and the like."""
+    """List the numbers in values read from JSON, except times and the like."""
     if isinstance(found, dict):
         kept = {key: value for key, value in found.items() if not any(part in key for part in TIMES)}
         return {key: value for name_, each in kept.items() for key, value in flat(f"{name} {name_}", each).items()}
@@ -215,7 +215,7 @@ def flat(name: str, found: object) -> dict[str, float]:
 
 
 def differing(ours: float, theirs: float) -> float:
-    """Compare two numbers: their difference over the larger of the second and a tenth."""
+    """Compare two numbers: their difference relative to the larger of the second and a tenth."""
     if math.isnan(theirs) or math.isnan(ours):
         return 0.0 if math.isnan(theirs) == math.isnan(ours) else math.inf
     return float(abs(ours - theirs) / max(abs(theirs), 0.1))

@@ -34,7 +34,7 @@ ROLES = ("measured", "foretold")
 
 
 def work(name: str, role: str) -> dict[str, Any]:
-    """Do the steps of a case, in this process."""
+    """Run the steps of a case in this process."""
     given = dict(CASES[name])
     few, many, between = given.pop("batches")
     made = parts_of(settings_of("plan", images=1, precision="fp32", device="cpu", **given))
@@ -59,7 +59,7 @@ def work(name: str, role: str) -> dict[str, Any]:
 
 
 def line(name: str) -> dict[str, Any]:
-    """Do a case in two processes, and put what they found together."""
+    """Run a case in two processes, and combine their results."""
     found: dict[str, Any] = {"case": name}
     for role in ROLES:
         done = subprocess.run(
@@ -70,7 +70,7 @@ def line(name: str) -> dict[str, Any]:
 
 
 def row(found: dict[str, Any]) -> str:
-    """Write a line of the table."""
+    """Format a line of the table."""
     measured, foretold = found["measured"], found["foretold"]
     pairs = (
         (f"{measured['gflop']:.2f}", f"{measured['gflop_counted']:.2f}", measured["gflop_counted"] / measured["gflop"]),

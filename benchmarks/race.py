@@ -87,17 +87,17 @@ class How:
     out: Path = RESULTS
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Make the context of a forward pass."""
+        """Create the context manager of a forward pass."""
         return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")
 
     def settings(self, **others: Any) -> dict[str, Any]:
-        """Tell all that is set."""
+        """Return all settings."""
         return {"precision": self.precision, "threads": self.threads, "pairs": self.pairs, **others}
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: a model and a batch of its own."""
+    """A case to time: a model and its batch."""
 
     model: DMJD
     images: Tensor
@@ -130,7 +130,7 @@ class Case:
 
 
 def race(ours: Step, other: Step, how: How, *, sides: tuple[str, str]) -> dict[str, Any]:
-    """Time two sides that agree: all pairs, their summary and their cells."""
+    """Time two sides whose losses agree; returns all pairs, their summary and their table cells."""
     agree(ours(), other(), how.precision)
     pairs = alternate(lambda: timed(ours), lambda: timed(other), how.pairs)
     return {"sides": sides, "pairs": pairs, **summary(pairs), "cells": cells_of(pairs, sides)}
@@ -154,7 +154,7 @@ def mae(
     batch_size: int = 4,
     how: How = How(),
 ) -> None:
-    """Race our MAE against that of transformers, or of lightly, which has to be importable: aim 1.1."""
+    """Race our MAE against that of transformers, or of lightly, which must be importable: aim 1.1."""
     case = Case.of("mae", size, batch_size, how.threads)
     if against == "lightly":
         other: nn.Module = LightlyMAE(case.model)
@@ -185,7 +185,7 @@ def views(
 
 @app.command
 def compiled(*, model: Model = "vit", size: Size = "small", batch_size: int = 4, how: How = How()) -> None:
-    """Race steps as torch.compile makes them against the same steps as they are: aim 1.15."""
+    """Race compiled steps (torch.compile) against the same steps in eager mode: aim 1.15."""
     case = Case.of(model, size, batch_size, how.threads)
     fast = torch.compile(case.model)
     seconds = timed(partial(case.step, fast, how))
@@ -212,7 +212,7 @@ def hog(*, batch_size: int = 64, image_size: int = 224, how: How = How()) -> Non
 
 
 def peak_memory(function: Callable[[Tensor], Tensor], images: Tensor) -> float:
-    """Measure the most that torch's allocator holds beside the images, over the size of the images in float32."""
+    """Measure the peak memory of torch's allocator without the images, relative to the images' size in float32."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function(images)
     live = peak = 0
@@ -232,7 +232,7 @@ def share(
     form: Literal["dmjd", "plain", "transformers"] = "dmjd",
     how: How = How(),
 ) -> None:
-    """Sort the processor's time of a step by operators; aim: 88 % are products in float32, 75 % in bf16.
+    """Break down the CPU time of a step by operators; aim: 88 % are matrix products in float32, 75 % in bf16.
 
     Attention, which torch fuses, and convolutions are products, too, and have columns of their own.
     """
@@ -257,7 +257,7 @@ def share(
 
 
 def kind_of(operator: str) -> str:
-    """Sort an operator by its name."""
+    """Classify an operator by its name."""
     return next((kind for kind, parts in KINDS.items() if any(part in operator for part in parts)), "rest")
 
 
@@ -307,14 +307,14 @@ def overhead(*, batch_size: int = 32, steps: int = 8, num_images: int = 10_000, 
 
 
 class Seen(NamedTuple):
-    """A run as it looks from outside, all its processes together."""
+    """A run as observed from outside, all its processes together."""
 
     losses: list[Seconds]  # what it had taken at each logged loss
     memory: int  # the most that it held, in bytes
 
 
 def observe(words: list[str], out: Path, threads: int) -> Seen:
-    """Look on while `dmjd pretrain` runs on the CPU."""
+    """Observe `dmjd pretrain` while it runs on the CPU."""
     command = [sys.executable, "-m", "dmjd", "pretrain", *words, "--out", str(out), "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     losses: list[Seconds] = []
@@ -343,7 +343,7 @@ def family(process: psutil.Process) -> list[psutil.Process]:
 
 
 def cpu_seconds(process: psutil.Process) -> float:
-    """Sum the processor's seconds of a process and its children."""
+    """Sum the CPU seconds of a process and its children."""
     total = 0.0
     for each in family(process):
         with suppress(psutil.Error):  # it has ended; its parent counts it now
@@ -353,7 +353,7 @@ def cpu_seconds(process: psutil.Process) -> float:
 
 
 def memory_of(process: psutil.Process) -> int:
-    """Sum the memory of a process and its children, counting what they share once."""
+    """Sum the memory of a process and its children, counting shared memory once."""
     total = 0
     for each in family(process):
         with suppress(psutil.Error):
@@ -365,7 +365,7 @@ def memory_of(process: psutil.Process) -> int:
 def start(
     *, num_images: Annotated[list[int] | None, cyclopts.Parameter(consume_multiple=True)] = None, how: How = How()
 ) -> None:
-    """Time the way to the first step of a run: a folder of 5,000 small images (aim 8 s), a list of 200,000 (20 s)."""
+    """Time a run up to its first step: from a folder of 5,000 small images (aim 8 s), from a list of 200,000 (20 s)."""
     for number in num_images or [5_000, 200_000]:
         with tempfile.TemporaryDirectory() as made:
             data = write_images(Path(made) / "images", number)
@@ -386,7 +386,7 @@ def start(
 
 
 def write_images(folder: Path, number: int) -> Path:
-    """Write JPEGs of noise, a thousand a folder; beyond 5,000 they are links to the first ones."""
+    """Write JPEGs of noise, a thousand per folder; beyond 5,000 they are links to the first ones."""
     generator, paths = np.random.default_rng(0), []
     for place in range(number):
         path = folder / f"{place // 1000:04d}" / f"{place:07d}.jpg"
@@ -401,7 +401,7 @@ def write_images(folder: Path, number: int) -> Path:
 
 @app.command(name="all")
 def every(*, out: Path = RESULTS) -> None:
-    """Run the races whose rows are stored, but that against lightly."""
+    """Run the races whose rows are stored, except the one against lightly."""
     fp32, bf16 = How(out=out), How(precision="bf16", out=out)
     for batch_size in (16, 64):
         hog(batch_size=batch_size, how=fp32)

@@ -87,12 +87,12 @@ def command(lines: Sequence[Sequence[str]], kept: str = "held") -> list[str]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """One thread, and no traces in the caches of this user."""
+    """Make an environment with one thread and its own caches."""
     return os.environ | {"OMP_NUM_THREADS": "1", "DMJD_DATA": str(folder), "HF_HOME": str(folder)}
 
 
 def run(lines: Sequence[Sequence[str]], caches: Path, kept: str = "held") -> str:
-    """Run command lines in a process of their own and return what it printed; says what it said if it fails."""
+    """Run command lines in their own process and return its output; if it fails, exit with its errors."""
     done = subprocess.run(command(lines, kept), env=environment(caches), capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"exit code {done.returncode}\n{done.stderr[-3000:]}")
@@ -130,7 +130,7 @@ def difference(ours: Path, theirs: Path) -> float:
 
 
 def measure(kinds: dict[str, list[str]], kept: str, root: Path) -> list[dict[str, object]]:
-    """Run every kind of source, given by its flags, undisturbed and killed; all are compared with the first as well."""
+    """Run every kind of source, given by its flags, uninterrupted and killed; also compare all with the first one."""
     caches, more = root / "caches", ["--data_on_device", "no"] if kept == "packed" else []
     lines = [[*RUN, *flags, *more, "--out"] for flags in kinds.values()]
     whole, killed = ([root / f"{kept}-{end}-{place}" for place in range(len(kinds))] for end in ("whole", "killed"))

@@ -55,13 +55,13 @@ def start(out: Path, data: str, threads: int) -> subprocess.Popen[bytes]:
 
 
 def lines(out: Path) -> list[dict[str, float]]:
-    """Read the metrics of a run, but for a line that is being written."""
+    """Read the metrics of a run, except for a line that is being written."""
     file = out / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
 
 
 def look(process: psutil.Process, began: float, out: Path) -> tuple[float, ...]:
-    """Take one sample; resident memory of several processes counts what they share more than once."""
+    """Take one sample; the resident memory of several processes counts shared memory more than once."""
     with process.oneshot():
         rss, files, threads = process.memory_info().rss, process.num_fds(), process.num_threads()
         times = process.cpu_times()

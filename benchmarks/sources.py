@@ -65,7 +65,7 @@ def write_archives(folder: Path, names: Sequence[str], out: Path) -> dict[str, s
 
 
 def write_shards(folder: Path, names: Sequence[str], out: Path, count: int) -> dict[str, str]:
-    """Write shards of about as many samples each."""
+    """Write shards with about the same number of samples each."""
     for shard in range(count):
         with tarfile.open(out / f"{shard:03d}.tar", "w") as archive:
             for name in names[shard * len(names) // count : (shard + 1) * len(names) // count]:
@@ -103,7 +103,7 @@ def class_of(source: Source, index: int) -> str | None:
 
 
 def read_all(source: Source) -> tuple[list[Tensor], float]:
-    """Read all images twice; returns them, and images a second of the second time."""
+    """Read all images twice; returns them, and the images per second of the second time."""
     for _ in range(2):
         began = time.perf_counter()
         images = [source.read(index) for index in range(len(source))]

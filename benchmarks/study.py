@@ -69,11 +69,11 @@ class Job:
 
 
 class Study:
-    """What a YAML file asks for, and which of it is there.
+    """The runs that a YAML file asks for, and their existing results.
 
     Args:
         path: The file.
-        teacher: Backbone file that TEACHER in it stands for.
+        teacher: Backbone file that replaces TEACHER in it.
     """
 
     def __init__(self, path: Path, teacher: str = "TEACHER"):
@@ -88,7 +88,7 @@ class Study:
 
     @property
     def arms(self) -> list[str]:
-        """The arms that are asked for, in the order in which the runs name them, and those only searched for a rate."""
+        """The requested arms, in the order in which the runs name them, then those that only need a search."""
         named = [cell.rpartition("@")[0] for part in self.asked["runs"] for cell in part["cells"]]
         return list(dict.fromkeys([*named, *self.asked["rates"].get("also", ())]))
 
@@ -121,10 +121,10 @@ class Study:
         return yaml.safe_dump(settings).replace("TEACHER", self.teacher)
 
     def result(self, job: Job) -> Settings | None:
-        """Read what a job gave, if it is done: here, or as the same run of the study that this one is like.
+        """Read the result of a job, if it exists: here, or as the same run of the study that this one is like.
 
         Raises:
-            SystemExit: If what is stored here is of another rate or of other settings than are asked for now.
+            SystemExit: If the result stored here has another rate or other settings than the file now asks for.
         """
         for path in (folder / f"{job.name}.json" for folder in self.folders):
             if not path.is_file():
@@ -142,7 +142,7 @@ class Study:
         return None
 
     def rate_jobs(self, arm: str) -> list[Job]:
-        """List the runs of an arm's search that are known to be needed: beside the best rate, both neighbours."""
+        """List the runs of an arm's search that are known to be needed: the best rate must not be at the edge."""
         search = self.asked["rates"]
         budget, seed = search.get("budgets", {}).get(arm, search["budget"]), search.get("seed", 100)
         values = sorted(search["values"])
@@ -161,7 +161,7 @@ class Study:
         return jobs()
 
     def best(self, jobs: list[Job]) -> float:
-        """Choose the rate of the finished jobs whose features a linear probe likes best."""
+        """Choose the rate of the finished job with the best linear probe."""
 
         def score(job: Job) -> float:
             found = self.result(job)
@@ -171,7 +171,7 @@ class Study:
         return max(jobs, key=score).rate
 
     def rate(self, arm: str) -> float | None:
-        """Look up an arm's rate, or None while its search goes on; an arm may take that of another."""
+        """Look up an arm's rate, or None during its search; an arm may use that of another."""
         if arm == "untrained":
             return 0.0
         named = self.asked["rates"].get("same", {}).get(arm)
@@ -183,7 +183,7 @@ class Study:
         return self.best(jobs) if all(self.result(job) for job in jobs) else None
 
     def cells(self) -> Iterator[tuple[str, float, int]]:
-        """Go through arm, budget and seed of the runs that count, in the order of their importance."""
+        """Iterate over arm, budget and seed of the runs that count, the most important first."""
         for part in self.asked["runs"]:
             for seed in range(part.get("from_seed", 0), part["seeds"]):
                 for cell in part["cells"]:
@@ -209,7 +209,7 @@ def read(path: Path) -> Settings:
 
 
 def merge(below: Settings, above: Settings) -> Settings:
-    """Lay settings over others, section by section."""
+    """Override settings by others, section by section."""
     both = {
         key: merge(below[key], above[key])
         for key in below.keys() & above.keys()
@@ -219,7 +219,7 @@ def merge(below: Settings, above: Settings) -> Settings:
 
 
 class Machine:
-    """Where the jobs of a study compute: a copy of the program, lists of the images, and a device."""
+    """The environment of a study's jobs: a copy of the program, lists of the images, and a device."""
 
     def __init__(self, study: Study, images: Path, work: Path, device: str):
         self.study, self.images, self.device = study, images.resolve(), device
@@ -261,7 +261,7 @@ class Machine:
     def dmjd(self, *words: object, run: Path, part: str) -> str:
         """Run a command; return the last line that it prints.
 
-        What it takes is added up in the folder `run`, under the name `part`, also if it stops, to be resumed later.
+        Its cost is added up in the folder `run`, under the name `part`, even if it stops to be resumed later.
 
         Raises:
             InterruptedError: If it was told to stop.
@@ -292,7 +292,7 @@ class Machine:
         return printed.strip().rpartition("\n")[2]
 
     def do(self, job: Job) -> None:
-        """Train, judge and write down one job."""
+        """Train, evaluate and store one job."""
         settings = self.study.settings(job)
         run = self.work / job.name
         run.mkdir(parents=True, exist_ok=True)
@@ -344,10 +344,10 @@ class Machine:
 
 
 def work_off(machines: list[Machine], jobs: int, minutes: float) -> None:
-    """Do what is missing of all studies, `jobs` at a time, until nothing is or the time is over.
+    """Run the missing jobs of all studies, `jobs` at a time, until none is missing or the time is over.
 
-    A later study begins where an earlier one has nothing left to begin, so that the last runs of one, or a search for
-    rates that others wait for, keep no place free.
+    A later study begins as soon as an earlier one has nothing left to start, so that no slot is idle during the last
+    runs of a study, or while its runs wait for a search for rates.
     """
     lock, taken = threading.Lock(), set[tuple[int, Job]]()
 
@@ -389,7 +389,7 @@ def work_off(machines: list[Machine], jobs: int, minutes: float) -> None:
 
 
 def add_cost(path: Path, part: str, cost: dict[str, float]) -> None:
-    """Add what a command took to what earlier ones took for the same part of a run."""
+    """Add the cost of a command to that of earlier ones for the same part of a run."""
     spent = read(path) if path.is_file() else {}
     before = spent.get(part, {})
     spent[part] = {name: round(before.get(name, 0) + value, 1) for name, value in cost.items()}
@@ -399,12 +399,12 @@ def add_cost(path: Path, part: str, cost: dict[str, float]) -> None:
 
 
 def resumption(out: Path) -> list[str]:
-    """Ask to go on with a run, if there is one."""
+    """Return the flag that resumes a run, if there is one."""
     return ["--resume"] if out.exists() else []
 
 
 def device_name(device: str) -> str:
-    """Name what computes: the GPU, or the model of the CPU."""
+    """Name the device: the GPU, or the model of the CPU."""
     if device != "cpu":
         import torch
 
@@ -414,15 +414,15 @@ def device_name(device: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Look up with what is computed."""
+    """Look up the versions in use."""
     return {name: version(name) for name in ("torch", "timm")}
 
 
 def measure_times(study: Study, images: Path, device: str) -> None:
-    """Time and count a training step of every arm on data that is there: in turns, one thread.
+    """Time and count a training step of every arm on data that is ready: in turns, on one thread.
 
-    Stored are all rounds, and the settings that they are of. Counted are the floating-point operations of matrix
-    products, attention and convolutions, forward, backward and of targets.
+    All rounds are stored, with their settings. Counted are the floating-point operations of matrix products, attention
+    and convolutions, in the forward pass, the backward pass and the targets.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -459,7 +459,7 @@ def measure_times(study: Study, images: Path, device: str) -> None:
 
 
 def clock(device: str) -> float:
-    """Tell seconds: of this thread's work on a CPU, of the wall once a GPU has finished."""
+    """Return seconds: CPU time of this thread, or wall-clock time once a GPU has finished."""
     if device == "cpu":
         return time.process_time()
     import torch
@@ -469,9 +469,9 @@ def clock(device: str) -> float:
 
 
 def training_step(study: Study, arm: str, images: Path, device: str) -> Any:
-    """Make a function that does one training step of an arm, on the first images of the training part.
+    """Make a function that runs one training step of an arm, on the first images of the training part.
 
-    Where crops grow, steps take their sizes in turns.
+    With progressive crops, steps take their sizes in turn.
     """
     import torch
     from torch.nn.functional import interpolate

@@ -22,18 +22,18 @@ Runs = dict[tuple[str, float], dict[int, Settings]]  # by arm and budget, then b
 
 
 class Time(NamedTuple):
-    """What `study.py time` found of an arm: milliseconds a row in every round, and MFLOP a row."""
+    """Measurements of an arm by `study.py time`: milliseconds per row in every round, and MFLOP per row."""
 
     rounds: list[float]
     mflop: float
 
     def minutes(self, rows: int) -> float:
-        """Tell how long a run of so many rows takes, by the median of the rounds."""
+        """Return the minutes of a run with so many rows, by the median of the rounds."""
         return rows * statistics.median(self.rounds) / 6e4
 
 
 class Ratio(NamedTuple):
-    """How many times as long the other side takes: median and quartiles of the rounds, in which both took turns."""
+    """Ratio of the other side's time: median and quartiles over the rounds, in which both sides took turns."""
 
     low: float
     median: float
@@ -46,7 +46,7 @@ class Ratio(NamedTuple):
 
 
 def runs_of(study: Study) -> Runs:
-    """Collect the results that are there, in the order in which the study asks for them."""
+    """Collect existing results, in the order of the study."""
     runs: Runs = {}
     for arm, budget, seed in study.cells():
         rate = study.rate(arm)
@@ -81,7 +81,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def times_of(study: Study) -> dict[str, Time]:
-    """Read what `study.py time` has measured of arms as they are now."""
+    """Read the measurements of `study.py time` for arms with their current settings."""
     path = study.folder / "times.json"
     stored = read(path)["arms"] if path.is_file() else {}
     return {
@@ -92,7 +92,7 @@ def times_of(study: Study) -> dict[str, Time]:
 
 
 def table_of_runs(study: Study, runs: Runs) -> str:
-    """Write what every arm came to at every budget."""
+    """Write the results of every arm at every budget."""
     judges, times = study.asked["judges"], times_of(study)
     head = ["arm", "effective epochs", "seeds", "peak rate", "steps", "images", "minutes", "TFLOP"]
     rows = []
@@ -110,7 +110,7 @@ def table_of_runs(study: Study, runs: Runs) -> str:
 
 
 def table_of_contrasts(study: Study, runs: Runs) -> str:
-    """Write the paired differences, with their intervals and the time that each side takes."""
+    """Write the paired differences, with their intervals and the time of each side."""
     times, rows = times_of(study), []
     for contrast in study.asked.get("contrasts", ()):
         sides = [contrast["of"], contrast["against"]]
@@ -141,21 +141,21 @@ def table_of_contrasts(study: Study, runs: Runs) -> str:
 
 
 def ratio_of(ours: tuple[Time, int], other: tuple[Time, int]) -> Ratio:
-    """Compare what two arms take for their numbers of rows, round by round."""
+    """Compare the times of two arms for their numbers of rows, round by round."""
     (time, rows), (other_time, other_rows) = ours, other
     rounds = zip(time.rounds, other_time.rounds, strict=True)
     return Ratio(*statistics.quantiles([other_rows * theirs / (rows * mine) for mine, theirs in rounds], n=4))
 
 
 def time_verdict_of(ratio: Ratio | None, wanted: float) -> str:
-    """Say whether something takes so many times less time, which a quartile on either side decides."""
+    """Decide whether a side takes a given factor less time, by the quartile on either side."""
     if ratio is None:
         return "not measured"
     return "yes" if ratio.low >= wanted else "no" if ratio.high < wanted else "not shown"
 
 
 def verdict_of(low: float, high: float, margin: float | None) -> str:
-    """Say what an interval of the difference in linear probing allows to say."""
+    """State what an interval of the difference in linear probing permits to conclude."""
     if low > 0:
         return "better"
     if high < 0:
@@ -179,7 +179,7 @@ def table_of_rates(study: Study) -> str:
 
 
 def write_figure(study: Study, runs: Runs) -> bool:
-    """Draw accuracy over minutes of one core, where times are measured; beside each point its effective epochs."""
+    """Draw accuracy over minutes of one core, if times are measured, with effective epochs beside each point."""
     times = times_of(study)
     curves: dict[str, list[tuple[float, float, list[float]]]] = {}
     for (arm, budget), found in runs.items():
@@ -208,7 +208,7 @@ def write_figure(study: Study, runs: Runs) -> bool:
 
 
 def write(study: Study) -> None:
-    """Write NAME.md and NAME.png, and say what is missing."""
+    """Write NAME.md and NAME.png, and report what is missing."""
     runs, missing = runs_of(study), study.missing()
     results = [read(path) for path in study.folder.rglob("*.json") if path.name != "times.json"]
     on_cpus = [result for result in results if not result["device"].startswith("NVIDIA")]

@@ -22,7 +22,7 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of the losses of two side
 
 
 class Seconds(NamedTuple):
-    """What some work took: by the clock, and of the processor, whatever else ran."""
+    """Wall-clock and CPU seconds of some work; the latter do not depend on what else ran."""
 
     wall: float
     cpu: float
@@ -38,7 +38,7 @@ def timed(work: Callable[[], Any]) -> Seconds:
 def alternate(
     first: Callable[[], Seconds], second: Callable[[], Seconds], pairs: int, *, warm_up: int = 1
 ) -> list[tuple[Seconds, Seconds]]:
-    """Time two sides in turns, each first in every other pair; pairs of the warm-up do not count."""
+    """Time two sides in turns, alternating which is first; pairs of the warm-up do not count."""
     found = []
     for turn in range(pairs + warm_up):
         if turn % 2:
@@ -65,7 +65,7 @@ def spread(values: Iterable[float]) -> list[float]:
 
 
 def summary(pairs: Sequence[tuple[Seconds, Seconds]]) -> dict[str, Any]:
-    """Sum pairs up: seconds of either side, and how many times those of the first the second took."""
+    """Summarise pairs: seconds of both sides, and the ratio of the second to the first."""
     return {
         kind: {
             "seconds": [spread(pair[side][place] for pair in pairs) for side in (0, 1)],
@@ -82,7 +82,7 @@ def written(values: Sequence[float], digits: int = 2) -> str:
 
 
 def cells_of(pairs: Sequence[tuple[Seconds, Seconds]], sides: tuple[str, str]) -> dict[str, str]:
-    """Write pairs as the cells of a row."""
+    """Format pairs as the cells of a row."""
     found = summary(pairs)
     cells = {}
     for place, side in enumerate(sides):
@@ -95,7 +95,7 @@ def cells_of(pairs: Sequence[tuple[Seconds, Seconds]], sides: tuple[str, str]) -
 
 
 def machine() -> dict[str, Any]:
-    """Describe where and with what something was measured, and how busy that was."""
+    """Describe the machine, the versions and the load during a measurement."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     git = ["git", "-C", str(ROOT)]
@@ -117,7 +117,7 @@ def machine() -> dict[str, Any]:
 
 
 def store(name: str, row: str, content: dict[str, Any], out: Path) -> None:
-    """Put a row of a race into OUT/NAME.json, and write and print its table anew, OUT/NAME.md.
+    """Store a row of a race in OUT/NAME.json, and rewrite and print its table, OUT/NAME.md.
 
     Args:
         name: Of the race.

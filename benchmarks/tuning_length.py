@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def write_table() -> None:
-    """Write what is there, a line for each set and number of labels."""
+    """Write existing results, a line for each set and number of labels."""
     found = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
     columns = sorted({each["epochs"] for each in found})
     lines = [["set", "labels", *(f"{epochs} epochs" for epochs in columns)], ["---"] * (len(columns) + 2)]

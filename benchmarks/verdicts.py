@@ -52,7 +52,7 @@ RUNS = {
 
 
 def make_sets(cifar10: Path, folder: Path) -> None:
-    """Make the sets that runs are on, flat folders of images."""
+    """Make the sets that runs are trained on, flat folders of images."""
     names = sorted(cifar10.glob("train/*/*"))
     photos = [np.array(Image.open(path).convert("RGB")) for path in names[:: len(names) // 2000][:2000]]
     random = np.random.default_rng(0)

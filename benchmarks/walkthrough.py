@@ -87,7 +87,7 @@ def copy(part: Path, count: int, to: Path) -> None:
 
 
 def commands(minutes: str) -> list[list[str]]:
-    """List what is typed, in its order."""
+    """List the commands in the order in which they are typed."""
     program = str(Path(sys.executable).with_name("dmjd"))
     backbone = "runs/photos/backbone.safetensors"
     tuned = "runs/tuned/best.safetensors"
