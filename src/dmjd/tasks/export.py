@@ -1,4 +1,4 @@
-"""`dmjd export`: a network of ours in the formats of other programs."""
+"""`dmjd export`: write a network of ours in the formats of other programs."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,22 +24,22 @@ from dmjd.formats.onnx_graph import OPSET, write_onnx
 from dmjd.formats.timm_file import how_to_load, imports, write_timm
 from dmjd.formats.torch_program import write_torch
 
-FILES = ("best.safetensors", "linear.safetensors", "backbone.safetensors")  # of a run, the first that is there
+FILES = ("best.safetensors", "linear.safetensors", "backbone.safetensors")  # of a run, in order of preference
 ENDINGS = {"timm": ".safetensors", "hf": "", "onnx": ".onnx", "torch": ".pt2"}
 START = StartSettings(backbone="")
-# What only settings of a kind of run have: its title, its default settings and its presets.
+# By a setting that only one kind of run has: its title, its default settings and its presets.
 KINDS: dict[str, tuple[str, Callable[[], Any], Path]] = {
     "masking": ("Pre-training", PretrainSettings, PRESETS),
     "augment": ("Fine-tuning", partial(FinetuneSettings, start=START), PRESETS / "finetune"),
     "recipe": ("Linear classifier", partial(LinearSettings, start=START), PRESETS / "linear"),
 }
-# Settings that say nothing about the network, or that the card names by themselves.
+# Settings that say nothing about the network, or that have an entry of their own in the card.
 UNTOLD = {
     *("data", "out", "preset", "config", "device", "workers", "debug", "resume", "checkpoint_minutes", "max_bad"),
     *("parallel", "compile", "allow_change", "backbone", "epochs", "steps", "batch_size", "monitor", "log"),
     *("log_to", "activation_checkpointing", "deterministic"),
 }
-RESULTS = {  # what the card calls a result; others go by their own names
+RESULTS = {  # names of results in the card; others keep their own names
     "knn_top1": "k-NN, top-1",
     "linear_top1": "linear probe, top-1",
     "rankme": "RankMe",
@@ -55,16 +55,16 @@ RESULTS = {  # what the card calls a result; others go by their own names
 
 
 def export(settings: ExportSettings) -> dict[str, Any]:
-    """Write the network of `settings.run` to `settings.out`, compared with the original; print how to load it.
+    """Write the network of `settings.run` to `settings.out`, check it against the original, and print how to load it.
 
     Returns:
-        What was written, from which file, and the kind of its network.
+        The written path, the file of the network, and its kind.
 
     Raises:
         CheckpointError: If there is no network of ours.
-        ConfigError: If the format cannot hold it, something is missing for it, the folder to write is there already, or
-            the file to write is one of a run.
-        AssertionError: If what was written does not compute the same.
+        ConfigError: If the format does not support the network, a library is missing, the folder to write exists
+            already, or the file to write belongs to a run.
+        AssertionError: If the exported network does not compute the same.
     """
     original = open_original(find_file(settings.run))
     ending = ENDINGS[settings.to]
@@ -78,14 +78,14 @@ def export(settings: ExportSettings) -> dict[str, Any]:
         write(settings, original, Path(folder) / out.name)
         for path in (path for path in Path(folder).rglob("*") if path.is_file()):
             flush(path)
-        for path in Path(folder).iterdir():  # a graph of over 2 GB has its weights beside it
+        for path in Path(folder).iterdir():  # a graph of over 2 GB has its weights in another file
             path.replace(out.parent / path.name)
     print(f"wrote {out}, with the outputs of {original.path}; {usage(settings.to, original, out)}")
     return {"out": str(out), "network": str(original.path), "kind": original.kind}
 
 
 def write(settings: ExportSettings, original: Original, path: Path) -> None:
-    """Write one format and compare it."""
+    """Write one format and check it."""
     match settings.to:
         case "timm":
             write_timm(original, path)
@@ -102,7 +102,7 @@ def write(settings: ExportSettings, original: Original, path: Path) -> None:
 
 
 def usage(to: str, original: Original, out: Path) -> str:
-    """Say in a few lines what the file holds and how to load it."""
+    """Describe in a few lines what the file holds and how to load it."""
     beside = ""
     if to in ("timm", "hf") and original.kind in ("segmenter", "detector"):
         beside = f"the backbone alone, for the format has no {original.kind}s; "
@@ -137,10 +137,10 @@ def find_file(run: Path) -> Path:
 
 
 def describe_runs(folder: Path) -> list[dict[str, Any]]:
-    """Describe the run of a directory for a model card, after the one whose backbone it started from."""
+    """Describe the run in a directory for a model card, after the run whose backbone it started from."""
     try:
         settings = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-    except FileNotFoundError:  # a linear classifier on features is no run that could be resumed
+    except FileNotFoundError:  # a linear classifier on features leaves no run to resume
         found = results(folder, 1)
         return [{"title": "Linear classifier", "facts": found}] if found else []
     backbone = Path(settings.get("backbone", ""))  # or timm:NAME
@@ -149,7 +149,7 @@ def describe_runs(folder: Path) -> list[dict[str, Any]]:
     key = next((key for key in KINDS if key in settings), None)
     title = KINDS[key][0] if key else "Training"
     facts = {
-        "data": Path(settings["data"]).name,  # where it lies is nobody's business
+        "data": Path(settings["data"]).name,  # its location is private
         "recipe": settings.get("preset"),
         "length": length(settings),
         "images in a step": settings["batch_size"],
@@ -160,14 +160,14 @@ def describe_runs(folder: Path) -> list[dict[str, Any]]:
 
 
 def length(settings: Mapping[str, Any]) -> str:
-    """Write how long a run was to be."""
+    """Describe the planned length of a run."""
     if "steps" in settings:
         return f"{settings['steps']} steps"
     return f"{settings['epochs']:g} epochs" if settings["epochs"] else "as many epochs as its images ask for"
 
 
 def differing(settings: Mapping[str, Any], key: str | None) -> str:
-    """List the settings of a run that its preset, or the default, has otherwise."""
+    """List the settings of a run that differ from its preset, or the defaults."""
     if key is None:
         return "see its config.yaml"
     _, default, presets = KINDS[key]
@@ -185,7 +185,7 @@ def differing(settings: Mapping[str, Any], key: str | None) -> str:
 
 
 def results(folder: Path, views: int) -> dict[str, Any]:
-    """Read what a run has measured, by what the model card calls it; `views` of an image are seen at a time."""
+    """Read the results of a run, by their names in the model card; `views` is the number of views of an image."""
     found: dict[str, Any] = {}
     if summary := read_facts(folder / "summary.json"):  # of pre-training
         effective = summary["images"] * views / summary["num_images"]

@@ -1,4 +1,4 @@
-"""`dmjd plan`: what a pre-training run will cost, before it begins."""
+"""`dmjd plan`: estimate the cost of a pre-training run before it begins."""
 
 import json
 import math
@@ -34,23 +34,23 @@ from dmjd.planning.work import StepParts, Work, count, recount
 from dmjd.reports.plan import write_plan
 
 USUAL_BYTES = 110e3  # mean size of a file of ImageNet
-WEIGHED = 200  # files
-IMAGENET = 1_281_167  # images for which published recipes were made
-PREPARED = 256 / 224  # side of a prepared image over that of the crops, as `dmjd prepare` has it by default
-SHAPED = 4 / 3  # long side over short side of a usual photograph
-WIDEST = 1024  # devices in the table
-# What the command of a script has from the plan, or leaves to the machine that it runs on.
+WEIGHED = 200  # files whose sizes are read
+IMAGENET = 1_281_167  # images for which the published recipes were made
+PREPARED = 256 / 224  # ratio of the sides of prepared images and crops, by default of `dmjd prepare`
+SHAPED = 4 / 3  # ratio of the sides of a typical photograph
+WIDEST = 1024  # most devices in the table
+# Settings that the command of a script gets from the plan, or leaves to the machine that it runs on.
 OWN = {"device", "resume", "config", "debug", "optim.accumulation"}
 
 
 def plan(settings: PlanSettings) -> dict[str, Any]:
-    """Print what a run will cost as a page, as a line of JSON, or the run as a script.
+    """Print the cost of a run as a page or as a line of JSON, or print the run as a script.
 
     Returns:
         The numbers of the page.
 
     Raises:
-        ConfigError: If settings do not go together, the device is unknown, or nobody says how many images there are.
+        ConfigError: If settings are incompatible, the device is unknown, or the number of images is not given.
         DataError: If the images are to be counted and there are none.
     """
     run = settings.run
@@ -106,7 +106,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
 
 
 def weigh(settings: PlanSettings) -> tuple[int, float]:
-    """Count the images to train on, and find the mean size of their files.
+    """Count the training images, and find the mean size of their files.
 
     Raises:
         ConfigError: If neither their number nor the images are given.
@@ -122,7 +122,7 @@ def weigh(settings: PlanSettings) -> tuple[int, float]:
 
 
 def mean_bytes(images: Source) -> float:
-    """Weigh some files from all over a set; an archive by its share of the whole."""
+    """Compute the mean size of some files, evenly spaced over a set; for an archive, its size per image."""
     chosen = range(0, len(images), max(len(images) // WEIGHED, 1))
     sizes = [file.stat().st_size for index in chosen if (file := file_of(images, index))]
     if sizes:
@@ -134,7 +134,7 @@ def mean_bytes(images: Source) -> float:
 
 
 def parts_of(settings: PlanSettings) -> StepParts:
-    """Collect what a step is made of. The weights to start from change nothing of what it costs."""
+    """Collect the parts of a step. The weights to start from do not change its cost."""
     untrained = replace(settings, init=None)
     names = (settings.model.backbone, settings.masked.target, settings.visible.target or "")
 
@@ -161,7 +161,7 @@ def parts_of(settings: PlanSettings) -> StepParts:
 
 
 def precision_of(settings: PlanSettings, device: Device) -> str:
-    """Say what products will be computed in, as training decides it."""
+    """Choose the precision of products, as training does."""
     asked = settings.run.precision
     if asked != "auto":
         return asked
@@ -176,7 +176,7 @@ def precision_of(settings: PlanSettings, device: Device) -> str:
 
 
 def describe(settings: PlanSettings, work: Work, precision: str, images: int) -> dict[str, Any]:
-    """Name the run, and what its network takes."""
+    """Describe the run and the work of its network."""
     run, model, masking = settings.run, settings.model, settings.masking
     own = {name: getattr(model, name) for name in SHAPE if getattr(model, name)}
     return {
@@ -197,10 +197,10 @@ def describe(settings: PlanSettings, work: Work, precision: str, images: int) ->
 
 
 def beside_recipe(run: PlanRun, steps: int, images: int) -> dict[str, Any]:
-    """Compare the steps of a run with those of its recipe on ImageNet, which are what was found to be enough.
+    """Compare the steps of a run with those of its recipe on ImageNet, which were found to be enough.
 
     Returns:
-        The recipe's steps, how many times as many the run has, and the epochs of these images with as many.
+        The recipe's steps, the run's steps as a multiple of them, and the epochs of these images that they amount to.
     """
     recipe = flags_of(PretrainSettings) | by_flag(read_yaml(PRESETS / f"{run.preset}.yaml"))
     enough = recipe["steps"] or round(recipe["epochs"] * IMAGENET / recipe["batch_size"])
@@ -214,7 +214,7 @@ def refuse_another(device: Device) -> None:
     """Refuse to measure a device that is not that of this machine.
 
     Raises:
-        ConfigError: If it is not.
+        ConfigError: If it is another device.
     """
     here = device if device.kind == "cpu" else find_device("auto")
     if here.name != device.name:
@@ -225,7 +225,7 @@ def measure(settings: PlanSettings, parts: StepParts, work: Work, device: Device
     """Train on the device of this machine.
 
     Raises:
-        ConfigError: If it has not the memory.
+        ConfigError: If it runs out of memory.
     """
     torch.manual_seed(settings.run.seed)
     asked = settings.run.device
@@ -237,10 +237,10 @@ def measure(settings: PlanSettings, parts: StepParts, work: Work, device: Device
 
 
 def speed_of(settings: PlanSettings, work: Work, device: Device, precision: str, trial: Trial | None) -> Pace:
-    """Say how fast the device is: as measured, or as its data sheet has it.
+    """Return the pace of the device: as measured, or by its data sheet.
 
     Raises:
-        ConfigError: If it has none.
+        ConfigError: If it has no data sheet.
     """
     if trial:
         peak = device.peak(precision)
@@ -253,7 +253,7 @@ def speed_of(settings: PlanSettings, work: Work, device: Device, precision: str,
 
 
 def compare(trial: Trial, work: Work, device: Device, precision: str) -> dict[str, Any]:
-    """Put what was measured beside what was counted."""
+    """Compare measurements with counts."""
     peak = device.peak(precision)
     rows = [
         each._asdict()
@@ -272,14 +272,14 @@ def powers(most: int) -> Iterable[int]:
 def others(
     settings: PlanSettings, job: Job, parts: StepParts, counted_for: tuple[str, str], work: Work
 ) -> list[dict[str, Any]]:
-    """Plan the same run on every GPU that is listed, by its data sheet.
+    """Plan the same run on every listed GPU, by its data sheet.
 
     Args:
-        settings: Of the plan.
+        settings: Settings of the plan.
         job: The run.
-        parts: What a step is made of.
-        counted_for: Precision and kind of device that the step was counted for.
-        work: What was counted.
+        parts: Parts of a step.
+        counted_for: Precision and kind of device that `work` was counted for.
+        work: The counted work of a step.
     """
     rows, counted = [], {counted_for: work}
     for name, device in listed().items():
@@ -301,7 +301,7 @@ def script(settings: PlanSettings, outlook: Outlook) -> str:
     """Write the run as a script.
 
     Raises:
-        ConfigError: If it does not fit.
+        ConfigError: If it does not fit into memory.
     """
     if not outlook.fits:
         wanted = "give --activation_checkpointing, more --devices or another --device"
@@ -315,7 +315,7 @@ def script(settings: PlanSettings, outlook: Outlook) -> str:
 
 
 def command(settings: PlanSettings, outlook: Outlook) -> list[str]:
-    """Write the flags of the run: the recipe, a file of settings if there is one, and all that differs from these."""
+    """Write the flags of the run: the recipe, a settings file if there is one, and all settings that differ."""
     run, recipe = settings.run, flags_of(PretrainSettings)
     for file in (PRESETS / f"{run.preset}.yaml", run.config):
         recipe |= by_flag(read_yaml(file)) if file else {}
@@ -336,7 +336,7 @@ def command(settings: PlanSettings, outlook: Outlook) -> list[str]:
 
 
 def leaves(settings: Any, prefix: str = "") -> Iterable[tuple[str, Any, Any]]:
-    """List settings by the names of their flags, with their types."""
+    """Yield all settings by the names of their flags, with their types."""
     hints, annotated = get_type_hints(type(settings)), get_type_hints(type(settings), include_extras=True)
     for setting in fields(settings):
         value = getattr(settings, setting.name)

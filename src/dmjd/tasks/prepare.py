@@ -1,7 +1,7 @@
-"""`dmjd prepare`: images decoded and made smaller once, instead of in every epoch of every run.
+"""`dmjd prepare`: decode and scale down images once, instead of in every epoch of every run.
 
-Threads decode and one writes, in order, so that the files are the same whatever their number. What has safely reached
-the disk is written down in a journal, from which a run that was killed goes on.
+Threads decode and one writes, in order, so that the files do not depend on their number. A journal records what has
+safely reached the disk, so that a killed process can be resumed.
 """
 
 import hashlib
@@ -44,23 +44,22 @@ from dmjd.engine.run import rows_of
 from dmjd.errors import ConfigError, DataError, StorageError
 
 CHUNK = 16  # images that are read on one thread and written together
-SAFE = 2**26  # bytes after which what was written is made to last
+SAFE = 2**26  # bytes after which written data is flushed to disk
 Key = tuple[str, int]  # a part, and the number of an image in it
 
 
 def prepare(settings: PrepareSettings) -> dict[str, Any]:
     """Write the set `settings.out` and print one line: what it holds, and what to do with it.
 
-    Files that do not decode are left out and listed in skipped.tsv. A set that is finished is left as it is.
+    Files that do not decode are left out and listed in skipped.tsv. A finished set is left as it is.
 
     Returns:
-        What it holds: images, skipped, bytes, and where it is.
+        Numbers of images, of skipped files and of bytes, and the path of the set.
 
     Raises:
         ConfigError: If `out` holds something else, or a set that was begun with other settings.
-        DataError: If there are no images, they have other channels than the wanted ones, or none of a part decodes.
-        StorageError: If the disk has not enough space or does not take what is written, or another process is writing
-            the set.
+        DataError: If there are no images, they do not have the wanted channels, or none of a part decodes.
+        StorageError: If the disk has not enough space or cannot be written, or another process is writing the set.
     """
     out, size = settings.out, settings.size
     wanted = Wanted(in_chans=settings.in_chans, image_hw=(size, size), pages=settings.data_pages)
@@ -88,7 +87,7 @@ def prepare(settings: PrepareSettings) -> dict[str, Any]:
 
 
 def plan_of(settings: PrepareSettings, parts: dict[str, Source]) -> dict[str, Any]:
-    """Say what a set is made of, and how: two sets of one plan have the same files."""
+    """Describe the images of a set and how it is made: sets with the same plan have the same files."""
     return {
         "kind": KIND,
         "format": FORMAT,
@@ -105,11 +104,11 @@ def plan_of(settings: PrepareSettings, parts: dict[str, Source]) -> dict[str, An
 
 
 def refuse_other(out: Path, before: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
-    """Keep a set from being gone on with as another one.
+    """Refuse to continue a set with other settings or other images.
 
     Raises:
         ConfigError: If it was begun with other settings.
-        DataError: If it was made of other images.
+        DataError: If it was begun with other images.
     """
     changed = [name for name in ("size", "in_chans", "data_pages", "shard_mb") if before[name] != plan[name]]
     if changed:
@@ -125,7 +124,7 @@ def refuse_small_disk(out: Path, parts: dict[str, Source], size: int) -> None:
     """Estimate from some images how much space the set needs.
 
     Raises:
-        StorageError: If the disk has not as much.
+        StorageError: If the disk does not have it.
     """
     needed = 0.0
     for source in parts.values():
@@ -145,12 +144,12 @@ def refuse_small_disk(out: Path, parts: dict[str, Source], size: int) -> None:
 
 @dataclass(frozen=True)
 class PackedChunk:
-    """Some images in a row.
+    """Some consecutive images.
 
     Attributes:
-        pixels: Of those that decode.
+        pixels: Pixels of those that decode.
         places: Offset, height, width, depth and CRC-32 of each of them.
-        skipped: Numbers of the others, with the reasons.
+        skipped: Indices of the others, with the reasons.
     """
 
     pixels: UInt8[Tensor, " bytes"]
@@ -162,7 +161,7 @@ def fill(writer: "SetWriter", parts: Mapping[str, Source], size: int, workers: i
     """Decode, shrink and write all images that are not written yet.
 
     Raises:
-        DataError: If images have other channels than the wanted ones, or pages of which nothing is said.
+        DataError: If images do not have the wanted channels, or have pages and `--data_pages` is not given.
     """
 
     def read(keys: list[Key]) -> tuple[list[Key], PackedChunk]:
@@ -187,7 +186,7 @@ def fill(writer: "SetWriter", parts: Mapping[str, Source], size: int, workers: i
 
 
 def chunks(parts: Mapping[str, Source], done: Mapping[str, int]) -> Iterator[list[Key]]:
-    """Cut the images of all parts into chunks, from the first that is not done; none holds images of two parts."""
+    """Divide the images that are not done into chunks, none of which has images of two parts."""
     for part, source in parts.items():
         for start in range(done[part], len(source), CHUNK):
             yield [(part, index) for index in range(start, min(start + CHUNK, len(source)))]
@@ -198,13 +197,13 @@ def chunks(parts: Mapping[str, Source], done: Mapping[str, int]) -> Iterator[lis
 
 @dataclass
 class PartProgress:
-    """How far a part is written.
+    """Progress of a part.
 
     Attributes:
-        listed: Images that were looked at.
-        kept: Numbers of those that decode.
+        listed: Number of images that were read.
+        kept: Indices of those that decode.
         places: File, offset, height, width, depth and CRC-32 of each of these, one image after the other.
-        skipped: Numbers of the others, with the reasons.
+        skipped: Indices of the others, with the reasons.
         ends: Bytes in each file.
     """
 
@@ -215,7 +214,7 @@ class PartProgress:
     ends: list[int] = field(default_factory=lambda: [0])
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Take in a line of the journal, whether it was just written or is read again."""
+        """Add a line of the journal, whether it was just written or is read again."""
         skipped = {int(index): reason for index, reason in line["skipped"].items()}
         numbers = range(self.listed, self.listed + len(line["places"]) + len(skipped))
         self.listed = numbers.stop
@@ -226,21 +225,21 @@ class PartProgress:
 
 
 class SetWriter:
-    """Appends images to the files of a set, and to a journal which of them have safely reached the disk.
+    """Appends images to the files of a set, and records in a journal which have safely reached the disk.
 
-    A new writer goes on where the journal of an earlier one ends.
+    A new writer continues where the journal of an earlier one ends.
 
     Args:
         out: Folder of the set.
-        plan: What the set is made of, and how.
+        plan: Images of the set and how it is made.
 
     Attributes:
-        parts: How far each part is written.
+        parts: Progress of each part.
         digests: SHA-256 of the files that this writer filled.
 
     Raises:
         ConfigError: If the set was begun with other settings.
-        DataError: If it was begun with other images, or a file of it has got lost.
+        DataError: If it was begun with other images, or a file of it is missing or truncated.
         StorageError: If another process is writing it.
     """
 
@@ -252,7 +251,7 @@ class SetWriter:
         self.parts, self.digests = {part: PartProgress() for part in plan["parts"]}, {}
         self.file: BinaryIO | None = None
         self.digest = hashlib.sha256()
-        self.waiting: list[bytes] = []  # lines of the journal whose images may still be lost
+        self.waiting: list[bytes] = []  # lines of the journal whose images are not yet flushed
         self.unsafe = 0  # bytes of these
         self.journal = (out / JOURNAL).open("a+b")
         try:
@@ -287,7 +286,7 @@ class SetWriter:
             self.commit()
 
     def commit(self) -> None:
-        """Have the disk hold all that was written, and then the lines that say so."""
+        """Flush all written images to disk, and then the lines of the journal that record them."""
         for file, lines in ((self.file, []), (self.journal, self.waiting)):
             if file:
                 file.writelines(lines)
@@ -296,16 +295,16 @@ class SetWriter:
         self.waiting, self.unsafe = [], 0
 
     def _open(self, path: Path, start: int) -> BinaryIO:
-        """Find the file where it is written next: that of the last time, or another one from `start` on."""
+        """Return the file to write to next: the open one, or another one from `start` on."""
         if self.file is None or Path(self.file.name) != path:
             self.close_file()
             self.file = path.open("r+b" if path.exists() else "w+b")
             self.file.truncate(start)
-            self.digest = hashlib.file_digest(self.file, "sha256")  # it reads to the end, where writing goes on
+            self.digest = hashlib.file_digest(self.file, "sha256")  # this reads to the end, where writing continues
         return self.file
 
     def close_file(self) -> None:
-        """Finish the file that is open, if one is."""
+        """Finish the open file, if there is one."""
         if self.file:
             self.commit()
             self.digests[Path(self.file.name).name] = self.digest.hexdigest()
@@ -313,13 +312,13 @@ class SetWriter:
             self.file = None
 
     def _go_on(self, plan: Mapping[str, Any]) -> None:
-        """Read the journal as far as it is whole, or begin it."""
+        """Read the complete lines of the journal, or begin it."""
         try:
             lock(self.journal, self.out)
         except BlockingIOError:
             raise StorageError(f"another process is writing this set; {self.out}; wait for it") from None
         self.journal.seek(0)
-        whole = 0  # bytes of the lines that are
+        whole = 0  # bytes of complete lines
         for line in self.journal:
             if not line.endswith(b"\n"):
                 break
@@ -340,14 +339,14 @@ class SetWriter:
                 raise DataError(f"a file of the unfinished set has got lost or cut; {path}; remove {self.out}")
 
     def files(self) -> Iterator[tuple[Path, int]]:
-        """List the files of pixels, and how many bytes each has."""
+        """Yield the files of pixels, and the bytes of each."""
         for part, progress in self.parts.items():
             for number, size in enumerate(progress.ends):
                 yield self.out / pixel_file(stem_of(part), number), size
 
 
 def finish(writer: SetWriter, parts: Mapping[str, Source], plan: Mapping[str, Any]) -> None:
-    """Write the indices, the list of skipped files and, last of all, what makes the set one.
+    """Write the indices, the list of skipped files and, last, the description that marks the set as finished.
 
     Raises:
         DataError: If no image of a part decodes.
@@ -378,7 +377,7 @@ def finish(writer: SetWriter, parts: Mapping[str, Source], plan: Mapping[str, An
 
 
 def sum_up(out: Path) -> dict[str, Any]:
-    """Count what the set holds; sees that its files are as long as they were written."""
+    """Count the contents of the set, and check that its files have the recorded sizes."""
     content = read_set(out)
     images, listed = sum(content["images"].values()), sum(part["listed"] for part in content["parts"].values())
     size = sum(file["bytes"] for file in content["files"].values())
@@ -386,7 +385,7 @@ def sum_up(out: Path) -> dict[str, Any]:
 
 
 def closing_line(settings: PrepareSettings, summary: Mapping[str, Any]) -> str:
-    """Say what the set holds, and what to do with it."""
+    """Describe what the set holds, and what to do with it."""
     out, channels = shlex.quote(str(settings.out)), settings.in_chans
     command = f"dmjd pretrain --data {out}{'' if channels == 3 else f' --model.in_chans {channels}'}"
     skipped = f"{summary['skipped']:,} skipped{f' (see {out}/skipped.tsv)' if summary['skipped'] else ''}"

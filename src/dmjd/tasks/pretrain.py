@@ -52,30 +52,30 @@ from dmjd.reports.strips import read_strips
 from dmjd.reports.token_pictures import Samples, write_samples
 
 NUM_PICTURES = 8  # held-out images in the report
-NUM_COUNTED = 1000  # training images whose masks are counted there
-NUM_QUERIES = 5  # held-out images beside their neighbours
+NUM_COUNTED = 1000  # training images whose masks are counted in the report
+NUM_QUERIES = 5  # held-out images shown with their neighbours
 NUM_NEAREST = 5
-NUM_COMPARED = 400  # training images among which these are looked for
+NUM_COMPARED = 400  # training images among which neighbours are searched
 
 
 def pretrain(settings: PretrainSettings) -> dict[str, Any] | None:
-    """Pre-train as `settings` say and write the run directory `settings.run.out`.
+    """Pre-train with `settings` and write the run directory `settings.run.out`.
 
     Returns:
-        The numbers, on the first rank.
+        The results, on rank 0.
 
     Raises:
-        ConfigError: If settings do not go together, `out` holds a run and is not to be resumed, or memory runs out.
+        ConfigError: If settings are incompatible, `out` holds a run that is not to be resumed, or memory runs out.
         DataError: If there are no images or too many do not decode.
-        CheckpointError: If the run to resume is another one.
+        CheckpointError: If the run to resume has other settings or images.
         NonFiniteError: If a loss is not finite; the last checkpoint is from before.
-        Stopped: After a signal that ends runs.
+        Stopped: After a signal that stops runs.
     """
     run, out = settings.run, settings.run.out
     with ExitStack() as stack, join_ranks(run.device) as ranks, claim(run.out, resume=run.resume, ranks=ranks):
         ranks.micro_batch(run.batch_size, settings.optim.accumulation)
         torch.manual_seed(run.seed)
-        network = create(settings)  # settings that do not go together are refused before images are looked for
+        network = create(settings)  # incompatible settings are refused before images are listed
         found, statistics = find_images(settings, ranks)
         if (statistics.mean, statistics.std) != tuple(map(tuple, network.normalize.statistics)):
             torch.manual_seed(run.seed)
@@ -99,7 +99,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any] | None:
             print(f"this run is done; look at {write_report(out)}")
             return summary
         name_broken(trainer.run, parts)
-        if ranks.is_main:  # now, since a folder may be gone at the end
+        if ranks.is_main:  # now, since the folder may be gone at the end
             trainer.run.summary["ignored"] = sum(ignored_files(run.data).values())
         with trainer.run.logging():
             trained = fit(settings, trainer, samples, monitor)
@@ -107,29 +107,29 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any] | None:
 
 
 def create(settings: PretrainSettings, statistics: Statistics | None = None) -> DMJD:
-    """Create the untrained model, for images of the usual statistics or of these.
+    """Create the untrained model, with the usual statistics of images or the given ones.
 
     Raises:
-        ConfigError: If settings do not go together.
+        ConfigError: If settings are incompatible.
     """
     with refusing_settings():
         return from_settings(settings, (statistics.mean, statistics.std) if statistics else None)
 
 
 def find_images(settings: PretrainSettings, ranks: Ranks) -> tuple[Parts, Statistics]:
-    """Find the images, and look at some of them for their statistics; a set of one image is its own held-out part."""
+    """Find the images and their statistics; a set of one image is also its held-out part."""
     model, run = settings.model, settings.run
     wanted = Wanted(model.in_chans, model.image_hw, pages=run.data_pages)
-    # The listing of a large folder is kept, so that one rank walks it, not all at once.
+    # The listing of a large folder is cached, so that one rank walks it, not all at once.
     train, held_out = ranks.main_first(partial(open_source, run.data, wanted, seed=run.seed))
     return Parts(train, held_out if len(held_out) else train), find_statistics(run, train, model.in_chans)
 
 
 def find_statistics(run: PretrainRun, images: Source, in_chans: int) -> Statistics:
-    """Look up or measure what images are normalised by; says on stderr what deep images are taken to range over.
+    """Look up or measure the statistics of the images, and report the range of deep images on stderr.
 
     Raises:
-        ConfigError: If the statistics are those of another number of channels.
+        ConfigError: If the statistics have another number of channels.
     """
     asked = run.data_statistics
     given = None if asked in ("auto", "imagenet") else Statistics.read(Path(asked))
@@ -148,12 +148,12 @@ def find_statistics(run: PretrainRun, images: Source, in_chans: int) -> Statisti
 
 
 def keep_statistics(run: Run, statistics: Statistics) -> None:
-    """Write down what images are normalised by, or see that it is still the same: a file of it may have changed.
+    """Record the statistics, or check that they have not changed in a resumed run: images or a file may have.
 
     Raises:
-        CheckpointError: If it has, and `allow_change` names nothing of the data.
+        CheckpointError: If they have changed, and `allow_change` names no setting of the data.
     """
-    now = json.loads(json.dumps(asdict(statistics)))  # as a checkpoint keeps it
+    now = json.loads(json.dumps(asdict(statistics)))  # as read from a checkpoint
     known = run.summary.setdefault("statistics", now)
     if known != now and not any(name.startswith("data") for name in run.settings["allow_change"]):
         measured = run.settings["data_statistics"] in ("auto", "imagenet")
@@ -163,9 +163,9 @@ def keep_statistics(run: Run, statistics: Statistics) -> None:
 
 
 def name_broken(run: Run, parts: Parts) -> None:
-    """Write down what did not decode when the images were read into memory, and say so before training begins."""
+    """Record the images that did not decode when they were read into memory, and warn before training begins."""
     train, held_out = ({} if not isinstance(part, PackedImages) else part.broken for part in parts)
-    if parts.train.address != parts.held_out.address:  # two folders may have images of one name
+    if parts.train.address != parts.held_out.address:  # two folders may have images of the same name
         held_out = {f"{parts.held_out.address}/{name}": reason for name, reason in held_out.items()}
     broken = train | held_out
     run.skip(broken)
@@ -176,11 +176,11 @@ def name_broken(run: Run, parts: Parts) -> None:
 
 
 def cache(settings: PretrainSettings, network: DMJD, stack: ExitStack, *, num_crops: int) -> None:
-    """Keep the targets of frozen teachers on disk until the stack unwinds, and say how much space that takes.
+    """Cache the targets of frozen teachers on disk until the stack unwinds, and report how much space that takes.
 
     Raises:
         ConfigError: If there is no frozen teacher.
-        StorageError: If there is not that much space.
+        StorageError: If there is not enough space.
     """
     assert settings.teacher.cache
     device = next(network.parameters()).device
@@ -193,7 +193,7 @@ def cache(settings: PretrainSettings, network: DMJD, stack: ExitStack, *, num_cr
 
 
 def make_trainer(settings: PretrainSettings, model: ParallelModel, images: Source, monitor: Monitor) -> Trainer:
-    """Make the trainer that settings describe; evaluations look at no more than a share of what training reads."""
+    """Make the trainer from the settings; evaluations use at most a share of the images that training reads."""
     run, optim = settings.run, settings.optim
     steps = run.num_steps(len(images))
     plan = Plan(steps=steps, lr=settings.lr, **run.plan, **settings.monitor.plan, **optim.plan)
@@ -214,10 +214,11 @@ def make_trainer(settings: PretrainSettings, model: ParallelModel, images: Sourc
 
 
 def training_samples(settings: PretrainSettings, images: Source, levels: Levels, device: torch.device) -> MaskedSamples:
-    """Make the training samples that settings describe, from a tensor on the device if they are few and small.
+    """Make the training samples from the settings, and from a tensor on the device if images are few and small.
 
     Raises:
-        ConfigError: If they are to be on the device and are no tensor, or crops have more sizes than there are epochs.
+        ConfigError: If images are to be on the device but do not form a tensor, or crops have more sizes than the run
+            has epochs.
     """
     crop, asked = settings.crop, settings.run.data_on_device
     stack = stack_of(images) if asked != "no" else None
@@ -236,7 +237,7 @@ def training_samples(settings: PretrainSettings, images: Source, levels: Levels,
 
 
 def fit(settings: PretrainSettings, trainer: Trainer, samples: MaskedSamples, monitor: Monitor) -> dict[str, float]:
-    """Train to the end; return what the features are worth then."""
+    """Train to the end, and return the last evaluation."""
     model, plan, device = trainer.model, trainer.plan, trainer.ranks.device
     network: Any = model.module
     targets: list[Any] = [network.target, network.visible_target]
@@ -253,10 +254,10 @@ def fit(settings: PretrainSettings, trainer: Trainer, samples: MaskedSamples, mo
 
     def evaluate(step: int) -> dict[str, float]:
         measured = monitor.measure(model, trainer.autocast, probe=step in (0, plan.steps))
-        stopwatch.read()  # the time of targets in here is none of the steps'
+        stopwatch.read()  # the time of targets in evaluations does not count as that of steps
         if 0 < step < plan.steps and trainer.ranks.is_main:
             verdict = judge(trainer.run.summary["untrained"], measured, longer=longer)
-            # Early on, good runs pass the mean target and lose directions that they find again.
+            # Early on, good runs too predict the mean target, and lose directions that they later regain.
             if verdict.kind in ("collapsed", "nothing") and step > plan.steps / 2:
                 print(f"warning: step {step}: {verdict.line}; {verdict.advice}", file=sys.stderr)
         return measured
@@ -275,7 +276,7 @@ def fit(settings: PretrainSettings, trainer: Trainer, samples: MaskedSamples, mo
 def finish(
     settings: PretrainSettings, trainer: Trainer, samples: MaskedSamples, parts: Parts, trained: dict[str, float]
 ) -> dict[str, Any] | None:
-    """Write the backbone, what it is worth, and the report; say what to do next; return what is known of the run."""
+    """Write backbone, summary and report, print what to do next, and return the summary."""
     out, run, steps, data = settings.run.out, trainer.run, trainer.plan.steps, settings.run.data
     network: Any = trainer.model.whole()
     if not trainer.ranks.is_main:
@@ -326,10 +327,10 @@ def finish(
 
 @torch.inference_mode()
 def draw(settings: PretrainSettings, network: DMJD, samples: MaskedSamples, parts: Parts, *, steps: int) -> None:
-    """Write the pictures of the report: held-out images, what was hidden of them, targets, predictions and features.
+    """Write the pictures of the report: held-out images, their masks, targets, predictions and features.
 
-    Also how often tokens were hidden in the last epoch of training, by masks drawn again, and what of the training
-    images is most like held-out ones.
+    Also write how often tokens were hidden in the last epoch of training, from the same masks drawn again, and the
+    training images that are most like held-out ones.
     """
     middle, chosen = partial(center_crop, size=settings.model.image_hw), evenly(len(parts.held_out), NUM_PICTURES)
     ((crops, drawn),) = read_batches(
@@ -381,16 +382,16 @@ def draw_nearest(settings: PretrainSettings, network: DMJD, parts: Parts, drawn:
     """Write which of some training images are most like held-out ones, by features and by pixels.
 
     Args:
-        settings: Of the run.
-        network: Trained.
+        settings: Settings of the run.
+        network: The trained network.
         parts: The images.
-        drawn: Numbers of held-out images that decode.
+        drawn: Indices of held-out images that decode.
     """
     train, held_out = parts
     queries = [drawn[place] for place in evenly(len(drawn), NUM_QUERIES)]
     bank = glance(network, train, evenly(len(train), NUM_COMPARED), settings.model.image_hw)
     asked = glance(network, held_out, queries, settings.model.image_hw)
-    if len(train) == 1 or bank is None or asked is None:  # the one image is held out, too
+    if len(train) == 1 or bank is None or asked is None:  # the only image is also the held-out one
         return
     features = most_alike(asked.features, bank.features, NUM_NEAREST)
     pixels = most_alike(asked.pixels, bank.pixels, NUM_NEAREST)
@@ -415,7 +416,7 @@ def draw_nearest(settings: PretrainSettings, network: DMJD, parts: Parts, drawn:
 
 
 def in_colour(picture: UInt8[Tensor, "C h w"], settings: PretrainSettings) -> UInt8[Tensor, "c h w"]:
-    """Choose the channels of a picture that the report shows: those asked for, or the first three, of two the first."""
+    """Choose the channels of a picture to show: those in the settings, or the first three, or the first of two."""
     channels = len(picture)
     if channels != settings.model.in_chans or (channels in (1, 3) and not settings.monitor.channels):
         return picture
