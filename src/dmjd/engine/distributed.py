@@ -205,9 +205,9 @@ def device_of(rank: int, world_size: int, device: str) -> torch.device:
         return chosen
     if chosen.type != "cuda":
         raise ConfigError(f"{world_size} processes cannot meet on {chosen.type}; --device {device}; choose cpu")
-    place, count = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
-    if place >= count:
-        such = f"more processes than GPUs on this machine, which has {count}"
+    place, gpus = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
+    if place >= gpus:
+        such = f"more processes than GPUs on this machine, which has {gpus}"
         raise ConfigError(f"{such}; --device {device}; start one process for each GPU")
     return torch.device("cuda", place)
 
