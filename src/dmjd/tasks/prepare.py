@@ -176,8 +176,8 @@ def fill(writer: "SetWriter", parts: Mapping[str, Source], size: int, workers: i
     done = {part: progress.listed for part, progress in writer.parts.items()}
     total, before = sum(map(len, parts.values())), sum(done.values())
     workers = min(usable_cores(), 16) if workers is None else workers
-    # Threads begin at once and share memory, and decoding and resizing let others run. Processes would take seconds to
-    # start, and as long again to send the pixels of small images as it takes to decode them.
+    # Threads start at once and share memory, and decoding and resizing release the GIL. Processes would take seconds to
+    # start, and sending the pixels of small images takes them as long as decoding does.
     one_core: Any = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with tqdm(total=total, initial=before, desc="preparing", unit=" images", leave=False, disable=None) as bar:
         for keys, chunk in in_threads(read, chunks(parts, done), workers, **one_core):
