@@ -1,8 +1,8 @@
-"""Images in archives, read where they lie: a zip or tar file, and the shards of a WebDataset.
+"""Images in archives, read without unpacking: zip and tar files, and the shards of a WebDataset.
 
-A zip or tar file is like the folder that it was made of. Shards hold samples: members whose names differ only after the
-first dot belong together, such as `0001.jpg` and `0001.cls`. The headers of a tar file are read once, and what they say
-is remembered for the next time, as long as the file has the same size and time.
+A zip or tar file counts as the folder that it was made from. Shards contain samples: members whose names differ only
+after the first dot belong together, such as `0001.jpg` and `0001.cls`. The headers of a tar file are read once and
+cached for the next time, as long as size and time of the file are the same.
 """
 
 import glob
@@ -37,12 +37,12 @@ from dmjd.data.source import HELD_OUT_PARTS, Opener, Source, is_file_name, regis
 from dmjd.data.stored import PARTS, StoredImages, classes_of, classes_of_folders, refuse_frames
 from dmjd.errors import DataError
 
-OPEN_FILES = 64  # that a process keeps open
-CHAIN = 8  # links that may lead to one another
+OPEN_FILES = 64  # most files that a process keeps open
+CHAIN = 8  # longest chain of links to follow
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-IN_TAR, DEFLATED = 0, zipfile.ZIP_DEFLATED + 1  # how a member lies in its file
+IN_TAR, DEFLATED = 0, zipfile.ZIP_DEFLATED + 1  # how a member is stored in its file
 
-Place = tuple[int, int, int, int]  # number of a file, where in it a member begins, bytes, and how it lies there
+Place = tuple[int, int, int, int]  # number of a file, offset of a member in it, bytes, and how it is stored
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class ArchiveReader:
 
     Attributes:
         files: Paths of the archives.
-        places: Where each member lies, a `Place` a row.
+        places: Place of each member, one `Place` per row.
         names: Name of each member, for messages.
-        wanted: What is wanted of the images.
+        wanted: How to read the images.
     """
 
     files: PackedStrings
@@ -83,15 +83,15 @@ class ArchiveReader:
         return lru_cache(OPEN_FILES)(OpenFile)
 
     def __getstate__(self) -> dict[str, object]:
-        """Let go of the open files: a worker opens its own."""
+        """Drop the open files on pickling for a worker, which opens its own."""
         return {name: value for name, value in self.__dict__.items() if name != "_open"}
 
 
 def inflate(content: bytes) -> bytes:
-    """Decompress a member of a zip file, which may hold a thousand times as much.
+    """Decompress a member of a zip file, which may expand a thousandfold.
 
     Raises:
-        BadImage: If it is more than an image may have.
+        BadImage: If it exceeds the limit of a file.
         zlib.error: If it is broken.
     """
     decompressor = zlib.decompressobj(-zlib.MAX_WBITS)
@@ -102,7 +102,7 @@ def inflate(content: bytes) -> bytes:
 
 
 class OpenFile:
-    """A file to read from at any place, by several threads at once; closed when the last of them lets go of it.
+    """A file for random access by several threads at once; closed when the last of them drops it.
 
     Args:
         path: Its path.
@@ -112,7 +112,7 @@ class OpenFile:
         self.descriptor = os.open(path, os.O_RDONLY)
 
     def read(self, start: int, size: int) -> bytes:
-        """Read so many bytes."""
+        """Read `size` bytes from an offset."""
         return os.pread(self.descriptor, size, start)
 
     def __del__(self) -> None:
@@ -126,7 +126,7 @@ class OpenFile:
 def open_archive(data: str, wanted: Wanted) -> dict[str, Source]:
     """Open a zip or tar file as if it were unpacked: parts and classes are folders in it.
 
-    One folder around everything is looked through.
+    A single folder around everything is left out of the names.
 
     Raises:
         DataError: If it is missing, broken, compressed as a whole, or has no image.
@@ -151,7 +151,7 @@ def open_archive(data: str, wanted: Wanted) -> dict[str, Source]:
 
 
 def _source(data: str, path: Path, members: dict[str, Place], wanted: Wanted) -> StoredImages:
-    """Make a source of members by their names."""
+    """Make a source from members by their names."""
     names = sorted(members)
     packed = PackedStrings.pack(names)
     classes, labels = classes_of_folders(packed)
@@ -162,7 +162,7 @@ def _source(data: str, path: Path, members: dict[str, Place], wanted: Wanted) ->
 
 
 def _images(path: Path, members: Iterable[tuple[str, Place]]) -> dict[str, Place]:
-    """Pick the images that are not hidden, by their endings; of two of one name, unpacking would leave the last."""
+    """Pick the images by extension, except hidden ones; of two with one name the last counts, as in unpacking."""
     images: dict[str, Place] = {}
     passed_over: Counter[str] = Counter()
     for name, place in members:
@@ -207,7 +207,7 @@ def _tar_members(path: Path) -> Iterable[tuple[str, Place]]:
 
 
 def open_shards(data: str, wanted: Wanted) -> dict[str, Source]:
-    """Open the shards that a pattern names, in its order; samples have labels if each of them has a `.cls`.
+    """Open the shards of a pattern, in its order; samples have labels if each of them has a `.cls` member.
 
     Raises:
         DataError: If a shard is missing or broken, a sample has two images, or there is no image at all.
@@ -233,7 +233,7 @@ def open_shards(data: str, wanted: Wanted) -> dict[str, Source]:
 
 
 def expand(pattern: str) -> list[str]:
-    """List the files that a pattern names: `{00..12}` and `{a,b}` are all of them, `*`, `?` and `[]` what there is.
+    """List the files of a pattern: all that `{00..12}` and `{a,b}` stand for, and those that `*`, `?` and `[]` match.
 
     Raises:
         DataError: If one is missing, or there is none.
@@ -252,7 +252,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def _choices(inside: str) -> Sequence[str]:
-    """List what braces stand for: numbers of one width, or what commas part."""
+    """List the alternatives in braces: numbers of equal width, or texts between commas."""
     if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
         first, last = numbers.groups()
         return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
@@ -265,7 +265,7 @@ def _samples(path: Path) -> Iterator[tuple[str, str | None, tuple[int, int]]]:
     images: dict[str, tuple[str, tuple[int, int]]] = {}
     plain: dict[str, bool] = {}
     labels: dict[str, str] = {}
-    others: dict[str, str] = {}  # of an image that is no better than the one that was there
+    others: dict[str, str] = {}  # images that do not take precedence over an earlier one
     for name, text, (start, size) in zip(index.names, index.texts, index.spans.tolist(), strict=True):
         folder, _, file = name.rpartition("/")
         stem, _, ending = file.lower().partition(".")
@@ -275,7 +275,7 @@ def _samples(path: Path) -> Iterator[tuple[str, str | None, tuple[int, int]]]:
         elif stem and os.path.splitext(file)[1].lower() in EXTENSIONS:
             is_plain = "." not in ending
             if plain.get(key) == is_plain:
-                if images[key][1] != (start, size):  # no link to it
+                if images[key][1] != (start, size):  # not a link to it
                     others[key] = name
             elif key not in images or is_plain:  # 0001.jpg rather than 0001.mask.png
                 images[key], plain[key] = (name, (start, size)), is_plain
@@ -295,8 +295,8 @@ class TarIndex:
 
     Attributes:
         names: Their paths.
-        spans: Where each begins, and its bytes.
-        texts: What the `.cls` files hold; empty for all others.
+        spans: Offset and size of each, in bytes.
+        texts: Contents of the `.cls` files; empty for all others.
     """
 
     names: PackedStrings
@@ -305,10 +305,10 @@ class TarIndex:
 
 
 def index_tar(path: Path) -> TarIndex:
-    """Find the files in a tar file.
+    """Index the files in a tar file.
 
     Raises:
-        DataError: If it is missing, broken or cut short.
+        DataError: If it is missing, broken or truncated.
     """
     try:
         status = os.stat(path)
@@ -332,7 +332,7 @@ def index_tar(path: Path) -> TarIndex:
 
 
 def _scan(path: Path) -> TarIndex:
-    """Read all headers; a cut file raises `tarfile.ReadError`. Links to files of the archive come last."""
+    """Read all headers; a truncated file raises `tarfile.ReadError`. Links to files in the archive come last."""
     names, spans, texts, links = Packer(), array("q"), Packer(), dict[str, str]()
     with tarfile.open(path, "r:") as archive:
         while member := archive.next():
@@ -343,12 +343,12 @@ def _scan(path: Path) -> TarIndex:
                 links[member.name] = os.path.join(os.path.dirname(member.name), member.linkname)
             if not member.isreg() or member.issparse():
                 continue
-            links.pop(member.name, None)  # of one name, the last counts
+            links.pop(member.name, None)  # of members with one name, the last counts
             content = archive.extractfile(member) if member.name.lower().endswith(".cls") else None
             names.append(member.name)
             spans.extend((member.offset_data, member.size))
             texts.append(content.read().decode(errors="replace").strip() if content else "")
-    with path.open("rb") as file:  # tarfile takes a broken header for the end, which is a block of zeros
+    with path.open("rb") as file:  # tarfile takes a broken header for the end, which must be a block of zeros
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"it breaks off at byte {archive.offset}")
@@ -357,13 +357,13 @@ def _scan(path: Path) -> TarIndex:
 
 
 def _with_links(index: TarIndex, links: Mapping[str, str]) -> TarIndex:
-    """Add links, by the file that each leads to; those that lead out of the archive would be broken beside it, too."""
+    """Add links, with the places of their targets; links out of the archive would be broken once unpacked, too."""
     targets = {os.path.normpath(name): os.path.normpath(target) for name, target in links.items()}
     for _ in range(CHAIN):
         targets = {name: targets.get(target, target) for name, target in targets.items()}
     ends = {*targets.values()}
     places = {name: place for place, name in enumerate(map(os.path.normpath, index.names)) if name in ends}
-    # A file that is packed twice is a link to itself the second time.
+    # A file that is packed twice is stored as a link to itself the second time.
     found = {name: places[target] for name, target in targets.items() if target in places and name != target}
     return TarIndex(
         PackedStrings.pack([*index.names, *found]),
@@ -373,7 +373,7 @@ def _with_links(index: TarIndex, links: Mapping[str, str]) -> TarIndex:
 
 
 def _kept_index(kept: Path, stamp: dict[str, str]) -> TarIndex | None:
-    """Read an index, if there is one and its tar file is as it was."""
+    """Read a cached index, if there is one and its tar file has not changed."""
     try:
         with safe_open(kept, framework="pt") as file:
             if file.metadata() != stamp:

@@ -1,4 +1,4 @@
-"""Safe decoding: any file becomes a tensor of the wanted channels at its own depth, or one reason why not."""
+"""Safe decoding: any file becomes a tensor with the wanted channels at its own depth, or gives one reason why not."""
 
 import ctypes
 import logging
@@ -32,27 +32,27 @@ EXTENSIONS = frozenset(
         *("pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"),
     )
 )
-# A small file may claim to hold any number of pixels. These are 8192 x 8192: more than cameras of 35 mm have.
+# A small file may claim any number of pixels. This is 8192 x 8192: more than full-frame cameras have.
 MAX_PIXELS = 2**26
 MAX_BYTES = 2**29  # of a file, and of all the values of an image
 MAX_PAGES = 2**16  # of a TIFF
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # the only ones that Pillow may try
-JPEG = b"\xff\xd8\xff"  # how its files begin
-APPLICATION = frozenset([*range(0xE0, 0xF0), 0xFE])  # markers of what comes before it: of programs, and comments
+JPEG = b"\xff\xd8\xff"  # first bytes of its files
+APPLICATION = frozenset([*range(0xE0, 0xF0), 0xFE])  # markers of segments before the image: of programs, and comments
 PNG = b"\x89PNG"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 NUMPY = b"\x93NUMPY"
-DICM = b"DICM"  # after 128 bytes that say nothing
-ORIENTATION = 0x0112  # number of the tag of EXIF and of TIFF
+DICM = b"DICM"  # after 128 arbitrary bytes
+ORIENTATION = 0x0112  # number of the tag in EXIF and TIFF
 PLAIN = (2, 5, 6)  # RGB, CMYK and YCbCr among the photometric interpretations of a TIFF
-DIRECT = (1, 2)  # grey, of which 0 is black, and RGB: what is stored is what is shown
-DEPTHS = tuple(map(np.dtype, ("uint8", "uint16", "int16", "float32")))  # of the values that an image may have
-DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.float32)  # the same; prepared sets store the places
+DIRECT = (1, 2)  # grey with 0 as black, and RGB: stored values are shown as they are
+DEPTHS = tuple(map(np.dtype, ("uint8", "uint16", "int16", "float32")))  # that an image may have
+DTYPES = (torch.uint8, torch.uint16, torch.int16, torch.float32)  # the same; prepared sets store indices into this
 
-# A broken file has one reason, which we give: loggers, and libtiff, which writes to stderr itself, are silent.
+# We report one reason for a broken file: loggers, and libtiff, which writes to stderr itself, are silenced.
 for _name in ("PIL", "tifffile"):
     logging.getLogger(_name).addHandler(logging.NullHandler())
-# Nor is what decoders tolerate worth a line per file. `catch_warnings` is not for threads: one would undo another's.
+# Nor is what decoders tolerate worth a line per file. `catch_warnings` is not thread-safe.
 for _name in ("PIL", "tifffile", "pydicom", r"dmjd\.data\.(decode|peek)"):
     warnings.filterwarnings("ignore", module=_name)
 with suppress(OSError, AttributeError):  # not every system finds libtiff through Pillow's library
@@ -60,19 +60,19 @@ with suppress(OSError, AttributeError):  # not every system finds libtiff throug
     _libtiff.TIFFSetErrorHandler(None)
     _libtiff.TIFFSetWarningHandler(None)
 
-Reduce = Callable[[int, int], int]  # from height and width to how many times smaller an image will do: 1, 2, 4 or 8
+Reduce = Callable[[int, int], int]  # from height and width to the factor by which an image may be smaller: 1, 2, 4 or 8
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is wanted of the images of a set.
+    """How to read the images of a set.
 
     Attributes:
-        in_chans: Channels. Grey and colour become each other (3 and 1); images of any other number must have it.
-        image_hw: Height and width, for sets that are made to measure.
-        levels: Range by which images deeper than 8 bits are brought to 0..255 (float32); None leaves them as they are.
-        pages: What the pages of a TIFF are: channels of one image, or frames, each an image. None takes files of one
-            page only.
+        in_chans: Channels. Grey and colour are converted into each other (3 and 1); any other number must match.
+        image_hw: Height and width, for sets that are drawn to size.
+        levels: Range from which images deeper than 8 bits are scaled to 0..255 (float32); None leaves them as they are.
+        pages: What the pages of a TIFF are: channels of one image, or frames, each an image. None accepts files with
+            one page only.
     """
 
     in_chans: int = 3
@@ -86,29 +86,29 @@ class BadImage(Exception):
 
 
 class _Refused(Exception):
-    """Of a whole set, not of one file: what is wrong, and what to do about it."""
+    """An error that concerns a whole set, not one file: what is wrong, and what to do about it."""
 
 
 def decode(
     file: Path | str | bytes, wanted: Wanted, *, name: str | None = None, frame: int = 0, reduce: Reduce | None = None
 ) -> Num[Tensor, "C H W"]:
-    """Read an image at its depth, uint8, uint16, int16 or float32, the way up that its EXIF data say.
+    """Read an image at its depth, uint8, uint16, int16 or float32, upright by its EXIF data.
 
-    An animated image gives its first frame, PPM and JPEG 2000 of more than 8 bits their colours at 8. What a file is,
-    its content says, not its name. Only regular files are opened, and none of more than `MAX_BYTES` bytes, or whose
-    header says more than `MAX_PIXELS` pixels, is decoded.
+    Of an animated image the first frame is read; colours of PPM and JPEG 2000 with more than 8 bits are read at 8. The
+    format is recognised by content, not by name. Only regular files are opened, and none of more than `MAX_BYTES`
+    bytes, or with more than `MAX_PIXELS` pixels by its header, is decoded.
 
     Args:
-        file: Its path, or what it holds.
-        wanted: Its channels, and what its pages are.
-        name: What to call it in a message; its path unless given.
-        frame: Which page, where pages are frames.
-        reduce: How much smaller the image may be read, where its format allows that, as JPEG does.
+        file: Its path or its content.
+        wanted: How to read it: channels, range and pages.
+        name: Its name in messages. Default: its path.
+        frame: Page to read, where pages are frames.
+        reduce: How much smaller the image may be decoded, if its format allows that, as JPEG does.
 
     Raises:
-        BadImage: If the file is missing, broken, suspiciously large or of an unknown kind, or has values that are no
-            numbers.
-        DataError: If it has other channels than the wanted ones, or pages of which nothing is said.
+        BadImage: If the file is missing, broken, suspiciously large or of an unknown format, or has NaN or infinite
+            values.
+        DataError: If it does not have the wanted channels, or has several pages and `wanted.pages` is None.
     """
     try:
         if isinstance(file, bytes):
@@ -127,15 +127,15 @@ def decode(
         raise BadImage("not an image of a known format") from None
     except BadImage:
         raise
-    except Exception as error:  # decoders fail in every way there is, and late: in `load` and `convert` as well
+    except Exception as error:  # decoders raise all kinds of errors, and late: in `load` and `convert` as well
         raise BadImage(f"{type(error).__name__}: {one_line(error)}"[:200]) from None
 
 
 def open_regular(path: Path | str) -> BinaryIO:
-    """Open a file to read, but no pipe, device or socket, which may never end.
+    """Open a regular file for reading; a pipe, device or socket may never end.
 
     Raises:
-        BadImage: If it is one, or has more than `MAX_BYTES` bytes.
+        BadImage: If it is not a regular file, or has more than `MAX_BYTES` bytes.
         OSError: If it does not open.
     """
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 (the caller closes it)
@@ -147,39 +147,39 @@ def open_regular(path: Path | str) -> BinaryIO:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would wait for someone to write
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would wait for a writer
 
 
 def open_picture(file: BinaryIO | BytesIO, formats: tuple[str, ...] | None = None) -> ImageFile.ImageFile:
-    """Let Pillow read the header of an image, in one of the known formats; no other of its decoders sees the file.
+    """Let Pillow read the header of an image in one of the known formats; its other decoders never see the file.
 
     Raises:
-        BadImage: If it says that there are too many pixels.
-        UnidentifiedImageError: If the format is another one.
+        BadImage: If there are too many pixels by the header.
+        UnidentifiedImageError: If the format is none of these.
     """
     try:
         image = Image.open(file, formats=formats or _formats())
-    except Image.DecompressionBombError:  # it has a limit of its own, above ours
+    except Image.DecompressionBombError:  # Pillow's own limit, above ours
         raise BadImage(f"pixels are too many; at most {MAX_PIXELS:,}") from None
     refuse_bomb(image.height, image.width)
     return image
 
 
 def refuse_bomb(height: int, width: int, bytes_per_pixel: int = 1) -> None:
-    """Refuse what would take too much memory, before any of it is taken; raises `BadImage`."""
+    """Refuse an image that would take too much memory, before it is allocated; raises `BadImage`."""
     if height * width > MAX_PIXELS or height * width * bytes_per_pixel > MAX_BYTES:
         raise BadImage(f"{height}x{width} pixels are too many; at most {MAX_PIXELS:,}, and {MAX_BYTES:,} bytes")
 
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """List the formats that this Pillow knows."""
+    """List the formats that the installed Pillow knows."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def count_pages(path: Path) -> int:
-    """Count the pages of a TIFF or a DICOM file; any other has one, and so has one that does not open."""
+    """Count the pages of a TIFF or a DICOM file; any other file, or one that does not open, counts as one page."""
     ending = path.suffix.lower()
     if ending not in (".tif", ".tiff", ".dcm"):
         return 1
@@ -196,7 +196,7 @@ def count_pages(path: Path) -> int:
 
 
 def orientation(path: Path) -> int:
-    """Read the EXIF orientation by which `decode` turns an image, 1 (not at all) to 8."""
+    """Read the EXIF orientation by which `decode` turns an image, 1 (upright) to 8."""
     try:
         if path.suffix.lower() in (".tif", ".tiff"):
             with open_regular(path) as file, tifffile.TiffFile(file) as tiff:
@@ -221,7 +221,7 @@ def _known_or_upright(turned: Any) -> int:
 
 
 def turn(array: np.ndarray, turned: int) -> np.ndarray:
-    """Turn rows and columns the way that an EXIF orientation tells viewers to show them."""
+    """Turn and mirror an array as viewers do by an EXIF orientation."""
     if turned >= 5:
         array = array.swapaxes(0, 1)
     if turned in (3, 4, 7, 8):
@@ -245,11 +245,11 @@ def _deep_png(content: bytes) -> np.ndarray:
     array = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if array is None:
         raise BadImage("a PNG that does not decode")
-    return array[..., [2, 1, 0, 3][: array.shape[2]]] if array.ndim == 3 else array  # blue comes first there
+    return array[..., [2, 1, 0, 3][: array.shape[2]]] if array.ndim == 3 else array  # OpenCV has blue first
 
 
 def _jpeg(content: bytes, wanted: Wanted, reduce: Reduce | None) -> np.ndarray | None:
-    """Decode a JPEG to the same values as Pillow, four times as fast if it is small; None leaves it to Pillow."""
+    """Decode a JPEG to the same values as Pillow, four times as fast for small ones; None leaves it to Pillow."""
     try:
         height, width, colour, _ = simplejpeg.decode_jpeg_header(content)
         if colour not in ("YCbCr", "Gray") or height * width > MAX_PIXELS:
@@ -268,7 +268,7 @@ def _jpeg(content: bytes, wanted: Wanted, reduce: Reduce | None) -> np.ndarray |
 
 
 def _decode(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
-    """Decode by what the first bytes say into an array H W or H W C."""
+    """Decode a file, whose format its first bytes tell, into an array H W or H W C."""
     if content.startswith(PNG) and content[24:26] in (b"\x10\2", b"\x10\4", b"\x10\6"):  # Pillow drops half of it
         return _without_alpha(_deep_png(content), wanted)
     if content.startswith(TIFF):
@@ -282,7 +282,7 @@ def _decode(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
 
 
 def _orientation(content: bytes) -> int:
-    """Read the EXIF orientation of a JPEG, 1 to 8; most have none, and opening them to learn that takes a while."""
+    """Read the EXIF orientation of a JPEG, 1 to 8, without opening those that have none, which are most."""
     place = 2
     while content[place + 4 : place + 8] != b"Exif":
         if content[place] != 0xFF or content[place + 1] not in APPLICATION:  # the image itself begins
@@ -293,7 +293,7 @@ def _orientation(content: bytes) -> int:
 
 
 def _pillow(image: Image.Image, wanted: Wanted) -> np.ndarray:
-    """Decode what Pillow knows, deep images of one channel as they are."""
+    """Decode an image with Pillow, deep images of one channel as they are."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint16)
@@ -307,7 +307,7 @@ def _pillow(image: Image.Image, wanted: Wanted) -> np.ndarray:
 
 
 def _tiff(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
-    """Decode a TIFF: plain pictures by Pillow, which knows more of palettes and compression, all others by tifffile."""
+    """Decode a TIFF: plain images with Pillow, which knows more palettes and compressions, others with tifffile."""
     with tifffile.TiffFile(BytesIO(content)) as tiff:
         pages = pages_of(tiff)
         if len(pages) > 1 and wanted.pages is None:
@@ -321,7 +321,7 @@ def _tiff(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
             return np.concatenate([_page(page) for page in pages], axis=-1)
         coloured = page.dtype == np.uint8 and page.photometric in PLAIN and wanted.in_chans in (1, 3)
         plain = (1, 3, 4) if coloured else (1,)
-        swapped = page.dtype == np.float32 and tiff.byteorder == ">"  # twice by Pillow, if compressed
+        swapped = page.dtype == np.float32 and tiff.byteorder == ">"  # Pillow swaps bytes twice, if compressed
         if (
             page.samplesperpixel not in plain
             or page.dtype not in (np.uint8, np.uint16, np.float32, np.bool_)
@@ -330,7 +330,7 @@ def _tiff(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
             return _page(page)
         try:
             with open_picture(BytesIO(content), ("TIFF",)) as image:
-                image.seek(page.index)  # its place among all pages, smaller copies included
+                image.seek(page.index)  # its index among all pages, including smaller copies
                 return _pillow(image, wanted)
         except UnidentifiedImageError:  # LERC, JPEG 2000, channels apart, 14 bits
             if page.photometric not in DIRECT:
@@ -339,10 +339,10 @@ def _tiff(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
 
 
 def pages_of(tiff: tifffile.TiffFile) -> list[Any]:
-    """List the pages of a TIFF that are no smaller copies of others.
+    """List the pages of a TIFF that are not smaller copies of others.
 
     Raises:
-        BadImage: If they have no end, as where one says that an earlier one comes next.
+        BadImage: If they never end, because one names an earlier one as its successor.
     """
     every: Any = tiff.pages
     pages, places = [], set[int]()
@@ -364,7 +364,7 @@ def _page(page: Any) -> np.ndarray:
 
 
 def _dicom(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
-    """Decode a DICOM file into the units it is meant in, such as Hounsfield's; bright is high."""
+    """Decode a DICOM file into its physical units, such as Hounsfield units; bright is high."""
     try:
         import pydicom
     except ImportError:
@@ -391,7 +391,7 @@ def _dicom(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
 
 
 def _frames_as_bands(frames: np.ndarray) -> np.ndarray:
-    """Make channels of the frames of an image, F H W or F H W C; those of colour ones frame by frame."""
+    """Turn the frames of an image, F H W or F H W C, into channels; for colour, frame by frame."""
     last = np.moveaxis(frames, 0, 2)
     return last.reshape(*last.shape[:2], -1)
 
@@ -400,13 +400,13 @@ def _frames_as_bands(frames: np.ndarray) -> np.ndarray:
 
 
 def _without_alpha(array: np.ndarray, wanted: Wanted) -> np.ndarray:
-    """Leave out the transparency of a grey or colour image, where that many channels are not wanted."""
+    """Drop the transparency of a grey or colour image, unless that many channels are wanted."""
     channels = array.shape[-1]
     return array[..., :-1] if channels in (2, 4) and channels != wanted.in_chans else array
 
 
 def _channels_last(array: np.ndarray, wanted: Wanted) -> np.ndarray:
-    """Tell C H W from H W C: the channels are where there are as many as wanted, last if in doubt, else the fewer."""
+    """Tell C H W from H W C: channels are at the end with the wanted number, last if both, else at the smaller end."""
     if array.ndim not in (2, 3):
         raise BadImage(f"an array of {array.ndim} dimensions; an image has 2 or 3")
     ends = array.shape[0], array.shape[-1]
@@ -415,10 +415,10 @@ def _channels_last(array: np.ndarray, wanted: Wanted) -> np.ndarray:
 
 
 def at_known_depth(array: np.ndarray) -> np.ndarray:
-    """Bring values to the smallest known type that holds all of their own type, or to float32.
+    """Convert values to the smallest known type that holds all values of their own type, or to float32.
 
     Raises:
-        BadImage: If they are no real numbers, or not finite.
+        BadImage: If they are not real numbers, or not finite.
     """
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
@@ -434,13 +434,13 @@ def at_known_depth(array: np.ndarray) -> np.ndarray:
 
 
 def as_wanted(array: np.ndarray, wanted: Wanted) -> Num[Tensor, "C H W"]:
-    """Make an image of an array H W or H W C of a known depth: in the channels and the range that are wanted."""
+    """Make an image from an array H W or H W C of a known depth, with the wanted channels and range."""
     image = torch.from_numpy(fit_channels(array, wanted.in_chans)).permute(2, 0, 1)
     return image if wanted.levels is None else wanted.levels.scale(image)
 
 
 def fit_channels(array: np.ndarray, in_chans: int) -> np.ndarray:
-    """Give an array H W or H W C the wanted channels: grey is repeated, and colour weighted as Pillow does (BT.601)."""
+    """Give an array H W or H W C the wanted channels: grey is repeated, colour is weighted as in Pillow (BT.601)."""
     array = array if array.ndim == 3 else array[..., None]
     if not array.size:
         raise BadImage("no pixels")
@@ -456,6 +456,6 @@ def fit_channels(array: np.ndarray, in_chans: int) -> np.ndarray:
 
 
 def channels_advice(channels: int) -> str:
-    """Say what to do about images of other channels than wanted, whether those of a backbone or of one to come."""
+    """Say what to do about images that do not have the wanted channels, of a backbone or of a new one."""
     flags = f"--model.in_chans {channels} (prepare and doctor: --in_chans {channels})"
     return f"pretrain a backbone for such images with {flags}, or leave them out"

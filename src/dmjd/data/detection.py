@@ -1,9 +1,9 @@
-"""Images with boxes around objects, and masks where there are any: COCO's JSON files, or Pascal VOC's XML files.
+"""Images with boxes around objects, and optional masks: COCO's JSON files, or Pascal VOC's XML files.
 
-COCO: DATA/annotations/*train*.json and *val*.json, images in the folder that a file is named after (train2017), in
-images/ of that name, in images/ or in DATA itself. VOC: DATA/Annotations, DATA/JPEGImages and DATA/ImageSets/Main.
+COCO: DATA/annotations/*train*.json and *val*.json, images in the folder that the file is named after (train2017), in
+such a folder in images/, in images/ or in DATA itself. VOC: DATA/Annotations, DATA/JPEGImages and DATA/ImageSets/Main.
 
-The sizes that these files give are those in which the images are stored, or those that their EXIF data turn them to.
+The image sizes in these files are those that the image files store, or those after turning by EXIF data.
 """
 
 import json
@@ -31,21 +31,21 @@ from dmjd.data.packed import PackedStrings
 from dmjd.data.source import HELD_OUT_PARTS
 from dmjd.errors import DataError, one_line
 
-UNIQUE = (("categories", "id"), ("images", "id"), ("images", "file_name"), ("annotations", "id"))  # in a file of COCO
+UNIQUE = (("categories", "id"), ("images", "id"), ("images", "file_name"), ("annotations", "id"))  # in a COCO file
 VOC_PARTS = (("train", "val"), ("train", "test"), ("trainval", "test"))
 
 
 class Objects(NamedTuple):
-    """What is to be seen in an image."""
+    """The objects in an image."""
 
     boxes: Float[Tensor, "n 4"]  # left, top, right, bottom in pixels
-    labels: Int[Tensor, " n"]  # number of the class, from 0
-    ignored: Bool[Tensor, " n"]  # crowds and difficult objects: neither trained on nor counted
+    labels: Int[Tensor, " n"]  # class index, from 0
+    ignored: Bool[Tensor, " n"]  # crowds and difficult objects: not counted in training or evaluation
     masks: Bool[Tensor, "n H W"] | None
 
 
 class Record(NamedTuple):
-    """What the files of a set say about one image."""
+    """The annotation of one image, from the files of a set."""
 
     name: str
     size: tuple[int, int] | None  # height and width, if they are given
@@ -57,10 +57,10 @@ class DetectionSet(FolderFiles):
     """A numbered set of images with objects.
 
     Attributes:
-        part: What the set is called.
+        part: Name of the part.
         records: Size and objects of each image, as JSON.
         masks: Whether objects have masks.
-        counts: Objects of every class that count.
+        counts: Number of objects of every class, without ignored ones.
     """
 
     part: str
@@ -69,10 +69,10 @@ class DetectionSet(FolderFiles):
     counts: tuple[int, ...]
 
     def read(self, index: int) -> tuple[Num[Tensor, "C H W"], Objects]:
-        """Decode an image and its objects, which lie on it as it is shown.
+        """Decode an image and its objects, in the orientation in which it is shown.
 
         Raises:
-            BadImage: If it or a mask does not decode, or has not the size that its annotation gives.
+            BadImage: If it or a mask does not decode, or does not have the size in its annotation.
         """
         image = self.image(index)
         height, width = image.shape[1:]
@@ -96,15 +96,15 @@ class DetectionSet(FolderFiles):
 
 
 def draw(segmentation: Any, box: Sequence[float], height: int, width: int) -> Bool[np.ndarray, "H W"]:
-    """Draw an object's polygons or run lengths; its box where it has none.
+    """Draw an object's polygons or run lengths, or its box if it has neither.
 
     Raises:
-        BadImage: If they do not decode, or are of another size.
+        BadImage: If they do not decode, or have another size.
     """
     from faster_coco_eval.core import mask
 
     try:
-        if isinstance(segmentation, list):  # fewer than three points enclose nothing; the library takes two for a box
+        if isinstance(segmentation, list):  # fewer than three points enclose no area; the library takes two for a box
             segmentation = [each for each in segmentation if not isinstance(each, list) or len(each) >= 6]
         if not segmentation:
             left, top, right, bottom = box
@@ -124,9 +124,9 @@ def turn_boxes(boxes: Float[Tensor, "n 4"], turned: int, height: int, width: int
 
     Args:
         boxes: Left, top, right and bottom in pixels.
-        turned: An EXIF orientation of 5 to 8, which changes rows for columns; or 1 to leave them.
-        height: Height of the image after it.
-        width: Its width.
+        turned: An EXIF orientation of 5 to 8, which swaps rows and columns, or 1 to leave boxes as they are.
+        height: Height of the turned image.
+        width: Width of the turned image.
     """
     left, top, right, bottom = boxes.unbind(dim=1)
     if turned >= 5:
@@ -139,7 +139,7 @@ def turn_boxes(boxes: Float[Tensor, "n 4"], turned: int, height: int, width: int
 
 
 def is_compressed(segmentation: Any) -> bool:
-    """Tell run lengths as a string from polygons and from run lengths as numbers."""
+    """Tell run lengths encoded as a string from polygons and from uncompressed run lengths."""
     return isinstance(segmentation, dict) and isinstance(segmentation["counts"], str | bytes)
 
 
@@ -148,14 +148,14 @@ def open_detection(
 ) -> tuple[DetectionSet, DetectionSet]:
     """Find the training and the held-out part of a set with boxes.
 
-    Boxes are cut at the edge of their image where its size is known. One without area is left out, with a line on
-    stderr. A part has masks if most of its objects have an outline; the box stands for that of the others.
+    Boxes are clipped to their image where its size is known. Boxes without area are left out, with a line on stderr. A
+    part has masks if most of its objects have an outline; for the others, the box is used as the outline.
 
     Args:
         data: Folder of the set.
-        wanted: What is wanted of its images.
-        classes: Names of the classes. Default: COCO's categories by their numbers, VOC's names of the training part.
-        part: Name of the held-out part. Default: the first that there is of `HELD_OUT_PARTS`; of VOC, val or test.
+        wanted: How to read its images.
+        classes: Names of the classes. Default: COCO's categories by their ids, VOC's names of the training part.
+        part: Name of the held-out part. Default: the first of `HELD_OUT_PARTS` that exists; for VOC, val or test.
 
     Raises:
         DataError: If files are missing or broken, objects are of an unknown class, or a part has no object.
@@ -228,7 +228,7 @@ def collect(root: Path, found: Iterable[Record], classes: tuple[str, ...], wante
 
 
 def coco_file(root: Path, parts: Sequence[str]) -> Path:
-    """Find the JSON file of a part, that of instances if there are several.
+    """Find the JSON file of a part; if there are several, that of instances.
 
     Raises:
         DataError: If there is none.
@@ -246,17 +246,17 @@ def coco_file(root: Path, parts: Sequence[str]) -> Path:
 
 
 def coco_images(root: Path, names: Sequence[str], found: Sequence[Record]) -> Path:
-    """Find the folder that a part's paths start from: of one of these names, in images/ or not, images/ or the root."""
+    """Find the folder that a part's paths start from: one of these names, in images/ or not, images/ or the root."""
     places = [place for name in names for place in (root / name, root / "images" / name)] + [root / "images", root]
     holding = (place for place in places if any((place / image.name).is_file() for image in found[:10]))
     return next(holding, next(place for place in places if place.is_dir()))
 
 
 def read_coco(file: Path) -> tuple[tuple[str, ...], list[Record]]:
-    """Read a file of COCO: names of its categories by their numbers, each once, and its images.
+    """Read a COCO file: the distinct names of its categories, in order of their ids, and its images.
 
     Raises:
-        DataError: If it is broken, has an annotation for an image that it does not list, or one id twice.
+        DataError: If it is broken, has an annotation for an image that it does not list, or has an id twice.
     """
     try:
         content = json.loads(file.read_text("utf-8-sig"))
@@ -291,9 +291,9 @@ def read_coco(file: Path) -> tuple[tuple[str, ...], list[Record]]:
 
 
 def read_voc(root: Path, listed: Path) -> list[Record]:
-    """Read the images of a part of Pascal VOC, which a file lists; 1, 0 or -1 after a name is left out.
+    """Read the images of a part of Pascal VOC, which are listed in a file; 1, 0 or -1 after a name is ignored.
 
-    Coordinates count pixels from 1 to the last one inside: the left edge of a box is xmin - 1, the right one xmax. A
+    Coordinates count pixels from 1 and include the last one: the left edge of a box is xmin - 1, the right one xmax. A
     box whose xmax is not above its xmin has no width.
 
     Raises:
@@ -343,12 +343,13 @@ def read_xml(root: Path, name: str) -> Record:
 
 
 class LargeScaleJitter(v2.Transform):
-    """Resize an image and what is in it by a random factor of the size it is judged at (Ghiasi et al. 2021).
+    """Resize an image and its objects to its size in evaluation times a random factor (Ghiasi et al. 2021).
 
     torchvision's `ScaleJitter` takes the crop's height for its width.
 
     Args:
-        crop: An image is judged at the largest size that fits into these sides, lying or upright.
+        crop: Sides of a crop. In evaluation, an image has the largest size that fits into them, in landscape or
+            portrait.
         scale: Range of the factor.
     """
 
@@ -365,7 +366,7 @@ class LargeScaleJitter(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Resize one input; labels have no size."""
-        if isinstance(inpt, tv_tensors.Mask):  # torchvision takes corners of pixels, half a pixel off the image's
+        if isinstance(inpt, tv_tensors.Mask):  # torchvision samples corners of pixels, half a pixel off the image's
             exact = v2.InterpolationMode.NEAREST_EXACT
             return tv_tensors.Mask(v2.functional.resize_image(inpt.as_subclass(Tensor), params["size"], exact))
         return self._call_kernel(v2.functional.resize, inpt, size=params["size"])
@@ -373,7 +374,7 @@ class LargeScaleJitter(v2.Transform):
 
 @dataclass(frozen=True)
 class DetectionAugmentation:
-    """Large-scale jitter, a crop and a mirror, of an image and its objects."""
+    """Large-scale jitter, a crop and a flip of an image and its objects."""
 
     steps: v2.Compose
 
@@ -385,9 +386,9 @@ class DetectionAugmentation:
 
         Args:
             crop: Height and width of the crop.
-            scale: Range of the image's size before the crop, times that at which it is judged.
-            flip: Mirror every other image.
-            mean: Colour, 0 to 1, of what a crop has beyond its image.
+            scale: Range of the image's size before the crop, relative to its size in evaluation.
+            flip: Whether to mirror with probability 1/2.
+            mean: Colour of the padding, 0 to 1.
         """
         steps = [
             LargeScaleJitter(crop, scale),
@@ -401,7 +402,7 @@ class DetectionAugmentation:
         return cls(v2.Compose([*steps, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1.0)]))
 
     def __call__(self, image: Tensor, objects: Objects) -> tuple[Tensor, dict[str, Tensor]]:
-        """Augment one image (C, H, W) and its objects, which become boxes, labels from 1 and masks for torchvision."""
+        """Augment one image (C, H, W) and its objects, returned as torchvision's boxes, labels from 1, and masks."""
         counted = ~objects.ignored
         boxes = tv_tensors.BoundingBoxes(objects.boxes[counted], format="XYXY", canvas_size=image.shape[-2:])
         target = {"boxes": boxes, "labels": objects.labels[counted] + 1}
@@ -409,7 +410,7 @@ class DetectionAugmentation:
             target["masks"] = tv_tensors.Mask(objects.masks[counted])
         image, target = self.steps(tv_tensors.Image(image), target)
         target = {name: value.as_subclass(Tensor) for name, value in target.items()}
-        if "masks" in target:  # a crop may leave a box without its object, or with a corner of it
+        if "masks" in target:  # a crop may leave a box with only a part of its object, or none
             seen = target["masks"].flatten(1).any(dim=1)
             target = {name: value[seen] for name, value in target.items()}
             target["boxes"] = masks_to_boxes(target["masks"]) + torch.tensor([0.0, 0.0, 1.0, 1.0])

@@ -1,7 +1,7 @@
-"""Images with a class for every pixel: DATA/images/PART/NAME.jpg beside DATA/annotations/PART/NAME.png, as in ADE20K.
+"""Images with a class for every pixel: DATA/images/PART/NAME.jpg and DATA/annotations/PART/NAME.png, as in ADE20K.
 
-An annotation is a picture with one number for every pixel (grey or with a palette, 8 or 16 bits) of its image's size,
-as the file stores the image or as its EXIF data turn it.
+An annotation is an image with one number per pixel (grey or with a palette, 8 or 16 bits), of the size of its image as
+stored in the file, or as turned by its EXIF data.
 """
 
 import sys
@@ -25,17 +25,17 @@ from dmjd.data.packed import PackedStrings
 from dmjd.data.source import HELD_OUT_PARTS, evenly
 from dmjd.errors import DataError, one_line
 
-TRAIN_PARTS = ("train", "training")  # the first that there is
-SCALED = {"L;2": 85, "L;4": 17}  # grey of 2 and 4 bits, which Pillow multiplies by so much, to be shown
-LOOKED_AT = 256  # annotations at most, to see whether there are classes of these names
-LONGEST = 4  # times the shorter side that an image is seen at: what its longer side has at most, as 2048 is to 512
+TRAIN_PARTS = ("train", "training")  # the first that exists
+SCALED = {"L;2": 85, "L;4": 17}  # factors by which Pillow scales grey of 2 and 4 bits for display
+LOOKED_AT = 256  # most annotations that are read to check that the named classes occur
+LONGEST = 4  # most that the longer side of a resized image has, over the target of the shorter one, as 2048 over 512
 
 
 class Annotated(NamedTuple):
     """An image with the class of every pixel."""
 
     image: Num[Tensor, "C H W"]
-    labels: Int[Tensor, "H W"]  # the class's number, or ignore_index
+    labels: Int[Tensor, "H W"]  # class index, or ignore_index
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,10 +43,10 @@ class SegmentationSet(FolderFiles):
     """A numbered set of annotated images.
 
     Attributes:
-        part: What the set is called.
+        part: Name of the part.
         annotations: Folder of the annotations.
-        ignore_index: Number of pixels without a class.
-        reduce_zero_label: 0 has no class, 1 is the first class.
+        ignore_index: Label of pixels without a class.
+        reduce_zero_label: Whether label 0 has no class, and label 1 is the first class.
     """
 
     part: str
@@ -58,7 +58,7 @@ class SegmentationSet(FolderFiles):
         """Decode an image and its annotation.
 
         Raises:
-            BadImage: If one does not decode, their sizes differ, or a number is no class's.
+            BadImage: If one does not decode, their sizes differ, or a label is not a class.
         """
         image, stored = self.image(index), self.labels(index)
         turned = turn_of(self.root / self.names[index], stored.shape, image.shape[1:])
@@ -75,7 +75,7 @@ class SegmentationSet(FolderFiles):
         return Annotated(image, labels)
 
     def labels(self, index: int) -> Int[Tensor, "H W"]:
-        """Decode an annotation as its file has it; raises `BadImage`."""
+        """Decode an annotation as its file stores it; raises `BadImage`."""
         try:
             path = self.annotations / Path(self.names[index]).with_suffix(".png")
             with open_regular(path) as file, open_picture(file, ("PNG",)) as picture:
@@ -83,7 +83,7 @@ class SegmentationSet(FolderFiles):
                 numbers = np.array(picture) // scale
         except BadImage as bad:
             raise BadImage(f"annotation: {bad}") from None
-        except Exception as error:  # decoders fail in every way there is
+        except Exception as error:  # decoders raise all kinds of errors
             raise BadImage(f"annotation: {type(error).__name__}: {one_line(error)}"[:200]) from None
         if numbers.ndim != 2 or numbers.dtype.kind == "f":
             raise BadImage("annotation in colours; it has one number for every pixel")
@@ -104,19 +104,19 @@ def open_segmentation(
 ) -> tuple[SegmentationSet, SegmentationSet]:
     """Find the training and the held-out part of a set with a class for every pixel.
 
-    Says on stderr of which classes that have names no pixel was seen in a sample of the training annotations.
+    Warns on stderr of named classes of which no pixel occurs in a sample of the training annotations.
 
     Args:
         data: Folder of the set.
-        wanted: What is wanted of its images.
+        wanted: How to read its images.
         classes: Names of the classes. Default: the numbers up to the highest label of the training part.
         ignore_index: Label of pixels without a class.
-        reduce_zero_label: Label 0 has no class either, and label 1 is the first class.
-        part: Name of the held-out part. Default: val, valid, validation or test, the first that there is.
+        reduce_zero_label: Whether label 0 has no class either, and label 1 is the first class.
+        part: Name of the held-out part. Default: the first of val, valid, validation and test that exists.
 
     Raises:
-        DataError: If a part is missing, an image has no annotation, an annotation no image, a class is ignored,
-            there is one class only, or the annotations looked at have none.
+        DataError: If a part is missing, an image has no annotation or an annotation no image, a class is ignored, there
+            is only one class, or the annotations that were read have no labels.
     """
     refuse_pages(data, wanted)
     root = Path(data)
@@ -158,7 +158,7 @@ def _part(root: Path, part_names: Sequence[str], **options: Any) -> Segmentation
 
 
 def _labels_seen(train: SegmentationSet, indices: Sequence[int]) -> set[int]:
-    """Find which labels some annotations have, the ignored one among them; raises DataError if there is no other."""
+    """Collect the labels in some annotations, including the ignored one; raises `DataError` if there is no other."""
     seen: set[int] = set()
     reason = "all pixels are ignored"
     for index in tqdm(indices, desc="looking at labels", unit=" images", leave=False, disable=None):
@@ -172,12 +172,12 @@ def _labels_seen(train: SegmentationSet, indices: Sequence[int]) -> set[int]:
 
 
 def _is_mask(train: SegmentationSet, seen: set[int]) -> bool:
-    """Tell masks of one thing as they are usually drawn: 0, and 255 where the thing is."""
+    """Recognise binary masks as they are usually drawn: 0, and 255 for the object."""
     return seen == {0, 255} and not train.reduce_zero_label
 
 
 def _warn_of_absent(train: SegmentationSet, classes: Sequence[str], seen: set[int], count: int) -> None:
-    """Say on stderr of which classes no pixel was seen in so many annotations."""
+    """Warn on stderr of classes of which no pixel occurs in the annotations that were read."""
     if absent := [name for number, name in enumerate(classes) if number not in seen]:
         named = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
         todo = "write 1 instead of 255" if _is_mask(train, seen) else "a name's place in the list is its label, from 0"
@@ -186,7 +186,7 @@ def _warn_of_absent(train: SegmentationSet, classes: Sequence[str], seen: set[in
 
 
 def _numbers(train: SegmentationSet, seen: set[int]) -> tuple[str, ...]:
-    """Name the classes by their numbers, up to the highest label that was seen."""
+    """Name the classes by their numbers, up to the highest label that occurs."""
     if _is_mask(train, seen):
         raise DataError(
             f"the only labels are 0 and 255; {train.annotations}; write 1 instead of 255, for a second class"
@@ -202,20 +202,20 @@ def _numbers(train: SegmentationSet, seen: set[int]) -> tuple[str, ...]:
 
 
 def seen_hw(image_hw: Sequence[int], side: int) -> list[int]:
-    """Compute the size that an image is seen at: its shorter side is `side`, its longer one at most four times that.
+    """Compute the size that an image is resized to: its shorter side is `side`, its longer one at most four times that.
 
-    A longer image is made as small as that takes, but never less than a pixel high or wide: a strip of 20 x 8000 pixels
-    would otherwise become one of 512 x 204,800.
+    A longer image is scaled down to meet that limit, but to no less than one pixel high or wide: a strip of 20 x 8000
+    pixels would otherwise become one of 512 x 204,800.
     """
     factor = min(side / min(image_hw), LONGEST * side / max(image_hw))
     return [max(round(full * factor), 1) for full in image_hw]
 
 
 class RandomSeenSize(v2.Transform):
-    """Resize an image and its labels to what `seen_hw` makes of a random side.
+    """Resize an image and its labels to the size that `seen_hw` gives for a random side.
 
     Args:
-        sides: The least and the greatest side, in pixels.
+        sides: The smallest and the largest side, in pixels.
     """
 
     def __init__(self, sides: tuple[int, int]):
@@ -234,11 +234,11 @@ class RandomSeenSize(v2.Transform):
 
 @dataclass(frozen=True)
 class SegmentationAugmentation:
-    """Random size, crop, mirror and colours of an image, and the same size, crop and mirror of its labels.
+    """Random size, crop, flip and colours of an image, and the same size, crop and flip of its labels.
 
     Attributes:
-        geometry: Size, crop and mirror, of both.
-        colours: Brightness, contrast, saturation and hue, of images of 1 or 3 channels; None changes none.
+        geometry: Size, crop and flip, of both.
+        colours: Jitter of brightness, contrast, saturation and hue, for images of 1 or 3 channels; None for no jitter.
     """
 
     geometry: v2.Compose
@@ -259,12 +259,12 @@ class SegmentationAugmentation:
 
         Args:
             crop: Height and width of the crop.
-            scale: Range of the image's shorter side before the crop, over the crop's; see `seen_hw`.
-            flip: Mirror every other image.
-            photometric: Change brightness, contrast, saturation and hue of images of 3 channels, the first two of grey
-                ones, and nothing of others.
-            mean: Colour, 0 to 1, of what a crop has beyond its image.
-            ignore_index: Label of that.
+            scale: Range of the image's shorter side before the crop, relative to the crop's; see `seen_hw`.
+            flip: Whether to mirror with probability 1/2.
+            photometric: Whether to jitter brightness, contrast, saturation and hue of images of 3 channels, and the
+                first two of grey images.
+            mean: Colour of the padding, 0 to 1.
+            ignore_index: Label of the padding.
         """
         least, greatest = (max(round(min(crop) * factor), 1) for factor in scale)
         fill = {tv_tensors.Image: [255 * value for value in mean], tv_tensors.Mask: ignore_index}

@@ -1,8 +1,8 @@
-"""What a source of images is, and how one is found: by its path, or by the name of a set.
+"""Sources of images, and how they are found: by a path, or by the name of a set.
 
-A source is a numbered set of images, perhaps with labels. What `--data` says is opened by the first registered kind
-that accepts it. A set with a `train` part and a `val`, `valid`, `validation` or `test` part brings its own held-out
-images; from any other set a twentieth, drawn by seed, is held out.
+A source is a numbered set of images, with or without labels. `--data` is opened by the first registered kind that
+accepts it. A set with a part `train` and a part `val`, `valid`, `validation` or `test` has its own held-out images; of
+any other set a twentieth, drawn by seed, is held out.
 """
 
 import hashlib
@@ -24,31 +24,31 @@ from dmjd.errors import DataError
 from dmjd.random import mix
 from dmjd.registry import Registry
 
-HELD_OUT_PARTS = ("val", "valid", "validation", "test")  # the first that there is
+HELD_OUT_PARTS = ("val", "valid", "validation", "test")  # in order of preference
 
 
 @runtime_checkable
 class Readable(Protocol):
-    """A numbered set whose members may fail to decode: images, or images with their annotations."""
+    """A numbered set whose items may fail to decode: images, or images with their annotations."""
 
     @property
     def address(self) -> str:
-        """What to call the set in a message: the folder of its files, or its name."""
+        """Name of the set in messages: the folder of its files, or its name."""
         ...
 
     @property
     def in_memory(self) -> bool:
-        """Whether reading is a look-up, which worker processes could only slow down."""
+        """Whether reading is just a look-up, which worker processes would only slow down."""
         ...
 
     def __len__(self) -> int: ...
 
     def name(self, index: int, /) -> str:
-        """Path of an image relative to the set's root, or a made-up name; no other member has it."""
+        """Path of an image relative to the set's root, or a generated name; unique in the set."""
         ...
 
     def read(self, index: int, /) -> Any:
-        """Decode a member.
+        """Decode an item.
 
         Raises:
             BadImage: If its file does not decode.
@@ -58,23 +58,23 @@ class Readable(Protocol):
 
 @runtime_checkable
 class Source(Readable, Protocol):
-    """A numbered set of images, with labels or without."""
+    """A numbered set of images, with or without labels."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes; none if there are no labels."""
+        """Names of the classes; empty if there are no labels."""
         ...
 
     def label(self, index: int, /) -> int | None:
-        """Place of an image's class in `classes`; None if there are no labels."""
+        """Index of an image's class in `classes`; None if there are no labels."""
         ...
 
     def read(self, index: int, /, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
         """Decode an image at its depth: uint8, uint16, int16 or float32.
 
         Args:
-            index: Its number.
-            reduce: How much smaller it may be, where that is cheaper (see `decode`); a source need not.
+            index: Index of the image.
+            reduce: How much smaller it may be, if that is cheaper (see `decode`); a source may ignore this.
 
         Raises:
             BadImage: If its file does not decode.
@@ -84,12 +84,12 @@ class Source(Readable, Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """A data set: what is trained on and what is only looked at.
+    """A data set: training images and held-out images.
 
     Attributes:
-        train: What is trained on.
-        held_out: What is only looked at.
-        part: What that is called in the set, or how it was chosen.
+        train: Training images.
+        held_out: Held-out images, for evaluation only.
+        part: Name of the held-out part in the set, or how it was chosen.
     """
 
     train: Source
@@ -105,7 +105,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Opener:
-    """How a kind of source is found, and opened.
+    """How a kind of source is recognised and opened.
 
     A file that adds one ends with a line such as::
 
@@ -114,10 +114,10 @@ class Opener:
     Attributes:
         accepts: Tells whether `data` is of this kind. The kind that `data` names, as NAME or NAME:ANYTHING, is asked
             first, and that of folders last.
-        open: Of (data, wanted): finds the parts of the set by their names (`train`, `val`, ...); a set without parts
-            is one part of the name "". Raises `DataError`.
-        names_tell_part: Whether the names of the images differ between parts; if not, a part's name is put before them
-            when all parts are listed together.
+        open: From (data, wanted) to the parts of the set by their names (`train`, `val`, ...); a set without parts is
+            one part named "". Raises `DataError`.
+        names_tell_part: Whether names of images are unique across parts; if not, they are prefixed with the name of
+            their part when all parts are listed together.
     """
 
     accepts: Callable[[str], bool]
@@ -129,22 +129,22 @@ register_source: Registry[Opener] = Registry("data source", "dmjd.data")
 
 
 def open_source(data: str, wanted: Wanted = Wanted(), *, seed: int = 0, part: str | None = None) -> Parts:  # noqa: B008 (frozen)
-    """Find a set by its path, or by its name, optionally with its folder (`cifar10:DIR`), and what to hold out of it.
+    """Open a set by its path, or by its name, optionally with its folder (`cifar10:DIR`), and hold out images.
 
     Args:
-        data: What to find.
-        wanted: What is wanted of its images.
-        seed: Seed of the held-out images, where the set does not name them.
-        part: Name of the held-out part. Default: val, valid, validation or test, the first that there is.
+        data: Path or name of the set.
+        wanted: How to read its images.
+        seed: Seed of the choice of held-out images, where the set has no part for them.
+        part: Name of the held-out part. Default: the first of val, valid, validation and test that the set has.
 
     Raises:
-        DataError: If there is nothing of the name, or no image in it.
+        DataError: If there is no such set, or no image in it.
     """
     return split(open_parts(data, wanted), data, seed=seed, part=part)
 
 
 def split(parts: Mapping[str, Source], data: str, *, seed: int, part: str | None = None) -> Parts:
-    """Choose what is trained on and what is held out, as `open_source` does, of a set that is open.
+    """Choose the training and the held-out images of an open set, as `open_source` does.
 
     Raises:
         DataError: If there is no part to train on, or none of the name that is to be held out.
@@ -160,19 +160,19 @@ def split(parts: Mapping[str, Source], data: str, *, seed: int, part: str | None
 
 
 def open_parts(data: str, wanted: Wanted) -> dict[str, Source]:
-    """Find the parts of a set by their names; a set without parts is one part of the name "".
+    """Open the parts of a set, by their names; a set without parts is one part named "".
 
     Raises:
-        DataError: If there is nothing of the name, or no image in it.
+        DataError: If there is no such set, or no image in it.
     """
     return opener_of(data).open(data, wanted)
 
 
 def open_all(data: str, wanted: Wanted = Wanted()) -> list[Source]:  # noqa: B008 (frozen)
-    """Find every image of a set, part by part; the names of a folder's images are relative to the set's root.
+    """Open all images of a set, part by part; the names of a folder's images are relative to the set's root.
 
     Raises:
-        DataError: If there is nothing of the name, or no image in it.
+        DataError: If there is no such set, or no image in it.
     """
     opener = opener_of(data)
     parts = opener.open(data, wanted)
@@ -183,14 +183,14 @@ def open_all(data: str, wanted: Wanted = Wanted()) -> list[Source]:  # noqa: B00
 
 
 def hold_out(source: Source, seed: int) -> Parts:
-    """Set a twentieth of the images aside (at most 1,000), drawn by seed; at least one if there are two."""
+    """Hold out a twentieth of the images (at most 1,000), drawn by seed; at least one if there are two."""
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(mix(seed, len(source)))).numpy()
     count = min(1000, max(len(source) // 20, 1)) if len(source) > 1 else 0
     return Parts(Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count])), "held out by seed")
 
 
 def same_classes(train: Source, held_out: Source, part: str) -> Parts:
-    """Number the classes of the held-out part as those of the training part; classes of its own come after them."""
+    """Number the classes of the held-out part as in the training part; classes that only it has come last."""
     if not (has_labels(train) and has_labels(held_out)) or train.classes == held_out.classes:
         return Parts(train, held_out, part)
     known = set(train.classes)
@@ -202,7 +202,7 @@ def opener_of(data: str) -> Opener:
     """Find the kind of source that accepts a value of `--data`.
 
     Raises:
-        DataError: If none does.
+        DataError: If there is none.
     """
     names = register_source.names()
     named = data.partition(":")[0]
@@ -222,7 +222,7 @@ def opener_of(data: str) -> Opener:
 
 
 def is_file_name(data: str, endings: str | tuple[str, ...]) -> bool:
-    """Tell whether `data` is what a file with such an ending is called, whether or not there is one."""
+    """Tell whether `data` is the name of a file with such an extension, existing or not."""
     return data.lower().endswith(endings) and "://" not in data and not Path(data).is_dir()
 
 
@@ -230,10 +230,10 @@ def is_file_name(data: str, endings: str | tuple[str, ...]) -> bool:
 
 
 class View:
-    """A source as it is; what is built on this changes one thing about it.
+    """A source as it is; subclasses change one thing about it.
 
     Args:
-        source: What is looked at.
+        source: The underlying source.
     """
 
     def __init__(self, source: Source):
@@ -244,21 +244,21 @@ class View:
 
     @property
     def address(self) -> str:
-        """That of the source."""
+        """Address of the source."""
         return self.source.address
 
     @property
     def in_memory(self) -> bool:
-        """As the source is."""
+        """Whether the source is in memory."""
         return self.source.in_memory
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Those of the source."""
+        """Classes of the source."""
         return self.source.classes
 
     def name(self, index: int) -> str:
-        """Look up what the source calls an image."""
+        """Look up an image's name in the source."""
         return self.source.name(index)
 
     def label(self, index: int) -> int | None:
@@ -274,8 +274,8 @@ class Subset(View):
     """Some images of a source, in the order given.
 
     Args:
-        source: Where they come from.
-        indices: Their numbers there.
+        source: Source of the images.
+        indices: Their indices in the source.
     """
 
     def __init__(self, source: Source, indices: Sequence[int] | np.ndarray):
@@ -286,20 +286,20 @@ class Subset(View):
         return len(self.indices)
 
     def name(self, index: int) -> str:
-        """Look up what the source calls the image of this place."""
+        """Look up an image's name in the source."""
         return self.source.name(self.indices[index])
 
     def label(self, index: int) -> int | None:
-        """Look up its label."""
+        """Look up an image's label in the source."""
         return self.source.label(self.indices[index])
 
     def read(self, index: int, reduce: Reduce | None = None) -> Num[Tensor, "C H W"]:
-        """Decode it; raises `BadImage`."""
+        """Decode an image as the source does; raises `BadImage`."""
         return self.source.read(self.indices[index], reduce)
 
 
 class _Renumbered(View):
-    """A source with its classes at other places of a longer list."""
+    """A source whose classes have other indices, in a longer list."""
 
     def __init__(self, source: Source, classes: tuple[str, ...]):
         super().__init__(source)
@@ -316,7 +316,7 @@ class _Renumbered(View):
 
 
 class _Prefixed(View):
-    """A part of a set, whose images are called by their place in the whole set."""
+    """A part of a set, whose images' names start with the part's name."""
 
     def __init__(self, source: Source, part: str, address: str):
         super().__init__(source)
@@ -331,7 +331,7 @@ class _Prefixed(View):
 
 
 class Scaled(View):
-    """A source whose deep images are brought to 0..255."""
+    """A source whose deep images are scaled to 0..255."""
 
     def __init__(self, source: Source, levels: Levels):
         super().__init__(source)
@@ -351,7 +351,7 @@ def has_labels(source: Source) -> bool:
 
 
 def places_of(names: Iterable[str], classes: Iterable[str]) -> list[int]:
-    """Find the place of each name in a list of classes."""
+    """Find the index of each name in a list of classes."""
     places = {name: place for place, name in enumerate(classes)}
     return [places[name] for name in names]
 
@@ -367,17 +367,17 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 def sample(source: Readable, count: int = 256) -> Iterator[Any]:
-    """Read some members from all over a set, leaving out those that do not decode."""
+    """Read some items, evenly spaced over a set, leaving out those that do not decode."""
     for index in evenly(len(source), count):
         with suppress(BadImage):
             yield source.read(index)
 
 
 def measure_levels(source: Readable) -> Levels | None:
-    """Find the range of a set's values on a sample of its images, or of images with their annotations.
+    """Measure the range of values in a sample of a set's images.
 
     Returns:
-        None if those that are looked at first, from all over the set, have 8 bits: then there is nothing to scale.
+        The range; None if a first, smaller sample has 8 bits only, so that there is nothing to scale.
     """
     if all(image.dtype == torch.uint8 for image in _images(sample(source, 32))):
         return None
@@ -389,8 +389,8 @@ def _images(members: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def fingerprint(source: Readable) -> str:
-    """Compute a SHA-256 of the names of all images in their order, which tells one set from another."""
-    digest = hashlib.sha256()  # of the names in lines, one by one: all of them would be gigabytes
+    """Compute a SHA-256 of the names of all images in their order, to tell one set from another."""
+    digest = hashlib.sha256()  # of the names in lines, one by one: joined, they may be gigabytes
     for index in range(len(source)):
         line = f"\n{source.name(index)}" if index else source.name(index)
         digest.update(line.encode(errors="surrogateescape"))  # file names need not be Unicode
@@ -401,12 +401,12 @@ def read_or_substitute(source: Readable, index: int, reduce: Reduce | None = Non
     """Read an image, or the next one that decodes.
 
     Args:
-        source: Where from.
-        index: Its number.
-        reduce: How much smaller it may be, if it is an image alone (see `Source.read`).
+        source: Source to read from.
+        index: Index of the image.
+        reduce: How much smaller it may be, for images without annotations (see `Source.read`).
 
     Returns:
-        What was read, its number, and the names of those that did not decode, with the reasons.
+        The item, its index, and the names of those that did not decode, with the reasons.
 
     Raises:
         DataError: If a hundred in a row do not decode.
@@ -423,7 +423,7 @@ def read_or_substitute(source: Readable, index: int, reduce: Reduce | None = Non
 
 
 def why_bad(source: Readable, index: int) -> str:
-    """Read a member that did not decode once more, and say why it does not."""
+    """Read an item that did not decode once more, and return the reason."""
     try:
         source.read(index)
     except BadImage as reason:
@@ -432,11 +432,11 @@ def why_bad(source: Readable, index: int) -> str:
 
 
 def none_decodes(source: Readable, index: int, count: int) -> DataError:
-    """Say that none of so many images decodes, and why one of them does not."""
+    """Make the error that none of `count` images decodes, with the reason for one of them."""
     reason = why_bad(source, index)
     return DataError(f"none of {count} images decodes; {source.name(index)}: {reason}; check --data")
 
 
 def join_skipped(skipped: Iterable[dict[str, str]]) -> dict[str, str]:
-    """Join the files of several samples, or of several ranks, that did not decode."""
+    """Merge the files of several samples, or of several ranks, that did not decode."""
     return {name: reason for each in skipped for name, reason in each.items()}
