@@ -110,6 +110,13 @@ def test_adapt__a_class_token_of_one_network_alone_is_left_out_or_new(theirs):
     assert torch.equal(after.blocks[1].mlp.fc1.weight, before.blocks[1].mlp.fc1.weight)
 
 
+def test_adapt__the_position_of_a_class_token_that_both_have_is_that_of_the_weights():
+    before, after = network(class_token=True), network(class_token=True, image_size=64)
+    with torch.no_grad():
+        before.pos_embed[:, 0] = 7
+    assert (adapt(before.state_dict(), after).weights["pos_embed"][:, 0] == 7).all()
+
+
 @pytest.mark.parametrize("changes", [{"depth": 1}, {"depth": 3}, {"embed_dim": 16}])
 def test_adapt__another_depth_or_width_is_refused_with_the_first_keys(changes):
     with pytest.raises(ValueError, match=r"another architecture: (blocks\.|pos_embed|patch_embed)"):

@@ -220,3 +220,9 @@ def test_center_crop__is_the_middle_of_an_image_that_just_covers() -> None:
     image = noise(3, 16, 30)
     assert torch.equal(center_crop(image, (16, 16)), image[..., 7:23])
     assert torch.equal(center_crop(image, (16, 30)), image)
+
+
+def test_center_crop__of_a_larger_image_it_is_the_middle_of_the_whole_image_made_smaller() -> None:
+    image = noise(3, 40, 90)
+    whole = resize(image, [16, 36], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(center_crop(image, (16, 16)), whole[..., 10:26])
