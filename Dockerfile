@@ -1,7 +1,7 @@
 # docker build --tag dmjd .
-# docker run --rm --volume "$PWD:/work" --user "$(id -u):$(id -g)" dmjd pretrain --data photos --out runs/photos
+# docker run --rm --ipc host --volume "$PWD:/work" --user "$(id -u):$(id -g)" dmjd pretrain --data photos --out runs/new
 #
-# The default is torch's small build for CPUs. For NVIDIA's GPUs (and docker run --gpus all --ipc host):
+# The default is torch's small build for CPUs. For NVIDIA's GPUs (and docker run --gpus all):
 # docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 --tag dmjd:cuda .
 FROM python:3.12-slim AS wheel
 WORKDIR /source

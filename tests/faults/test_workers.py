@@ -1,6 +1,7 @@
 """Processes that load images: killed, stopped, orphaned or hit by a signal, they end in time and in one line."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -141,6 +142,39 @@ def test_train_batches__no_worker_outlives_its_parent(data: Path, tmp_path: Path
         workers = workers_of(parent)
         process.kill()
     wait_until(lambda: not alive(workers))
+
+
+FAILS = """
+from dmjd.data.workers import load_batches
+
+class Samples:
+    def __getitem__(self, key):
+        return 1 // key
+
+if __name__ == "__main__":
+    list(load_batches(Samples(), [[0], [1]], list, workers=2, pin_memory=False))
+"""
+
+
+def test_load_batches__after_an_error_of_ours_in_a_worker_no_process_is_left(tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS)
+    line = [sys.executable, str(script)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=2 * IN_TIME, check=False)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_train_batches__too_little_shared_memory_is_one_line(data: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # which is that of files in /dev/shm, too
+    try:
+        with pytest.raises(
+            ConfigError, match=r"too little memory to share with --workers; /dev/shm; give 0, or docker"
+        ):
+            next(batches_of(data))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_train_batches__a_users_error_in_a_worker_is_the_line_it_is_without_workers(tmp_path: Path) -> None:

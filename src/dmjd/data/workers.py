@@ -1,6 +1,8 @@
 """Worker processes that load batches: watched while they run, and ended with the process that started them."""
 
+import atexit
 import math
+import multiprocessing
 import os
 import signal
 import threading
@@ -83,6 +85,14 @@ class _Worker(SpawnProcess):
         self.kill()
 
 
+@atexit.register
+def _end_workers() -> None:
+    """End those that an error on its way out still holds, before Python sends them SIGTERM and waits for ever."""
+    for process in multiprocessing.active_children():
+        if isinstance(process, _Worker):
+            process.kill()
+
+
 class _Context(SpawnContext):
     """Spawns workers as new processes: fork with threads deadlocks (CPython gh-112275)."""
 
@@ -153,7 +163,10 @@ class _Watched:
         with _blocked():  # else signals would end Python's resource tracker, which would say so at length
             resource_tracker.ensure_running()
         with _blocked():
-            batches: Any = iter(self.loader)
+            try:
+                batches: Any = iter(self.loader)
+            except RuntimeError as error:
+                raise _of_sharing(error) from None
         if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, before)
         stopped, over = set[int](), threading.Event()
@@ -206,7 +219,14 @@ def _reason(workers: Sequence[SpawnProcess], stopped: set[int], error: Exception
         else:
             how, todo = f"ended with exit code {worker.exitcode}", "give fewer --workers"
         return ConfigError(f"a process that loads images {how}; process {worker.pid}, {worker.name}; {todo}")
-    return error
+    return _of_sharing(error)
+
+
+def _of_sharing(error: Exception) -> Exception:
+    """Put in a line what torch says where processes have no memory to share; containers have 64 MB of it by default."""
+    if "</torch_" not in str(error):  # the name of such memory
+        return error
+    return ConfigError("too little memory to share with --workers; /dev/shm; give 0, or docker run --ipc host")
 
 
 def look_at(pid: int) -> tuple[str, str]:
