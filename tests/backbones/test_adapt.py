@@ -85,16 +85,16 @@ def test_adapt__grey_images_give_the_features_of_their_colour_copies(kind):
         torch.testing.assert_close(after(images), before(images.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("channels", [2, 5])
-def test_adapt__more_or_fewer_channels_of_the_same_keep_the_features(channels):
-    grey, images = network(in_chans=3), smooth(32, channels=1)
+@pytest.mark.parametrize(("given", "channels"), [(3, 2), (3, 5), (4, 3), (12, 1)])
+def test_adapt__more_or_fewer_channels_of_the_same_keep_the_features(given, channels):
+    grey, images = network(in_chans=given), smooth(32, channels=1)
     first = grey.patch_embed.proj.weight
     with torch.no_grad():
         first.copy_(first.mean(dim=1, keepdim=True).expand(first.shape))
     after = network(in_chans=channels)
     adapted(grey, after)
     with torch.no_grad():
-        expected = grey(images.expand(-1, 3, -1, -1))
+        expected = grey(images.expand(-1, given, -1, -1))
         torch.testing.assert_close(after(images.expand(-1, channels, -1, -1)), expected, rtol=1e-4, atol=1e-4)
 
 
