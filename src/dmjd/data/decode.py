@@ -200,23 +200,15 @@ def orientation(path: Path) -> int:
     try:
         if path.suffix.lower() in (".tif", ".tiff"):
             with open_regular(path) as file, tifffile.TiffFile(file) as tiff:
-                return _orientation_of_page(pages_of(tiff)[0])
+                return _known_or_upright(pages_of(tiff)[0].tags.valueof(ORIENTATION))
         with open_regular(path) as file, open_picture(file) as image:
-            return _orientation_of_picture(image)
+            return _known_or_upright(image.getexif().get(ORIENTATION))
     except Exception:  # an array or a medical image has none
         return 1
 
 
-def _orientation_of_page(page: Any) -> int:
-    tag = page.tags.get(ORIENTATION)
-    return _known_or_upright(tag.value) if tag else 1
-
-
-def _orientation_of_picture(image: Image.Image) -> int:
-    return _known_or_upright(image.getexif().get(ORIENTATION, 1))
-
-
 def _known_or_upright(turned: Any) -> int:
+    """Read the value of the tag of an orientation, which may be missing or be anything."""
     return int(turned) if turned in range(1, 9) else 1
 
 
@@ -289,7 +281,7 @@ def _orientation(content: bytes) -> int:
             return 1
         place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
     with open_picture(BytesIO(content)) as image:
-        return _orientation_of_picture(image)
+        return _known_or_upright(image.getexif().get(ORIENTATION))
 
 
 def _pillow(image: Image.Image, wanted: Wanted) -> np.ndarray:
@@ -360,7 +352,7 @@ def _page(page: Any) -> np.ndarray:
     array = np.asarray(page.asarray())
     if page.axes.startswith("S"):  # channel by channel
         array = np.moveaxis(array, 0, -1)
-    return turn(array if array.ndim == 3 else array[..., None], _orientation_of_page(page))
+    return turn(array if array.ndim == 3 else array[..., None], _known_or_upright(page.tags.valueof(ORIENTATION)))
 
 
 def _dicom(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
