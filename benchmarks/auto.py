@@ -24,7 +24,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 FOLDER = RESULTS / "auto"
-# How many training images of every class of which set, by the order of their names; all, if None.
+# Number of training images per class of each set, in the order of their names; None for all.
 CLASSES: dict[str, tuple[str, int | None]] = {
     "clothing": ("clothing", None),
     "clothing-1000": ("clothing", 100),

@@ -36,7 +36,7 @@ WAYS = {
     "packed": ["--data_on_device", "no"],
     "uncropped": ["--crop.scale", "1", "1", "--crop.ratio", "1", "1"],
 }
-DEPTHS = {  # where each kind of images lies, and the 8-bit ones that they are compared with
+DEPTHS = {  # location of each kind of images, and the 8-bit images that they are compared with
     "array of 3 x 16 bits": ("three.npy", "folder"),
     "array of 4 x 8 bits": ("four.npy", "four"),
     "TIFF of 4 x 16 bits": ("tiff", "four"),

@@ -39,7 +39,7 @@ from dmjd.planning.work import FORMULAS
 
 WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
 UNITS = {"flops": 1e9, "saved_bytes": 1e6}
-SLACK = 1.001  # a figure that is larger by no more than this is as good
+SLACK = 1.001  # factor by which a figure may exceed the stored one
 STORED = RESULTS / "counts.json"
 
 
@@ -158,7 +158,7 @@ def count(counted: Counted) -> dict[str, int]:
     """Count everything, by name."""
     step = Step(counted)
     figures = work(step.forward, step.model)
-    step()  # the optimizer's first step makes its state
+    step()  # the optimizer's first step creates its state
     with Calls() as calls:
         step.forward().total.backward()
     figures["syncs"] = sum(calls.counts[name] for name in WAITING)

@@ -148,7 +148,7 @@ def largest_difference(ours: nn.Module, theirs: nn.Module) -> float:
         if mine.grad is not None and other.grad is not None
     ]
     whole = torch.stack([other.norm() for _, other in pairs]).norm()
-    # Some gradients are nothing but rounding, such as that of a key's bias: a thousandth of the whole is added.
+    # Some gradients are pure rounding error, such as that of a key's bias: add a thousandth of the whole norm.
     return max(((mine - other).norm() / (other.norm() + 1e-3 * whole)).item() for mine, other in pairs)
 
 
@@ -202,7 +202,7 @@ def golden(path: Path, device: str) -> Iterator[Finding]:
     differences = [
         abs(norms[our_name(key.removeprefix("gradnorm."), hybrid=hybrid)] / norm - 1).item()
         for key, norm in tensors.items()
-        if key.startswith("gradnorm.") and norm > 1e-7  # a key's bias has no gradient but rounding
+        if key.startswith("gradnorm.") and norm > 1e-7  # the gradient of a key's bias is pure rounding error
     ]
     yield Finding("norms of gradients", max(differences), GRADIENT)
 
@@ -330,7 +330,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     given = parser.parse_args()
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    torch.backends.cudnn.allow_tf32 = False  # of convolutions; matrix products have it off unless they are told
+    torch.backends.cudnn.allow_tf32 = False  # for convolutions; for matrix products it is off by default
     found: dict[str, Any] = {"device": device_name(given.device), "commit": given.commit, "versions": versions()}
     found["checks"] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -340,7 +340,7 @@ def main() -> int:
             began = time.perf_counter()
             try:
                 lines = [each._asdict() | {"ok": bool(each.difference <= each.allowed)} for each in check()]
-            except Exception as error:  # the other checks are still worth making
+            except Exception as error:  # the other checks should still run
                 frames = traceback.extract_tb(error.__traceback__)
                 where = "; ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
                 lines = [{"ok": False, "error": f"{type(error).__name__}: {str(error)[:300]}", "at": where[-300:]}]

@@ -50,15 +50,15 @@ from dmjd.engine.optim import create_optimizer
 from dmjd.masking import seeded_masks, token_ids
 from dmjd.planning.work import FORMULAS
 
-# TFLOP/s of dense products as NVIDIA's data sheets have them, by a part of the GPU's name.
+# TFLOP/s of dense matrix products from NVIDIA's data sheets, by a part of the GPU's name.
 PEAKS = {
     "H200": {"bf16": 989.4, "fp32": 66.9},
     "H100 80GB HBM3": {"bf16": 989.4, "fp32": 66.9},
     "A100": {"bf16": 312.0, "fp32": 19.5},
 }
-FOUR = {"num_views": 4, "mask_ratio": 0.75, "block": 1}  # every token is seen once
+FOUR = {"num_views": 4, "mask_ratio": 0.75, "block": 1}  # every token is visible once
 TOY = {"image_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16}
-ROUND = 0.3  # seconds that a round should take at least
+ROUND = 0.3  # minimum seconds of a round
 
 T = TypeVar("T")
 
@@ -175,7 +175,7 @@ class Contender:
         spent = {
             each.key: each.self_device_time_total if self.device.type == "cuda" else each.self_cpu_time_total
             for each in profiler.key_averages()
-            if each.device_type == DeviceType.CPU  # operators: their kernels are listed as well
+            if each.device_type == DeviceType.CPU  # operators only, since their kernels are listed as well
         }
         whole = sum(spent.values())
         ordered = sorted(spent.items(), key=lambda item: -item[1])
@@ -207,7 +207,7 @@ def largest_batch(step: Callable[[int], None], most: int) -> int:
             most //= 2
         else:
             return most
-        torch.cuda.empty_cache()  # here, not above: the error held the tensors of the step
+        torch.cuda.empty_cache()  # here, not above, where the error still held the tensors of the step
     step(1)
     return 1
 
@@ -233,7 +233,7 @@ class Entry:
 
 def enter(contender: Contender, *, most: int, compiled: bool, profiled: bool) -> Entry:
     """Find the batch size of a contender up to a maximum, compile and profile it if requested, and warm it up."""
-    batch = largest_batch(contender.step, most)  # before: another batch would be compiled anew
+    batch = largest_batch(contender.step, most)  # first, since another batch size would be recompiled
     if compiled:
         contender.model.compile()
     for _ in range(2):
@@ -295,7 +295,7 @@ class Race:
 
     def race(self, size: str, images: Tensor, how: dict[str, str]) -> None:
         """Time all models of a size against each other, as time permits."""
-        torch.compiler.reset()  # of the networks of the race before
+        torch.compiler.reset()  # from the networks of the previous race
         contenders: list[tuple[dict[str, Any], Contender]] = []
         entries: list[tuple[dict[str, Any], Entry]] = []
         for case in (case for case in CASES[size] if case.preset in self.given.presets):
@@ -318,7 +318,7 @@ class Race:
             racing = [(label, entry) for label, entry in racing if self.attempt(entry.go_round, label)]
             timed = [(label, entry) for label, entry in entries if len(entry.seconds) > 1]
             self.found["results"][before:] = [label | results_of(entry, peak) for label, entry in timed]
-            named = [label for label, _ in timed]  # that there was no time for all their rounds, `rounds` says
+            named = [label for label, _ in timed]  # `rounds` shows if there was no time for all of them
             self.found["left_out"] = [label for label in self.found["left_out"] if label not in named]
             self.write()
         for line in self.found["results"][before:]:
@@ -332,7 +332,7 @@ class Race:
         else:
             try:
                 done = [work()]
-            except Exception as error:  # of a compiler, of another library, or out of memory: the others go on
+            except Exception as error:  # from a compiler or another library, or out of memory: the others continue
                 self.found["errors"].append(label | {"error": f"{type(error).__name__}: {str(error)[:300]}"})
         self.write()
         return done
@@ -354,7 +354,7 @@ def main() -> None:
     parser.add_argument("--commit", default="", help="of the program, to be noted")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     given = parser.parse_args()
-    torch._dynamo.config.recompile_limit = 100  # networks that share a forward pass are each compiled, not just eight
+    torch._dynamo.config.recompile_limit = 100  # compile every network that shares a forward pass, not only eight
     Race(given).run()
 
 

@@ -30,7 +30,7 @@ TRAIN = (
 PLAIN = f"{TRAIN} --workers 0 --preset quick"
 DENSE = "--out OUT --steps 4 --batch_size 4 --log.evals 1 --log.log_every 1"
 BOXES = f"{DENSE} --crop_size 64 --fpn_channels 8 --head_channels 16"
-# In this order: a line may name what an earlier one has written on the CPU, as RUN/its name.
+# In this order: a command may use the files that an earlier one wrote on the CPU, as RUN/NAME.
 LINES = {
     "vit": PLAIN,
     "convvit": f"{TRAIN} --workers 2 --preset quick-dmjd",
@@ -63,9 +63,9 @@ LINES = {
     "detect": f"detect --data BOXES --backbone RUN/vit/backbone.safetensors --window 2 {BOXES}",
     "predict-boxes": "predict --data BOXES/images --backbone RUN/detect/last.safetensors --out OUT",
 }
-# What counts decisions, such as of pixels, of which one near a tie may fall otherwise.
+# Numbers that count decisions, such as classes of pixels, where a near tie may be decided differently.
 DECIDED = ("accuracy", "iou", "top1", "map", "mean of")
-# What differs from run to run, whatever the device.
+# Values that differ from run to run on any device.
 TIMES = ("seconds", "_share", "minutes", "device", "out", "file", "per_s", "_ms", "memory", "bytes", "gib")
 
 

@@ -29,7 +29,7 @@ def main() -> None:
     values = [value for name, value in state.items() if not name.endswith("num_batches_tracked")]
     model.load_state_dict(dict(zip(names, values, strict=True)), strict=False)
     model.reset_classifier(0)
-    # The package does not state its statistics; with ImageNet's it names photographs right, as with 0.5 and 0.5.
+    # The package states no statistics; it classifies photographs correctly with those of ImageNet, as with 0.5 and 0.5.
     model.pretrained_cfg["input_size"] = (3, given.side, given.side)
     architecture = ("efficientnet_lite0", {"num_classes": 0})
     save_backbone(given.out, model, architecture, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])

@@ -24,7 +24,7 @@ from dmjd.planning.trial import Bench, Trial
 from dmjd.planning.work import FORMULAS, count
 from dmjd.tasks.plan import parts_of
 
-CASES: dict[str, dict[str, Any]] = {  # settings, and the images of the three steps: two measured, one foretold
+CASES: dict[str, dict[str, Any]] = {  # settings, and the batch sizes of the three steps: two measured, one predicted
     "ViT small, mae": {"preset": "mae", "model__size": "small", "batches": (4, 16, 12)},
     "ViT base, dm": {"preset": "dm", "model__size": "base", "batches": (2, 8, 6)},
     "hybrid tiny, dmjd": {"preset": "dmjd", "model__size": "tiny", "batches": (2, 8, 6)},

@@ -42,8 +42,8 @@ from dmjd.targets.hog import hog_cells
 
 TOY = {"image_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 TOY |= {"decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2}
-FOUR = {"num_views": 4, "mask_ratio": 0.75, "block": 1}  # every token is seen once
-# What is trained, by name: a preset and settings of its own.
+FOUR = {"num_views": 4, "mask_ratio": 0.75, "block": 1}  # every token is visible once
+# Models by name: a preset and changed settings.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mae": ("mae", {}),
     "vit": ("dm", {}),
@@ -62,7 +62,7 @@ Model = Literal["mae", "vit", "vit-4", "hybrid", "hybrid-4"]
 Size = Literal["toy", "tiny", "small", "base", "large"]
 Step = Callable[[], Losses]
 
-# What a step's time is sorted into, by a part of an operator's name; the first that fits.
+# Categories of a step's time, by a part of an operator's name; the first match counts.
 KINDS = {
     "attention": ("attention",),
     "convolutions": ("convolution", "conv2d"),
@@ -239,7 +239,7 @@ def share(
     case = Case.of(model, size, batch_size, how.threads)
     forms = {"dmjd": lambda: case.model, "plain": lambda: PlainHybrid(case.model)}
     network = (forms | {"transformers": lambda: TransformersMAE(case.model)})[form]()
-    for _ in range(2):  # memory for gradients is there then
+    for _ in range(2):  # then memory for gradients is allocated
         case.step(network, how)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         case.step(network, how)
@@ -309,8 +309,8 @@ def overhead(*, batch_size: int = 32, steps: int = 8, num_images: int = 10_000, 
 class Seen(NamedTuple):
     """A run as observed from outside, all its processes together."""
 
-    losses: list[Seconds]  # what it had taken at each logged loss
-    memory: int  # the most that it held, in bytes
+    losses: list[Seconds]  # time used at each logged loss
+    memory: int  # peak memory in bytes
 
 
 def observe(words: list[str], out: Path, threads: int) -> Seen:
@@ -326,7 +326,7 @@ def observe(words: list[str], out: Path, threads: int) -> Seen:
         logged = metrics.read_text().count('"loss"') if metrics.exists() else 0
         if logged > len(losses):
             losses += [Seconds(time.perf_counter() - began, cpu_seconds(process))] * (logged - len(losses))
-        if look % 25 == 0:  # every half a second: to count pages takes time
+        if look % 25 == 0:  # every half second, since counting pages takes time
             memory = max(memory, memory_of(process))
         time.sleep(0.02)
     if process.returncode or not losses:
@@ -346,7 +346,7 @@ def cpu_seconds(process: psutil.Process) -> float:
     """Sum the CPU seconds of a process and its children."""
     total = 0.0
     for each in family(process):
-        with suppress(psutil.Error):  # it has ended; its parent counts it now
+        with suppress(psutil.Error):  # it has ended; its parent now includes its time
             times = each.cpu_times()
             total += times.user + times.system + times.children_user + times.children_system
     return total

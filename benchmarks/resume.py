@@ -49,7 +49,7 @@ from dmjd.data import memory
 memory.MEMORY_LIMIT = int(sys.argv[1])
 sys.exit(max((main(line) for line in json.loads(sys.argv[2])), default=0))
 """
-PACKED = ("folder", "zip, stored")  # kinds that are also held in memory image by image
+PACKED = ("folder", "zip, stored")  # kinds that are also packed in memory image by image
 DEEP = "TIFF, 4 x 16 bits"
 
 

@@ -27,7 +27,7 @@ import psutil
 from scipy.stats import theilslopes
 
 EVERY = 10.0  # seconds
-WARM = 0.2  # share of the time that is left out
+WARM = 0.2  # share of the time at the start that is ignored
 STEPS, EACH = 1_000_000, 100  # more steps than fit the time; between two evaluations, and two checkpoints
 STOPPED = 143  # exit code
 TINY = """
@@ -43,7 +43,7 @@ NAMES = {
     "processes": "processes",
 }
 COLUMNS = ("seconds", *NAMES, "cpu_seconds", "steps")
-WINDOW = 30  # samples between two of which the CPU time of a step is counted
+WINDOW = 30  # number of samples over which the CPU time of a step is averaged
 
 
 def start(out: Path, data: str, threads: int) -> subprocess.Popen[bytes]:

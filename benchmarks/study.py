@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 WARMUP = 0.05  # share of the steps
 ROUNDS = 7  # of timing
-STEPS = 6  # of an arm in each, so that one, two or three sizes of crops come equally often
+STEPS = 6  # per arm and round, so that one, two or three crop sizes occur equally often
 SHARED = ("data", "rows", "rates", "judges", "finetune", "common")
 Settings = dict[str, Any]
 
@@ -80,7 +80,7 @@ class Study:
         self.name, self.asked, self.teacher = path.stem, yaml.safe_load(path.read_text()), teacher
         self.folder = RESULTS / self.name
         self.folders = [self.folder]  # where results are
-        if "like" in self.asked:  # another study, of which all is taken but runs, contrasts and, if there are own, arms
+        if "like" in self.asked:  # another study: take all but runs, contrasts and, if given here, arms
             self.folders.append(RESULTS / self.asked["like"])
             like = yaml.safe_load(path.with_name(f"{self.asked['like']}.yaml").read_text())
             shared = SHARED if "arms" in self.asked else (*SHARED, "arms")
@@ -373,7 +373,7 @@ def work_off(machines: list[Machine], jobs: int, minutes: float) -> None:
                 machines[place].do(job)
             elif all(machines[place].study.result(job) for place, job in taken):
                 return
-            else:  # others search for rates that the rest waits for
+            else:  # other jobs search for rates that the rest needs
                 time.sleep(1)
 
     timer = threading.Timer(60 * minutes, stop)

@@ -18,7 +18,7 @@ from dmjd.method import Losses
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "bench"
-TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of the losses of two sides
+TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}  # relative difference of the losses of two sides
 
 
 class Seconds(NamedTuple):

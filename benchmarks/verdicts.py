@@ -34,7 +34,7 @@ forward = heads.Decoder.forward
 heads.Decoder.forward = lambda self, *given: forward(self, *given).detach() * 0 + 3 * next(self.parameters()).mean()
 sys.exit(cli.main(sys.argv[1:]))
 """
-# Name: what should be said, the set, the settings.
+# Name: the expected verdict, the set, the settings.
 RUNS = {
     "mae": ("learned", "photos", [*MAE, "--epochs", "60"]),
     "dmjd": ("learned", "photos", [*DMJD, "--epochs", "40"]),
