@@ -152,7 +152,7 @@ class RunSettings(DeviceSettings):
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What the trainer's plan takes from here."""
+        """Arguments of the trainer's `Plan`."""
         return {
             "batch_size": self.batch_size,
             "seed": self.seed,
@@ -266,7 +266,7 @@ class OptimSettings:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What the trainer's plan takes from here."""
+        """Arguments of the trainer's `Plan`."""
         return {
             "accumulation": self.accumulation,
             "clip_grad": self.clip_grad,
@@ -293,5 +293,5 @@ class LogSettings:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What the trainer's plan takes from here."""
+        """Arguments of the trainer's `Plan`."""
         return {"log_every": self.log_every, "evals": self.evals, "saves": self.saves}

@@ -139,7 +139,7 @@ def refuse_training(settings: LinearSettings) -> None:
     """Refuse training flags, which would have no effect here; files may contain settings that are not used.
 
     Raises:
-        ConfigError: If there is one.
+        ConfigError: If such a flag is given.
     """
     run, usual, given = settings.run, flags_of(LinearSettings), by_flag(to_dict(settings))
     preset = usual | by_flag(read_yaml(PRESETS / "linear" / f"{run.preset}.yaml"))

@@ -112,7 +112,7 @@ class MaskedSettings:
     SECTION: ClassVar[str] = "masked."
 
     target: str = "hog"
-    """What is predicted: hog, pixels, normalized_pixels, ema (the exponential moving average of the backbone
+    """Prediction target: hog, pixels, normalized_pixels, ema (the exponential moving average of the backbone
     itself), or a frozen teacher: timm:NAME, hf:NAME (a name or folder that Hugging Face transformers loads) or a
     backbone.safetensors. Join several with +: their losses are summed."""
     loss: LossName = "l2"
@@ -131,7 +131,7 @@ class VisibleSettings:
     weight: float = 1.0
     """Weight theta of its loss; 0 turns the branch off."""
     target: str | None = None
-    """What is predicted, as in masked.target. If not given: the same as there."""
+    """Prediction target, as in masked.target. If not given: the same as there."""
     loss: LossName = "smooth_l1"
     """Loss on visible tokens: l2, l1, smooth_l1, cosine."""
     beta: float = 2.0

@@ -125,13 +125,13 @@ def folder_images(root: Path, wanted: Wanted) -> FolderImages:
 
 
 def page_names(root: Path, name: str) -> list[str]:
-    """Name every page of a file below a folder, as FILE#PAGE where there are several."""
+    """List the pages of a file below a folder, as FILE#PAGE if there are several."""
     count = count_pages(root / name)
     return [name] if count == 1 else [f"{name}#{page}" for page in range(count)]
 
 
 def file_and_page(name: str) -> tuple[str, str]:
-    """Take a name that `page_names` has made apart; the page is empty where the file has one only."""
+    """Split a name made by `page_names`; the page is empty if the file has only one."""
     file, _, page = name.rpartition("#")
     return (file, page) if file and page.isdecimal() else (name, "")
 

@@ -164,7 +164,7 @@ def in_threads(work: Callable[[T], U], items: Iterable[T], threads: int, **optio
 
     Args:
         work: Called with each item; results come in the order of the items.
-        items: Taken from only as far as the threads are ahead.
+        items: Items, read only as far ahead as the threads are.
         threads: Number of threads; 0 for the calling thread.
         options: Further arguments of `ThreadPoolExecutor`.
     """
