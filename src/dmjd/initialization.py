@@ -44,9 +44,7 @@ class StartingWeights:
             files = [path / f"{name}.safetensors" for name in NAMES]
             found = next((file for file in files if file.is_file()), None)
             if found is None:
-                raise CheckpointError(
-                    f"no weights in it; --init {path}; give a run that has come to its end, or a file"
-                )
+                raise CheckpointError(f"no weights in it; --init {path}; give a finished run, or a file")
             path = found
         if self.name.startswith("timm:"):
             return self._open(self.name)

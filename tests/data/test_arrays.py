@@ -92,7 +92,7 @@ BROKEN = {
     r"no array of images but int64 of shape \(5,\)": np.arange(5),
     r"no array of images but uint8 of shape \(0, 4, 4\)": noise(0, 4, 4),
     "no array of images but complex64": np.zeros((2, 3, 3), dtype=np.complex64),
-    "no array that can be mapped": np.array([{}, None]),
+    "not an array that can be mapped": np.array([{}, None]),
 }
 
 
@@ -109,7 +109,7 @@ def test_array__what_is_no_array_of_images_is_refused_in_one_line(tmp_path, reas
 def test_array__a_broken_file_or_a_list_that_does_not_fit_is_refused(tmp_path):
     data = saved(tmp_path / "x.npy", noise(4, 5, 5, 3))
     (tmp_path / "cut.npy").write_bytes(Path(data).read_bytes()[:300])
-    with pytest.raises(DataError, match="no array that can be mapped"):
+    with pytest.raises(DataError, match="not an array that can be mapped"):
         open_all(str(tmp_path / "cut.npy"))
     (tmp_path / "x.csv").write_text("label\na\nb\n")
     with pytest.raises(DataError, match="2 rows for 4 images"):

@@ -80,7 +80,7 @@ def test_fashion_mnist__broken_files_are_a_data_error(mnist: Path, harm: str) ->
         write_idx(path, np.zeros(2, np.uint8))
     else:
         path.write_bytes(gzip.compress(b""))
-    with pytest.raises(DataError, match=r"fetch .* anew"):
+    with pytest.raises(DataError, match=r"download .* again"):
         open_source(f"fashion-mnist:{mnist}")
 
 

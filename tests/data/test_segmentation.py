@@ -115,7 +115,7 @@ def test_open__classes_that_no_annotation_has_are_named(root, capsys):
     found(root, classes=("a", "b", "c"))
     assert not capsys.readouterr().err
     found(root, classes=("a", "b", "c", "d"))
-    assert "warning: no pixel of d in 3 of 3 annotations looked at" in capsys.readouterr().err
+    assert "warning: no pixel of d in 3 of 3 annotations that were read" in capsys.readouterr().err
     for number in range(3):
         write(root, "train", str(number), stripes(0, 255))
     found(root, classes=("background", "road"))

@@ -78,7 +78,7 @@ def test_open__without_images_it_is_a_data_error(tmp_path):
     for data, reason in (
         ("empty", "no images"),
         ("nowhere", "no such data"),
-        ("file.png", "a file that is no set of images"),
+        ("file.png", "a file that is not a set of images"),
     ):
         for find in (open_source, open_all):
             with pytest.raises(DataError, match=f"{reason}.*{data}"):

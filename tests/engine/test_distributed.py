@@ -220,7 +220,7 @@ def test_join_ranks__several_tasks_of_srun_without_torchrun_are_refused(monkeypa
     words = ["pretrain", "--preset", "quick", "--data", images, "--out", str(tmp_path / "run"), "--device", "cpu"]
     assert main(words) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: srun has started 8 processes that do not know of each other; ")
+    assert said.startswith("error: srun has started 8 processes that are not connected; ")
     assert "torchrun" in said
     assert "dmjd plan --script slurm" in said
     assert len(said.splitlines()) == 1
@@ -272,7 +272,7 @@ def test_join_ranks__a_gpu_that_is_named_is_the_current_one_meanwhile(monkeypatc
     ("kind", "device", "said"),
     [
         ("cuda", "auto", "more processes than GPUs on this machine, which has 4; --device auto; start one process for"),
-        ("mps", "auto", "8 processes cannot meet on mps; --device auto; choose cpu"),
+        ("mps", "auto", "8 processes cannot communicate on mps; --device auto; choose cpu"),
         ("cuda", "cuda:1", "8 processes cannot share a device; --device cuda:1"),
     ],
 )
@@ -336,7 +336,7 @@ def test_sigterm_to_one_rank__all_save_and_leave_with_143(images, tmp_path, sign
     ("broken", "code", "message"),
     [
         pytest.param(["--batch_size", "7"], 2, "batch_size 7 is no multiple of 2 processes", marks=pytest.mark.slow),
-        (["--batch_size", "8", "--resume"], 4, "no checkpoint is whole"),  # rank 0 finds it, every rank is told
+        (["--batch_size", "8", "--resume"], 4, "no checkpoint is intact"),  # rank 0 finds it, every rank is told
     ],
 )
 def test_two_ranks__an_error_ends_both_with_its_code_and_a_line(images, tmp_path, broken, code, message):

@@ -264,7 +264,7 @@ def test_save__two_checkpoints_are_kept(tmp_path: Path) -> None:
 def test_save__broken_later_checkpoints_do_not_push_a_new_one_out(tmp_path: Path) -> None:
     for step in (8, 9):
         (save(tmp_path, step) / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+    with pytest.raises(CheckpointError, match="no checkpoint is intact"):
         checkpoint.latest(tmp_path)
     assert_loads(save(tmp_path, 1), 1)
     assert_loads(save(tmp_path, 2), 2)
@@ -475,7 +475,7 @@ def test_pretrain__resumed_before_its_first_checkpoint_it_begins_again_and_keeps
     shutil.rmtree(run / "checkpoints")
     capsys.readouterr()
     assert main(resumption(data, run)) == 0
-    assert "no checkpoint to go on from" in capsys.readouterr().err
+    assert "no checkpoint to resume from" in capsys.readouterr().err
     assert curve(run) == curve(unbroken)
     (run / "metrics-before.jsonl").rename(run / "metrics.jsonl")
     assert curve(run) == before

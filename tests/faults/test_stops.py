@@ -46,7 +46,7 @@ def at_call(number: int, work: Callable[[], object], original: Callable[..., Any
 
 # -- signals -----------------------------------------------------------------------------------------------------------
 
-NOTHING, RESUME = "nothing was to be saved yet", "go on with --resume"
+NOTHING, RESUME = "there was nothing to save yet", "go on with --resume"
 MOMENTS = {
     "images are looked for": (dmjd.tasks.pretrain, "find_images", 1, NOTHING),
     "the network is made": (dmjd.tasks.pretrain, "from_settings", 1, NOTHING),
@@ -217,7 +217,7 @@ def test_claim__where_nothing_can_be_locked_that_is_said_in_a_line(
     with claim(tmp_path / "run", resume=False, ranks=Ranks(torch.device("cpu"))):
         said = capsys.readouterr().err
     assert not (tmp_path / "run").exists(), "nothing was written, and nothing is left"
-    assert said == f"warning: nothing can be locked here; {tmp_path / 'run'}; start no second process in it\n"
+    assert said == f"warning: files cannot be locked here; {tmp_path / 'run'}; start no second process in it\n"
 
 
 # -- numbers that are none ---------------------------------------------------------------------------------------------

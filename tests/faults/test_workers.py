@@ -71,7 +71,7 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "said"),
-    [(signal.SIGKILL, "was killed by signal 9, perhaps for want of memory"), (signal.SIGSTOP, "was stopped")],
+    [(signal.SIGKILL, "was killed by signal 9, perhaps out of memory"), (signal.SIGSTOP, "was stopped")],
 )
 def test_train_batches__a_worker_killed_or_stopped_is_named_in_time(
     data: Path, number: signal.Signals, said: str

@@ -80,22 +80,22 @@ def test_look_ahead__what_the_backward_pass_does_not_hide_is_waited_for() -> Non
     assert found.sent == pytest.approx(0.7)
     assert found.hidden == pytest.approx(backward / 0.7)
     assert found.step_seconds == pytest.approx(0.128 + 0.01 + 0.7 - backward)
-    assert found.breaks[0] == "communication is longer than what hides it"
+    assert found.breaks[0] == "communication is not fully hidden"
 
 
 @pytest.mark.parametrize(
     ("devices", "device", "first"),
     [
         (2048, H100, "fewer images than devices"),
-        (3, H100, "the batch does not divide"),
-        (1, replace(H100, memory=1e9), "no memory for it"),
+        (3, H100, "the batch is not divisible"),
+        (1, replace(H100, memory=1e9), "out of memory"),
         (256, H100, "fewer than 8 images at a time"),
     ],
 )
 def test_look_ahead__says_what_breaks_first(devices: int, device: Device, first: str) -> None:
     outlook = look_ahead(JOB, WORK, device, SPEED, devices)
     assert outlook.breaks[0] == first
-    assert outlook.fits == (first != "no memory for it")
+    assert outlook.fits == (first != "out of memory")
 
 
 def test_look_ahead__storage_that_is_too_slow_is_named() -> None:

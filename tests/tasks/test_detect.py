@@ -111,7 +111,7 @@ def test_instances__where_two_overlap_the_more_likely_one_is_in_front():
         ("--window 0", 2, "window 0 is out of range"),
         ("--fpn_channels 0", 2, "fpn_channels 0 is out of range"),
         ("--predict nowhere", 4, "no network of dmjd detect"),
-        ("--classes nowhere.txt", 3, "no names of classes"),
+        ("--classes nowhere.txt", 3, "no class names"),
     ],
 )
 def test_detect__a_users_mistake_is_one_line(flags, code, said, backbones, tmp_path, capsys, write_coco):

@@ -228,7 +228,7 @@ def test_export__a_network_of_convolutions_goes_to_the_hub_too(name, tmp_path):
 
 def test_export__a_folder_that_holds_something_stays_as_it_is(tmp_path):
     path = write_network(tmp_path / "network.safetensors", "vit")
-    with pytest.raises(ConfigError, match="there is something already"):
+    with pytest.raises(ConfigError, match="it exists already"):
         export(ExportSettings(path, to="hf", out=tmp_path))
 
 
@@ -246,5 +246,5 @@ def test_export__leaves_the_files_of_a_run_and_what_it_exports_alone(tmp_path):
 
 
 def test_export__a_run_without_a_network_is_one_line(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no network in it; .*; give a run that has come to its end, or a file"):
+    with pytest.raises(CheckpointError, match=r"no network in it; .*; give a finished run, or a file"):
         export(ExportSettings(tmp_path, to="timm", out=tmp_path / "out"))

@@ -180,7 +180,7 @@ def test_predict__leaves_the_directory_of_a_run_alone(trained, colours, capsys):
     for out in (folder, folder / "seen.csv"):
         words = ["predict", "--backbone", trained["finetune"], "--data", colours, "--out", out, *QUICK]
         assert main([*map(str, words)]) == 2
-        assert capsys.readouterr().err.startswith("error: there is a run in it; ")
+        assert capsys.readouterr().err.startswith("error: it holds a run; ")
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
@@ -266,7 +266,8 @@ def test_predict__a_format_other_than_the_file_ends_in_is_refused_before_anythin
     words = ["predict", "--backbone", "nowhere", "--data", "nowhere", "--out", str(out), "--format", format]
     assert main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: --format {format} is not what the file ends in; --out {out}; leave it out, or give")
+    said = f"--format {format} does not match the file extension; --out {out}; leave it out, or give"
+    assert line.startswith(f"error: {said}")
     assert not out.exists()
 
 

@@ -189,7 +189,7 @@ def test_prepare__a_finished_set_says_so_and_stays(
     times = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != JOURNAL}
     capsys.readouterr()
     assert prepare(photos, out) == 0
-    assert capsys.readouterr().out.startswith("this set is done already; 118 images, ")
+    assert capsys.readouterr().out.startswith("this set is already finished; 118 images, ")
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == times
     (out / "val-00000.bin").write_bytes(b"cut")
     assert prepare(photos, out) == 3
@@ -222,7 +222,7 @@ def test_prepare__a_full_disk_is_one_line_that_says_how_to_go_on(
     out = tmp_path / "set"
     assert prepare_on_a_full_disk(photos, out) == 6
     assert one_error(capsys).startswith(
-        f"error: File too large; {out}; make room or check permissions, and run the same"
+        f"error: File too large; {out}; free some space or check permissions, and run the same"
     )
 
 
@@ -242,7 +242,7 @@ def test_prepare__a_folder_of_something_else_is_left_alone(
 ) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert prepare(photos, tmp_path) == 2
-    assert one_error(capsys).startswith("error: there is something else already")
+    assert one_error(capsys).startswith("error: it holds something else")
     assert prepare(photos, tmp_path / "notes.txt" / "set") == 6
     assert one_error(capsys).startswith("error: Not a directory")
     assert list(files(tmp_path)) == ["notes.txt"]
@@ -265,7 +265,7 @@ def test_prepare__goes_on_where_nothing_can_be_locked(
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     assert prepare(photos, unfinished) == 0
-    assert f"warning: nothing can be locked here; {unfinished}; " in capsys.readouterr().err
+    assert f"warning: files cannot be locked here; {unfinished}; " in capsys.readouterr().err
     verify(unfinished)
 
 
@@ -274,4 +274,4 @@ def test_prepare__a_lost_file_of_an_unfinished_set_is_a_data_error(
 ) -> None:
     (unfinished / "train-00000.bin").write_bytes(b"")
     assert prepare(photos, unfinished) == 3
-    assert one_error(capsys).startswith("error: a file of the unfinished set has got lost or cut; ")
+    assert one_error(capsys).startswith("error: a file of the unfinished set is missing or truncated; ")

@@ -77,7 +77,7 @@ def test_pretrain__is_not_resumed_on_images_that_measure_otherwise(
     for path in images.iterdir():
         np.save(path, np.load(path) // 2)
     assert pretrain(images, tmp_path / "run", "--model.in_chans", "5", "--resume") == 4
-    assert "error: the images have other values than before; " in capsys.readouterr().err
+    assert "error: the values of the images have changed; " in capsys.readouterr().err
 
 
 def test_pretrain__range_and_statistics_can_be_said(
@@ -91,7 +91,7 @@ def test_pretrain__range_and_statistics_can_be_said(
     assert about(tmp_path / "one")[0]["mean"] == [0.4] * 5
     file.write_text(json.dumps({"mean": [0.3] * 5, "std": [0.2] * 5, "value_range": [0, 8191]}))
     assert pretrain(bands, tmp_path / "one", *words, "--resume") == 4
-    assert "--data_statistics has others than before" in capsys.readouterr().err
+    assert "the values of --data_statistics have changed" in capsys.readouterr().err
     assert pretrain(bands, tmp_path / "one", *words, "--resume", "--allow_change", "data_statistics") == 0
     assert pretrain(bands, tmp_path / "two", *words, "--data_range", "0", "5000") == 0
     assert about(tmp_path / "two")[1] == [0, 5000]

@@ -148,14 +148,14 @@ def test_search__deep_images_are_seen_as_embed_saw_them(backbones, tmp_path):
         ("", 2, "one thing at a time"),
         ("--query Q --duplicates", 2, "one thing at a time"),
         ("--query nowhere.png", 3, "no such data"),
-        ("--query Q --backbone other", 4, "another backbone made the features"),
+        ("--query Q --backbone other", 4, "another backbone computed the features"),
         ("--query Q --features lonely", 3, "no names of the rows"),
         ("--query Q --features short", 3, "35 names of 36 rows"),
         ("--query Q --features text", 3, "no features"),
         ("--query Q --features f.parquet", 3, "not an .npy file; f.parquet; give the F.npy that dmjd embed"),
         ("--query Q --features tokens", 3, "instead of a row of numbers for each image"),
         ("--query Q --features nan", 3, "values that are no numbers; row 7"),
-        ("--query Q --features bare", 2, "nothing says what made the features"),
+        ("--query Q --features bare", 2, "the backbone of the features is not known"),
     ],
 )
 def test_search__a_users_mistake_is_one_line(flags, code, said, embedded, backbones, colours, tmp_path, capsys):

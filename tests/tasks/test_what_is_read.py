@@ -58,7 +58,7 @@ def test_verbs__refuse_an_out_that_is_what_they_read(command, data, out, content
     before = content()
     code, (line,) = lines(command, data, out, capsys)
     assert code == 2
-    assert line.startswith("error: this is what is read, or the folder of it; ")
+    assert line.startswith("error: this is the input, or its folder; ")
     assert content() == before
 
 

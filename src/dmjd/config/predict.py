@@ -55,7 +55,7 @@ class PredictSettings:
             raise ConfigError(f"--out {self.out}: there are no {ending} files of predictions; take .csv or .jsonl")
         if self.format and ending.lower() in {*ENDINGS.values()} - {ENDINGS[self.format]}:
             todo = f"leave it out, or give a name that ends in {ENDINGS[self.format]}"
-            raise ConfigError(f"--format {self.format} is not what the file ends in; --out {self.out}; {todo}")
+            raise ConfigError(f"--format {self.format} does not match the file extension; --out {self.out}; {todo}")
 
     @property
     def table(self) -> Path:

@@ -105,7 +105,7 @@ def class_names(data: str, file: Path | None) -> tuple[str, ...] | None:
     try:
         names = tuple(line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"no names of classes ({error}); {file}; write one in a line") from None
+        raise DataError(f"no class names ({error}); {file}; write one per line") from None
     if not names or len({*names}) < len(names):
-        raise DataError(f"{'a class comes twice' if names else 'no names of classes'}; {file}; write one in a line")
+        raise DataError(f"{'a class occurs twice' if names else 'no class names'}; {file}; write one per line")
     return names

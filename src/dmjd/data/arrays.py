@@ -63,7 +63,7 @@ def open_array(data: str, wanted: Wanted) -> dict[str, Source]:
     columns = read_columns(beside, needed=("label", "split")) if beside.is_file() else {}
     for cells in columns.values():
         if len(cells) != count:
-            raise DataError(f"{len(cells)} rows for {count} images; {beside}; write one row an image")
+            raise DataError(f"{len(cells)} rows for {count} images; {beside}; write one row per image")
     classes, labels = classes_of(columns["label"]) if "label" in columns else ((), None)
     images = StoredImages(
         address=data,
@@ -86,7 +86,7 @@ def _channels_first(path: Path, in_chans: int) -> bool:
     except FileNotFoundError:
         raise DataError(f"no such array; {path}; check --data") from None
     except (OSError, ValueError, EOFError) as error:  # broken, or pickled objects, which are not safe to load
-        raise DataError(f"no array that can be mapped ({error}); {path}; write numbers by numpy.save") from None
+        raise DataError(f"not an array that can be mapped ({error}); {path}; write numbers with numpy.save") from None
     if array.dtype.kind not in "buif" or array.ndim not in (3, 4) or not array.size:
         shape = f"{array.dtype} of shape {array.shape}"
         raise DataError(f"no array of images but {shape}; {path}; write numbers of shape N H W or N H W C")

@@ -114,7 +114,7 @@ def open_fashion_mnist(data: str, wanted: Wanted) -> dict[str, Source]:
     for part, stem in (("train", "train"), ("test", "t10k")):
         pixels, labels = (_idx(root / f"{stem}-{name}-ubyte.gz") for name in ("images-idx3", "labels-idx1"))
         if pixels.ndim != 3 or labels.shape != pixels.shape[:1]:
-            raise DataError(f"{len(pixels)} images but {len(labels)} labels; {root}; fetch {stem}-*.gz anew")
+            raise DataError(f"{len(pixels)} images but {len(labels)} labels; {root}; download {stem}-*.gz again")
         name = f"fashion-mnist/{stem}"
         parts[part] = _array_images(name, pixels, labels.tolist(), FashionMNIST.classes, wanted.in_chans)
     return parts
@@ -143,7 +143,7 @@ def _idx(path: Path) -> np.ndarray:
         shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy()
     except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
-        raise DataError(f"not an idx file ({error}); {path}; fetch it anew") from None
+        raise DataError(f"not an idx file ({error}); {path}; download it again") from None
 
 
 def _is(name: str) -> Callable[[str], bool]:

@@ -415,7 +415,7 @@ def at_known_depth(array: np.ndarray) -> np.ndarray:
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     if array.dtype.kind not in "buif":
-        raise BadImage(f"values of type {array.dtype}, which are no brightness")
+        raise BadImage(f"values of type {array.dtype}, which are not brightness values")
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
     depth = next((each for each in DEPTHS if np.can_cast(array.dtype, each)), DEPTHS[-1])

@@ -302,10 +302,10 @@ def read_voc(root: Path, listed: Path) -> list[Record]:
     try:
         lines = listed.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError):
-        raise DataError(f"no list of images; {listed}; write a name in every line, in UTF-8") from None
+        raise DataError(f"no list of images; {listed}; write one name per line, in UTF-8") from None
     names = [re.sub(r"\s+-?[01]$", "", line.strip()) for line in lines if line.strip()]
     if not names:
-        raise DataError(f"no images; {listed}; write a name in every line")
+        raise DataError(f"no images; {listed}; write one name per line")
     return [read_xml(root, name) for name in names]
 
 

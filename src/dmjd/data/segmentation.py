@@ -181,7 +181,7 @@ def _warn_of_absent(train: SegmentationSet, classes: Sequence[str], seen: set[in
     if absent := [name for number, name in enumerate(classes) if number not in seen]:
         named = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
         todo = "write 1 instead of 255" if _is_mask(train, seen) else "a name's place in the list is its label, from 0"
-        said = f"no pixel of {named} in {count} of {len(train)} annotations looked at"
+        said = f"no pixel of {named} in {count} of {len(train)} annotations that were read"
         print(f"warning: {said}; {train.annotations}; {todo}", file=sys.stderr)
 
 
@@ -194,7 +194,7 @@ def _numbers(train: SegmentationSet, seen: set[int]) -> tuple[str, ...]:
     labels = seen - {train.ignore_index}
     if len(labels) == 1:
         only = f"the only label beside the ignored {train.ignore_index} is {labels.pop()}"
-        raise DataError(f"{only}; {train.annotations}; what is not of a class is one too, see --ignore_index")
+        raise DataError(f"{only}; {train.annotations}; the background is a class too, see --ignore_index")
     if len(labels) <= max(labels):
         said = f"labels 0 to {max(labels)} are taken for classes, {len(labels)} of them occur"
         print(f"warning: {said}; {train.annotations}; name the classes in classes.txt", file=sys.stderr)

@@ -214,7 +214,7 @@ def opener_of(data: str) -> Opener:
         raise DataError(f"a set is not read over the network; {data}; download it, or list URLs of images in a .csv")
     if not data:
         raise DataError("no data; --data is empty; give a folder of images, or --data shapes for the built-in demo")
-    what = "a file that is no set of images" if Path(data).is_file() else "no such data"
+    what = "a file that is not a set of images" if Path(data).is_file() else "no such data"
     raise DataError(
         f"{what}; {data}; give a folder, a list (.csv, .tsv, .parquet, .txt), an archive (.zip, .tar), "
         "tar shards, an array (.npy), hf:NAME, or one of cifar10, fashion-mnist, shapes"

@@ -116,7 +116,7 @@ def read_columns(path: Path, *, needed: Sequence[str], optional: Sequence[str] =
         raise DataError(f"no column {' or '.join(needed)}; {path}; name one so, its columns are: {there}")
     for name, cells in columns.items():
         if not len(cells):
-            raise DataError(f"an empty list; {path}; write one image a row")
+            raise DataError(f"an empty list; {path}; write one image per row")
         if not cells.content.all():
             raise DataError(f"it holds NUL bytes, as UTF-16 does; {path}; save it as UTF-8")
         if name != "label" and len(empty := _empty(cells)):

@@ -212,9 +212,9 @@ def _reason(workers: Sequence[SpawnProcess], stopped: set[int], error: Exception
         if not worker.exitcode:
             continue
         if worker.pid in stopped:
-            how, todo = "was stopped by a signal, and is ended", "let it run, or give --workers 0"
+            how, todo = "was stopped by a signal, and is now killed", "let it run, or give --workers 0"
         elif worker.exitcode < 0:
-            why = ", perhaps for want of memory" if worker.exitcode == -9 else ""
+            why = ", perhaps out of memory" if worker.exitcode == -9 else ""
             how, todo = f"was killed by signal {-worker.exitcode}{why}", "give fewer --workers"
         else:
             how, todo = f"ended with exit code {worker.exitcode}", "give fewer --workers"

@@ -110,10 +110,10 @@ def latest(folder: Path) -> Path | None:
     found = sorted(folder.glob("step-*"), reverse=True)
     kept = next((path for path in found if verify(path)), None)
     if found and kept is None:
-        raise CheckpointError(f"no checkpoint is whole ({len(found)} broken); {folder}; remove them to start afresh")
+        raise CheckpointError(f"no checkpoint is intact ({len(found)} broken); {folder}; remove them to start afresh")
     if kept:
         for path in found[: found.index(kept)]:
-            print(f"warning: not what its manifest says; {path}; {kept.name} is taken", file=sys.stderr)
+            print(f"warning: a checkpoint does not match its manifest; {path}; {kept.name} is used", file=sys.stderr)
     return kept
 
 

@@ -27,7 +27,7 @@ def claim(out: Path, *, resume: bool, ranks: Ranks) -> Iterator[None]:
     """
 
     def advice() -> str:
-        return f"{out}; " + ("go on with --resume" if has_checkpoints(out) else "nothing was to be saved yet")
+        return f"{out}; " + ("go on with --resume" if has_checkpoints(out) else "there was nothing to save yet")
 
     locks: list[IO[str]] = []
     missing = [folder for folder in (out, *out.parents) if ranks.is_main and not folder.exists()]
@@ -66,7 +66,7 @@ def refuse_run(out: Path) -> None:
         ConfigError: If `out` holds a run.
     """
     if holds_run(out):
-        raise ConfigError(f"there is a run in it; {out}; choose another --out")
+        raise ConfigError(f"it holds a run; {out}; choose another --out")
 
 
 def refuse_input(data: str, written: Iterable[Path], *, folders: Iterable[Path] = ()) -> None:
@@ -85,7 +85,7 @@ def refuse_input(data: str, written: Iterable[Path], *, folders: Iterable[Path] 
     read = [path for path in written if path.resolve() in (given, *labels)]
     read += [path for path in folders if path.resolve() in (given, *given.parents)]
     if read:
-        raise ConfigError(f"this is what is read, or the folder of it; {read[0]}; choose another --out")
+        raise ConfigError(f"this is the input, or its folder; {read[0]}; choose another --out")
 
 
 def _take(out: Path, *, resume: bool) -> list[IO[str]]:
@@ -130,6 +130,6 @@ def lock(file: IO[Any], out: Path) -> bool:
     except BlockingIOError:
         raise
     except (ImportError, OSError):  # Windows; Lustre and NFS where locking is not set up
-        print(f"warning: nothing can be locked here; {out}; start no second process in it", file=sys.stderr)
+        print(f"warning: files cannot be locked here; {out}; start no second process in it", file=sys.stderr)
         return False
     return True

@@ -159,7 +159,7 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     """
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # set by srun only; every batch script has the count of its job
     if tasks != "1" and "WORLD_SIZE" not in os.environ:
-        such = f"srun has started {tasks} processes that do not know of each other; SLURM_STEP_NUM_TASKS"
+        such = f"srun has started {tasks} processes that are not connected; SLURM_STEP_NUM_TASKS"
         how = "start torchrun in one task a node (see dmjd plan --script slurm), or set WORLD_SIZE=1 for runs apart"
         raise ConfigError(f"{such}; {how}")
     if (cores := usable_cores()) < torch.get_num_threads():  # torch counts those of the whole machine
@@ -204,7 +204,7 @@ def device_of(rank: int, world_size: int, device: str) -> torch.device:
     if world_size == 1 or chosen.type == "cpu":
         return chosen
     if chosen.type != "cuda":
-        raise ConfigError(f"{world_size} processes cannot meet on {chosen.type}; --device {device}; choose cpu")
+        raise ConfigError(f"{world_size} processes cannot communicate on {chosen.type}; --device {device}; choose cpu")
     place, gpus = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
     if place >= gpus:
         such = f"more processes than GPUs on this machine, which has {gpus}"

@@ -57,9 +57,9 @@ def examine_checkpoint(path: Path) -> dict[str, Any]:
     for name in sorted({*digests, *PARTS_OF_CHECKPOINT}):
         file = path / name
         if not file.is_file():
-            raise CheckpointError(f"a file of the checkpoint is missing; {file}; go on from an older one")
+            raise CheckpointError(f"a file of the checkpoint is missing; {file}; resume from an older one")
         if sha256(file) != digests.get(name):
-            raise CheckpointError(f"not what the checkpoint's manifest says; {file}; go on from an older one")
+            raise CheckpointError(f"a file does not match the checkpoint's manifest; {file}; resume from an older one")
     return {"kind": "checkpoint", "step": read_state(path)["step"], **examine_tensors(path / "model.safetensors")}
 
 
@@ -105,9 +105,9 @@ def examine_tensors(path: Path) -> dict[str, int]:
                 tensor = file.get_tensor(name)
                 count, values = count + 1, values + tensor.numel()
                 if not torch.isfinite(tensor).all():
-                    raise CheckpointError(f"{name} is not finite; {path}; go on from an older checkpoint")
+                    raise CheckpointError(f"{name} is not finite; {path}; resume from an older checkpoint")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"no tensors ({error}); {path}; go on from an older checkpoint") from None
+        raise CheckpointError(f"no tensors ({error}); {path}; resume from an older checkpoint") from None
     return {"tensors": count, "parameters": values}
 
 
@@ -124,7 +124,7 @@ def _count_lines(path: Path) -> tuple[int, int]:
         except ValueError:
             if number == len(lines):
                 return number - 1, 1
-            raise CheckpointError(f"line {number} is no JSON; {path}; remove the line") from None
+            raise CheckpointError(f"line {number} is not JSON; {path}; remove the line") from None
     return len(lines), 0
 
 
@@ -132,5 +132,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"no JSON ({type(error).__name__}); {path}; go on from an older checkpoint") from None
+        raise CheckpointError(f"not JSON ({type(error).__name__}); {path}; resume from an older checkpoint") from None
     return content

@@ -103,7 +103,7 @@ class Run:
         metrics = self.out / "metrics.jsonl"
         if self.ranks.is_main and any(values["step"] for _, values in read_lines(metrics)):
             metrics.replace(kept := metrics.with_name("metrics-before.jsonl"))
-            print(f"no checkpoint to go on from; {self.out}; begins again, see {kept.name}", file=sys.stderr)
+            print(f"no checkpoint to resume from; {self.out}; the run starts over, see {kept.name}", file=sys.stderr)
         self.write_settings()
         for name in ("metrics.jsonl", "skipped.tsv"):
             self.replace(name, "")
@@ -195,7 +195,7 @@ class Run:
             raise CheckpointError(f"the run has other settings: {', '.join(refused)}; {self.out}; {todo}")
         if state["fingerprint"] != self.fingerprint and "data" not in allowed:
             raise CheckpointError(
-                f"the images of --data have changed since; {self.out}; start another run in another --out, or go on "
+                f"the images of --data have changed since; {self.out}; start another run in another --out, or resume "
                 "with --allow_change data"
             )
         if changed and self.ranks.is_main:
@@ -212,7 +212,7 @@ class Run:
         self.evaluated = {values["step"] for _, values in kept if "loss" not in values}
         self.ranks.on_main(lambda: self.replace("metrics.jsonl", "".join(line for line, _ in kept)))
         self.ranks.on_main(lambda: self.replace("skipped.tsv", rows_of(self.skipped)))
-        if self.loggers is not None:  # the run has gone back: what they show of later steps is void
+        if self.loggers is not None:  # after a rollback: what they show of later steps is void
             self.tell(lambda logger: logger.finish())
             self.ranks.on_main(self.open_loggers)
 

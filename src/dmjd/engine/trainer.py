@@ -98,7 +98,7 @@ class Trainer:
         state, steps = checkpoint.read_state(path), self.plan.steps
         planned, done = state.get("planned", steps), state["step"]
         if done > steps:
-            such = f"a run cannot go back: steps {done} -> {steps}; {self.run.out}"
+            such = f"a run cannot get shorter than it is: steps {done} -> {steps}; {self.run.out}"
             raise CheckpointError(f"{such}; give as many --steps or --epochs as it has had, or more")
         self.run.restore(state, longer=steps > planned)
         if steps > planned and self.ranks.is_main:
@@ -261,7 +261,7 @@ class Trainer:
             if not good:
                 self.run.summary["skipped_steps"] = self.run.summary.get("skipped_steps", 0) + 1
                 if self.ranks.is_main:
-                    print(f"warning: the gradient is not finite at step {step}; the step is left out", file=sys.stderr)
+                    print(f"warning: the gradient is not finite at step {step}; the step is skipped", file=sys.stderr)
 
     def roll_back(self, why: str) -> None:
         """Roll back to an intact checkpoint: the newest, or the second time the one before it, if there is one.

@@ -137,10 +137,10 @@ def look_ahead(job: Job, work: Work, device: Device, speed: Pace, devices: int) 
     storage = {kind: rate * each for kind, each in job.image_bytes.items()}
     breaks = {
         "fewer images than devices": job.batch_size < devices,
-        "the batch does not divide": job.batch_size % (devices * parts) != 0,
-        "no memory for it": at_a_time > largest,
+        "the batch is not divisible": job.batch_size % (devices * parts) != 0,
+        "out of memory": at_a_time > largest,
         f"fewer than {FEWEST} images at a time": at_a_time < FEWEST and device.kind == "gpu",
-        "communication is longer than what hides it": waited > 0,
+        "communication is not fully hidden": waited > 0,
         f"storage above {job.storage / 1e9:g} GB/s": storage["files"] > job.storage,
     }
     return Outlook(

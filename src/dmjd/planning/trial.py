@@ -160,7 +160,7 @@ def try_steps(bench: Bench, work: Work, *, usable: float, most: int, seconds: fl
     if on_gpu:
         torch.cuda.empty_cache()
     if not fitting:
-        raise ConfigError(f"out of memory by one image; {bench.device}; give --activation_checkpointing or --device")
+        raise ConfigError(f"out of memory with one image; {bench.device}; give --activation_checkpointing or --device")
     rest = max(ended - time.perf_counter(), 0.0) / 2
     small = bench.timed(max(fitting // APART, 1), rest)
     large = bench.timed(fitting, rest) if fitting > 1 else small

@@ -63,7 +63,7 @@ def examine_set(settings: DoctorSettings) -> dict[str, Any]:
         verify(Path(data))
     parts, wanted = open_as_most(data, settings.in_chans, settings.data_pages, look=True)
     if wanted.pages != settings.data_pages:
-        what = "most files have several pages, here looked at as images of their own"
+        what = "most files have several pages, read here as separate images"
         print(f"warning: {what}; {data}; say --data_pages bands (channels of one image) or frames", file=sys.stderr)
     looks = look_at(parts, chosen(parts, settings.max_images, settings.seed), settings.workers)
     good = [each for each in looks if not each.fault]

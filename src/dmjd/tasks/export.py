@@ -70,7 +70,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     ending = ENDINGS[settings.to]
     out = settings.out if settings.out.suffix == ending or not ending else Path(f"{settings.out}{ending}")
     if not ending and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"there is something already; {out}; choose another --out")
+        raise ConfigError(f"it exists already; {out}; choose another --out")
     if ending and out.exists() and ((out.parent / "config.yaml").exists() or out.samefile(original.path)):
         raise ConfigError(f"a file of a run; {out}; choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def find_file(run: Path) -> Path:
         return run
     found = next((run / name for name in FILES if (run / name).is_file()), None)
     if found is None:
-        raise CheckpointError(f"no network in it; {run}; give a run that has come to its end, or a file")
+        raise CheckpointError(f"no network in it; {run}; give a finished run, or a file")
     return found
 
 
@@ -163,7 +163,7 @@ def length(settings: Mapping[str, Any]) -> str:
     """Describe the planned length of a run."""
     if "steps" in settings:
         return f"{settings['steps']} steps"
-    return f"{settings['epochs']:g} epochs" if settings["epochs"] else "as many epochs as its images ask for"
+    return f"{settings['epochs']:g} epochs" if settings["epochs"] else "as many epochs as its images need"
 
 
 def differing(settings: Mapping[str, Any], key: str | None) -> str:

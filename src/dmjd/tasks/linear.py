@@ -157,7 +157,7 @@ def keep(settings: LinearSettings, backbone: FeatureExtractor, head: nn.Linear, 
     place = network.get_classifier()
     if settings.layers or not isinstance(place, nn.Linear) or place.weight.shape != head.weight.shape:
         what = "features of --layers" if settings.layers else "this backbone's features"
-        print(f"no linear.safetensors: {what} are not what a head of the network would see", file=sys.stderr)
+        print(f"no linear.safetensors: {what} are not the input of the network's head", file=sys.stderr)
         return
     place.load_state_dict(head.state_dict())
     settings.run.out.mkdir(parents=True, exist_ok=True)

@@ -114,7 +114,7 @@ def weigh(settings: PlanSettings) -> tuple[int, float]:
     """
     run, model = settings.run, settings.model
     if settings.images is None and not run.data:
-        raise ConfigError("how many images there are is not known; --images; give their number, or --data")
+        raise ConfigError("the number of images is not known; --images; give their number, or --data")
     if settings.images is not None and (settings.image_bytes or not Path(run.data or "?").exists()):
         return settings.images, settings.image_bytes or USUAL_BYTES
     train = open_source(run.data, Wanted(model.in_chans, model.image_hw, pages=run.data_pages), seed=run.seed).train

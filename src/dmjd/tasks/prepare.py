@@ -70,7 +70,7 @@ def prepare(settings: PrepareSettings) -> dict[str, Any]:
         refuse_other(out, read_set(out), plan)
     else:
         if out.is_dir() and any(out.iterdir()) and not (out / JOURNAL).is_file():
-            raise ConfigError(f"there is something else already; {out}; choose another --out")
+            raise ConfigError(f"it holds something else; {out}; choose another --out")
         try:
             out.mkdir(parents=True, exist_ok=True)
             refuse_small_disk(out, parts, size)
@@ -78,11 +78,11 @@ def prepare(settings: PrepareSettings) -> dict[str, Any]:
                 fill(writer, parts, size, settings.workers)
                 finish(writer, parts, plan)
         except OSError as error:
-            todo = "make room or check permissions, and run the same command again: it goes on"
+            todo = "free some space or check permissions, and run the same command again to continue"
             raise StorageError(f"{error.strerror or error}; {error.filename or out}; {todo}") from None
     (out / JOURNAL).unlink(missing_ok=True)
     summary = sum_up(out)
-    print("this set is done already; " * done + closing_line(settings, summary))
+    print("this set is already finished; " * done + closing_line(settings, summary))
     return summary
 
 
@@ -114,7 +114,7 @@ def refuse_other(out: Path, before: Mapping[str, Any], plan: Mapping[str, Any]) 
     if changed:
         raise ConfigError(
             f"the set was begun with {', '.join(f'{name} {before[name]}' for name in changed)}; {out}; "
-            "say the same or choose another --out"
+            "give the same, or choose another --out"
         )
     if before["parts"] != plan["parts"]:
         raise DataError(f"the images of --data have changed since the set was begun; {out}; choose another --out")
@@ -336,7 +336,7 @@ class SetWriter:
             self.commit()
         for path, size in self.files():
             if size and (not path.is_file() or path.stat().st_size < size):
-                raise DataError(f"a file of the unfinished set has got lost or cut; {path}; remove {self.out}")
+                raise DataError(f"a file of the unfinished set is missing or truncated; {path}; remove {self.out}")
 
     def files(self) -> Iterator[tuple[Path, int]]:
         """Yield the files of pixels, and the bytes of each."""

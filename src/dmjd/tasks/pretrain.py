@@ -96,7 +96,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any] | None:
         if trainer.done == trainer.plan.steps and (summary := read_facts(out / "summary.json")):
             if not ranks.is_main:
                 return None
-            print(f"this run is done; look at {write_report(out)}")
+            print(f"this run is finished; look at {write_report(out)}")
             return summary
         name_broken(trainer.run, parts)
         if ranks.is_main:  # now, since the folder may be gone at the end
@@ -157,8 +157,8 @@ def keep_statistics(run: Run, statistics: Statistics) -> None:
     known = run.summary.setdefault("statistics", now)
     if known != now and not any(name.startswith("data") for name in run.settings["allow_change"]):
         measured = run.settings["data_statistics"] in ("auto", "imagenet")
-        what = "the images have other values than before" if measured else "--data_statistics has others than before"
-        raise CheckpointError(f"{what}; {run.out}; restore them, or go on with --allow_change data_statistics")
+        what = "the values of the images have changed" if measured else "the values of --data_statistics have changed"
+        raise CheckpointError(f"{what}; {run.out}; restore them, or resume with --allow_change data_statistics")
     run.summary["statistics"] = now
 
 

@@ -62,7 +62,7 @@ def find_nearest(settings: SearchSettings, bank: FeatureBank, ranks: Ranks) -> d
     features = torch.cat(found)
     if features.shape[1] != bank.rows.shape[1]:
         what = f"features of width {bank.rows.shape[1]}, and of the queries {features.shape[1]}"
-        raise ConfigError(f"{what}; {settings.features}; give the --backbone that made them")
+        raise ConfigError(f"{what}; {settings.features}; give the --backbone that computed them")
     if not ranks.is_main:
         return {}
     similar, rows = nearest(bank.rows, features, k=settings.k, device=ranks.device)
@@ -90,10 +90,10 @@ def backbone_of(settings: SearchSettings, bank: FeatureBank, ranks: Ranks) -> Fe
     """
     name = settings.backbone or bank.record.get("backbone")
     if name is None:
-        raise ConfigError(f"nothing says what made the features; {settings.features}; give --backbone")
+        raise ConfigError(f"the backbone of the features is not known; {settings.features}; give --backbone")
     made_by = bank.record.get("backbone_sha256")
     if made_by and Path(name).is_file() and sha256(Path(name)) != made_by:
-        raise CheckpointError(f"another backbone made the features; {name}; give that one, or embed the images again")
+        raise CheckpointError(f"another backbone computed the features; {name}; give that one, or embed again")
     images = {name: value for name, value in settings.run.keywords.items() if value is not None}
     known = {"value_range": bank.record.get("value_range"), "pages": bank.record.get("data_pages")}
     return FeatureExtractor(name=name, ranks=ranks, **{**known, **images})
