@@ -315,7 +315,7 @@ def _tiff(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
         plain = (1, 3, 4) if coloured else (1,)
         floats = (
             [np.float32] if tiff.byteorder == "<" else []
-        )  # Pillow would swap the bytes of others twice, if compressed
+        )  # big-endian: Pillow swaps twice, if compressed
         if page.samplesperpixel not in plain or page.dtype not in (np.uint8, np.uint16, np.bool_, *floats):
             return _page(page)
         try:
