@@ -105,7 +105,7 @@ def test_page__of_a_set_in_order_says_so(tmp_path: Path) -> None:
     parts = open_folder(str(tmp_path), Wanted())
     looks = look_at(parts, chosen(parts, 99, 0), 1)
     text = write_checkup(tmp_path, FOUND, parts, looks, find_copies(looks), None).read_text("utf-8")
-    assert "Nothing has to be put right." in text
+    assert "Nothing needs fixing." in text
     assert "Worth knowing" not in text
     assert "<h2>Copies" not in text
 
@@ -113,7 +113,7 @@ def test_page__of_a_set_in_order_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"leaked": 3}, "Leakage: 3 of 150 held-out images are in the training part too"),
+        ({"leaked": 3}, "Leakage: 3 of 150 held-out images are also in the training part"),
         (
             {"value_range": [-9999.0, 200.0], "filled": 2},
             "all values lie in 2 of 64 steps of their range, -9999 to 200",

@@ -60,6 +60,11 @@ def test_pretrain__off_a_terminal_it_has_a_line_whenever_one_is_due(
         assert all(name in line for line in lines)
 
 
+@pytest.mark.parametrize(("rate", "said"), [(1062.4, "1062"), (12.3, "12"), (2.34, "2.3"), (0.0456, "0.046")])
+def test_progress__of_a_slow_run_is_no_zero(rate: float, said: str) -> None:
+    assert progress.two_digits(rate) == said
+
+
 class Terminal(list[str]):
     """What a run writes to a terminal."""
 

@@ -58,7 +58,9 @@ def test_detect__trains_judges_and_predicts(name, masks, flags, backbones, tmp_p
     assert (said["images"], said["train_images"], said["part"]) == (4, 4, "val")
     assert {"loss", "loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"} <= lines(out)[0].keys()
     assert ("loss_mask" in lines(out)[0]) == masks
-    assert (out / "report.html").read_text().count("data:image/jpeg") == 12
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/jpeg") == 12
+    assert "Pictures show boxes with a score of 0.5 or more." in page
 
     seen = tmp_path / "seen"
     network, images = str(out / "last.safetensors"), str(data / "images")

@@ -313,9 +313,7 @@ def _tiff(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
             return np.concatenate([_page(page) for page in pages], axis=-1)
         coloured = page.dtype == np.uint8 and page.photometric in PLAIN and wanted.in_chans in (1, 3)
         plain = (1, 3, 4) if coloured else (1,)
-        floats = (
-            [np.float32] if tiff.byteorder == "<" else []
-        )  # big-endian: Pillow swaps twice, if compressed
+        floats = [np.float32] if tiff.byteorder == "<" else []  # big-endian: Pillow swaps twice, if compressed
         if page.samplesperpixel not in plain or page.dtype not in (np.uint8, np.uint16, np.bool_, *floats):
             return _page(page)
         try:

@@ -70,7 +70,7 @@ class SegmentationSet(FolderFiles):
         if len(wrong):
             raise BadImage(
                 f"annotation with label {int(wrong[0])}, but the last of {len(self.classes)} classes is "
-                f"{len(self.classes) - 1}, and {self.ignore_index} is ignored"
+                f"{len(self.classes) - 1}, and {self.ignore_index} is ignored (--ignore_index)"
             )
         return Annotated(image, labels)
 

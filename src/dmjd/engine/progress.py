@@ -60,3 +60,8 @@ class Progress:
         parts += [] if left is None else [f"{plain.format_interval(left)} left"]
         said = ", ".join([*parts, *more])
         print(f"step {self.done}/{self.total}: {said}", file=sys.stderr, flush=True)
+
+
+def two_digits(number: float) -> str:
+    """Write a number with two digits, or all that it has in front of the point."""
+    return f"{number:.0f}" if number >= 10 else f"{number:.2g}"

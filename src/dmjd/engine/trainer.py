@@ -20,7 +20,7 @@ from dmjd.engine.device import choose_precision, computes_in_bf16, memory_errors
 from dmjd.engine.distributed import ParallelModel
 from dmjd.engine.loop import Objective, Plan, Step, train
 from dmjd.engine.optim import learning_rate
-from dmjd.engine.progress import Progress
+from dmjd.engine.progress import Progress, two_digits
 from dmjd.engine.run import Run
 from dmjd.engine.signals import patiently, stopped, stopping
 from dmjd.engine.stopwatch import Stopwatch
@@ -303,7 +303,7 @@ class Trainer:
         self.warn_of_waiting(waited * (now - since[1]), now - since[1])
         return {name.removeprefix("loss_"): f"{value:.4f}" for name, value in losses.items()} | {
             "lr": f"{step.lr:.2g}",
-            "images/s": f"{rate:.0f}",
+            "images/s": two_digits(rate),
             "waiting": f"{waited:.0%}",
         }
 

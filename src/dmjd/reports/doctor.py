@@ -86,7 +86,7 @@ def leakage(found: Mapping[str, Any]) -> Problem | None:
     if not count:
         return None
     what = (
-        f"Leakage: {count:,} of {found['held_out']:,} held-out images {are(count)} in the training part too, exactly "
+        f"Leakage: {count:,} of {found['held_out']:,} held-out images {are(count)} also in the training part, exactly "
         "or almost. Every number measured on them is too good."
     )
     return what, "Remove them from one of the two parts; duplicates.tsv names them."
@@ -175,7 +175,7 @@ def notes(found: Mapping[str, Any]) -> list[Problem]:
         ("mean" not in found, "All values are the same.", "Nothing can be learned from them; check the files."),
         (found["flat"] > 0, f"Images that are almost uniform: {found['flat']:,}.", "Check whether they are empty."),
         (found["long"] > 0, f"Images more than five times as long as wide: {found['long']:,}.",
-         "A square crop shows little of them: cut them into pieces."),
+         "A square crop shows little of them: cut them into tiles."),
         (max(largest) > UNEVEN * min(smallest), f"The largest class has {max(largest):,} images, the smallest "
          f"{min(smallest):,}.", "This does not matter for pre-training; judge classifiers by their mean over classes."),
         (bool(found["passed_over"]), f"Other files were ignored: {listed(found['passed_over'])}.",

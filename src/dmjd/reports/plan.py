@@ -60,7 +60,7 @@ def _memory(found: Mapping[str, Any]) -> list[str]:
         "gradients": work["gradients"],
         "optimizer": work["states"],
         "teachers": work["teachers"],
-        "weights in bf16": footprint["fixed"],
+        "weight copies": footprint["fixed"],  # mostly in bf16
         "an image": footprint["image"] + footprint["passing"],
     }
     fits = f"{plan['largest']} images at a time fit" if plan["largest"] else "not one image fits"

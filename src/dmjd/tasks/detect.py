@@ -25,7 +25,7 @@ from dmjd.engine.optim import create_optimizer
 from dmjd.engine.run import Run
 from dmjd.engine.trainer import Trainer
 from dmjd.evaluation.dense import Judged, images_to_predict, output_name, refuse_images
-from dmjd.evaluation.detection import Finder, Found, judge_detection, likely
+from dmjd.evaluation.detection import DRAWN, Finder, Found, judge_detection, likely
 from dmjd.evaluation.features import FeatureExtractor
 from dmjd.networks.around import fit_around, heads_of, make_pyramid
 from dmjd.networks.detector import create_detector
@@ -75,7 +75,8 @@ def detect(settings: DetectSettings) -> dict[str, Any] | None:
             verb="detect",
             settings=to_yaml(settings),
             lead=f"An average precision of {summary['map']:.1%} over IoU 0.5 to 0.95 ({summary['map50']:.1%} at 0.5) "
-            f"for the boxes of {summary['images']:,} held-out images.",
+            f"for the boxes of {summary['images']:,} held-out images. "
+            f"Pictures show boxes with a score of {DRAWN:g} or more.",
             summary=summary,
             rows=judged.rows,
             pictures={
