@@ -310,7 +310,7 @@ def describe(
     else:
         predicted += " is predicted"
     return [
-        f"{facts.num_images} images, shorter side {facts.side} px, {channels}; {where}; {facts.minutes:g} min",
+        f"{facts.num_images} images, shorter side {facts.side} px, {channels}; {where}; {facts.minutes:g} minutes",
         f"{network}, {model.image_size} px in patches of {model.patch_size}: {1000 * seconds:.3g} ms an image",
         f"{masking.num_views} views of an image hide {masking.mask_ratio:.0%} each; {predicted}",
         f"{passes:.3g} epochs, {steps} steps of {run.batch_size} images, peak learning rate {settings.lr:.2g}: "
