@@ -174,6 +174,20 @@ def test_decode__tiffs_that_pillow_misreads_or_does_not_know(kind: str, options:
     assert np.array_equal(image.numpy(), array[:3])
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint16"])
+def test_decode__of_a_tiff_whose_zero_is_white_bright_is_high(kind: str) -> None:
+    pages = np.random.default_rng(0).integers(0, np.iinfo(kind).max, (2, 9, 13)).astype(kind)
+    for count in (1, 2):
+        image = decode(tiff(pages[:count], photometric="miniswhite"), Wanted(count, pages="bands"))
+        assert np.array_equal(image.numpy(), np.iinfo(kind).max - pages[:count])
+
+
+def test_decode__a_tiff_with_slices_in_one_page_is_refused() -> None:
+    content = tiff(np.zeros((16, 9, 13), np.uint8), photometric="minisblack", volumetric=True, tile=(16, 16, 16))
+    with pytest.raises(BadImage, match="a volume of 16 slices in one page"):
+        decode(content, Wanted(1))
+
+
 def test_decode__types_that_are_no_depth_become_the_nearest_one() -> None:
     values = np.arange(12).reshape(3, 4)
     for kind, depth in (("int8", "int16"), ("uint32", "float32"), ("float64", "float32"), (">u2", "uint16")):

@@ -44,6 +44,7 @@ TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 NUMPY = b"\x93NUMPY"
 DICM = b"DICM"  # after 128 arbitrary bytes
 ORIENTATION = 0x0112  # number of the tag in EXIF and TIFF
+WHITE_IS_ZERO = 0  # among the photometric interpretations of a TIFF, as are:
 PLAIN = (2, 5, 6)  # RGB, CMYK and YCbCr among the photometric interpretations of a TIFF
 DIRECT = (1, 2)  # grey with 0 as black, and RGB: stored values are shown as they are
 DEPTHS = tuple(map(np.dtype, ("uint8", "uint16", "int16", "float32")))  # that an image may have
@@ -306,6 +307,8 @@ def _tiff(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
             raise _Refused(f"{len(pages)} pages", "say --data_pages bands or frames")
         page = pages[frame]
         bands = pages if wanted.pages == "bands" else [page]
+        if page.imagedepth > 1:
+            raise BadImage(f"a volume of {page.imagedepth} slices in one page; write each as a page of its own")
         refuse_bomb(page.imagelength, page.imagewidth)
         if (size := sum(each.nbytes for each in bands)) > MAX_BYTES:
             raise BadImage(f"{size:,} bytes of pixels are too many; at most {MAX_BYTES:,}")
@@ -314,7 +317,9 @@ def _tiff(content: bytes, wanted: Wanted, frame: int) -> np.ndarray:
         coloured = page.dtype == np.uint8 and page.photometric in PLAIN and wanted.in_chans in (1, 3)
         plain = (1, 3, 4) if coloured else (1,)
         floats = [np.float32] if tiff.byteorder == "<" else []  # big-endian: Pillow swaps twice, if compressed
-        if page.samplesperpixel not in plain or page.dtype not in (np.uint8, np.uint16, np.bool_, *floats):
+        inverted = page.dtype == np.uint16 and page.photometric == WHITE_IS_ZERO  # Pillow inverts up to 8 bits only
+        known = page.dtype in (np.uint8, np.uint16, np.bool_, *floats) and not inverted
+        if page.samplesperpixel not in plain or not known:
             return _page(page)
         try:
             with open_picture(BytesIO(content), ("TIFF",)) as image:
@@ -346,6 +351,8 @@ def pages_of(tiff: tifffile.TiffFile) -> list[Any]:
 def _page(page: Any) -> np.ndarray:
     """Decode a page into H W C."""
     array = np.asarray(page.asarray())
+    if page.photometric == WHITE_IS_ZERO and array.dtype in (np.uint8, np.uint16):
+        array = (2**page.bitspersample - 1) - array
     if page.axes.startswith("S"):  # channel by channel
         array = np.moveaxis(array, 0, -1)
     return turn(array if array.ndim == 3 else array[..., None], _known_or_upright(page.tags.valueof(ORIENTATION)))
