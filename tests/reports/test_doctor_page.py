@@ -105,7 +105,7 @@ def test_page__of_a_set_in_order_says_so(tmp_path: Path) -> None:
     parts = open_folder(str(tmp_path), Wanted())
     looks = look_at(parts, chosen(parts, 99, 0), 1)
     text = write_checkup(tmp_path, FOUND, parts, looks, find_copies(looks), None).read_text("utf-8")
-    assert "Nothing needs fixing." in text
+    assert "Nothing has to be put right." in text
     assert "Worth knowing" not in text
     assert "<h2>Copies" not in text
 
