@@ -520,7 +520,7 @@ def test_pretrain__a_damaged_newest_checkpoint_is_named_and_the_one_before_is_ta
     (newest / "model.safetensors").write_bytes(content)
     capsys.readouterr()
     assert main(resumption(data, run)) == 0
-    assert f"{newest}; step-{STEPS - 2:08d} is taken" in capsys.readouterr().err
+    assert f"{newest}; step-{STEPS - 2:08d} is used" in capsys.readouterr().err
     assert curve(run) == curve(unbroken)
     assert backbone(run) == backbone(unbroken)
 

@@ -79,5 +79,5 @@ def read_yaml(path: Path, sections: Sequence[str] = ()) -> dict[str, Any]:
             if not all(isinstance(item, str | int | float | None) and "\0" not in str(item) for item in items):
                 raise ConfigError(f"{named} is neither a value nor a list of values; {path}; correct the file")
             if not (isinstance(name, str) and isinstance(key, str)):
-                raise ConfigError(f"{named} is not the name of a setting; {path}; correct the file")
+                raise ConfigError(f"{named} is no name of a setting; {path}; correct the file")
     return content
