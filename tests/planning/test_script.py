@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from dmjd.errors import ConfigError
-from dmjd.planning.script import machines, slurm
+from dmjd.planning.script import machines, slurm, torchrun
 
 
 def test_machines__have_equally_many_devices():
@@ -13,6 +13,13 @@ def test_machines__have_equally_many_devices():
     assert machines(12) == (2, 6)
     with pytest.raises(ConfigError, match="17 devices on 3 machines of 8; --devices; give a multiple of 3, such as 15"):
         machines(17)
+
+
+def test_torchrun__two_runs_on_a_machine_have_a_port_each_and_several_machines_the_one_that_is_said():
+    one, two = (torchrun(["dmjd", "pretrain"], devices, out="runs/a") for devices in (4, 16))
+    assert "torchrun --nproc-per-node 4 --standalone -m dmjd pretrain" in one
+    assert "--standalone" not in two
+    assert "${FIRST:?}:29500" in two
 
 
 def test_slurm__the_signal_goes_to_the_steps_and_the_cores_too():

@@ -37,6 +37,8 @@ def torchrun(command: Sequence[str], devices: int, *, out: str) -> str:
         head += [f"# Start this on each of {nodes} machines; FIRST is the name of one of them."]
         launch += ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-id", "dmjd"]
         launch += ["--rdzv-endpoint", f"${{FIRST:?}}:{PORT}"]
+    else:
+        launch.append("--standalone")  # at a port that is free: there may be another run on the machine
     return "\n".join([*head, folded([*launch, "-m", *map(shlex.quote, command)]), ""])
 
 
