@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import operator
 import os
 import signal
 import subprocess
@@ -262,8 +263,9 @@ def test_pretrain__single_gradients_that_are_no_numbers_are_left_out_and_counted
 
 @pytest.mark.parametrize("log_every", [1, pytest.param(7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e30])
-def test_pretrain__three_in_a_row_go_back_to_a_good_checkpoint_and_the_run_ends(
+def test_pretrain__three_in_a_row_go_back_to_a_good_checkpoint_and_the_run_ends_on_other_images(
     data: Path,
+    unbroken: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -280,6 +282,7 @@ def test_pretrain__three_in_a_row_go_back_to_a_good_checkpoint_and_the_run_ends(
         assert [step for step, *_ in curve(out)] == list(range(1, STEPS + 1))
         board = EventAccumulator(str(out / "tensorboard")).Reload()
         assert [event.step for event in board.Scalars("loss")] == list(range(1, STEPS + 1))
+        assert [*map(operator.eq, curve(out), curve(unbroken))] == [True] * 10 + [False] * (STEPS - 10)
     assert_finite(out)
 
 
@@ -308,9 +311,11 @@ def test_pretrain__where_going_back_does_not_help_it_ends_with_exit_code_5(
     out = tmp_path / "run"
     poison(monkeypatch, lambda number: number > 22, factor)
     assert main(flags(data, out, monitor__saves=saves)) == 5
-    said = capsys.readouterr().err.splitlines()[-1]
+    *before, said = capsys.readouterr().err.splitlines()
     assert said.startswith("error: 3 gradients in a row are not finite at step ")
     assert tried in said
+    back = [line.partition("back to ")[2][:7] for line in before if "(rollback" in line]
+    assert back == (["step 20", "step 10"] if saves == 3 else [])
     assert_finite(out)
 
 
