@@ -20,12 +20,13 @@ def test_skipped__only_what_is_new_is_written_and_a_resumed_run_has_the_lines_th
         run = Run(settings, images, ranks=ranks, held_out=0, defaults={})
         run.begin()
         run.skip({"b": "cut", "a": "empty"})
-        state = json.loads(json.dumps({**run.state(), "step": 1}))
+        state = json.loads(json.dumps({**run.state(), "step": 1, "seconds": 1000.0}))
         run.skip({"a": "empty", "9": "no image", "b": "cut"})
         assert (out / "skipped.tsv").read_text() == "a\tempty\nb\tcut\n9\tno image\n"
         again = Run(settings, images, ranks=ranks, held_out=0, defaults={})
         again.restore(state)
         assert (out / "skipped.tsv").read_text() == "a\tempty\nb\tcut\n"
+        assert again.seconds > 1000  # of both processes
 
 
 def test_read_metrics__lines_that_are_not_whole_are_left_out_and_a_run_without_any_has_none(tmp_path: Path) -> None:
