@@ -193,9 +193,12 @@ def test_pretrain__evaluations_look_at_no_larger_share_of_the_images_than_they_m
     assert evaluated == {0.05: 0, 0.15: 1, 0.3: 2, 1.0: 3}  # of 80 images
 
 
-def test_pretrain__epochs_count_passes_over_the_images(photos, tmp_path):
-    lines = pretrain(photos, tmp_path / "run", "--epochs 1.5", steps=None)
+def test_pretrain__epochs_count_passes_over_the_images_also_of_the_warm_up(photos, tmp_path):
+    lines = pretrain(photos, tmp_path / "run", "--epochs 1.5 --optim.warmup_epochs 0.5", steps=None)
     assert lines[-1]["step"] == round(1.5 * 38 / 8)  # 2 of the 40 images are held out
+    first, second, third, fourth = [line["lr"] for line in lines if "lr" in line][:4]
+    assert (second / first, third / first) == (pytest.approx(2), pytest.approx(3))  # the peak is at 0.5 * 38 / 8
+    assert third < fourth < 0.5 * 38 / 8 * first + first
 
 
 def test_pretrain__without_labels_reports_rankme(photos, tmp_path):
