@@ -1,8 +1,11 @@
 """Devices are found by name, and what is listed is whole."""
 
+from pathlib import Path
+
 import pytest
 
 from dmjd.errors import ConfigError
+from dmjd.planning import gpus
 from dmjd.planning.gpus import SHEETS, find_device, listed
 
 
@@ -36,6 +39,18 @@ def test_find_device__without_units_for_bf16_products_are_those_of_float32() -> 
     assert (find_device("T4").has_bf16, find_device("h100").has_bf16) == (False, True)
     assert find_device("t4").peak("bf16") == find_device("t4").fp32
     assert find_device("h100").peak("fp32") == find_device("h100").fp32 < find_device("h100").peak("bf16")
+
+
+@pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
+def test_find_device__a_cpu_has_the_memory_of_its_container(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpus, "LIMITS", tmp_path)
+    (tmp_path / "memory").mkdir()
+    whole = find_device("cpu").memory
+    for limit, memory in (("max", whole), (f"{2**63 - 4096}", whole), (f"{2**28}", 2**28)):
+        (tmp_path / name).write_text(f"{limit}\n")
+        assert find_device("cpu").memory == memory
 
 
 def test_find_device__a_cpu_is_timed() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -17,6 +18,7 @@ SHEETS = Path(__file__).parent / "gpus.yaml"
 GIB = 2**30
 # Share of a device's memory that a plan leaves free. On a GPU: for error correction, driver, cuBLAS, fragmentation.
 SPARE = {"gpu": 0.15, "cpu": 0.5}
+LIMITS = Path("/sys/fs/cgroup")  # control group of a container; its memory limit has a file in versions 2 and 1
 SIDE, REPEATS = 1024, 4  # of the matrix product that a CPU is timed with
 
 
@@ -108,6 +110,9 @@ def _this_gpu(device: torch.device) -> Device:
 def _this_cpu() -> Device:
     """Time matrix products, since data sheets of CPUs do not say what they reach."""
     memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no such file, or no limit: max
+            memory = min(memory, float((LIMITS / name).read_text()))
     return Device(
         name="cpu",
         memory=memory,
