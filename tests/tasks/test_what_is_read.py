@@ -74,4 +74,4 @@ def test_dense_verbs__predict_into_no_set(verb, content, capsys):
 
 @pytest.mark.parametrize(("command", "data", "out"), OTHERS)
 def test_verbs__write_beside_what_they_read(command, data, out, content, capsys):
-    assert "what is read" not in "".join(lines(command, data, out, capsys)[1])
+    assert "this is the input" not in "".join(lines(command, data, out, capsys)[1])
