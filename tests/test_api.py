@@ -160,3 +160,9 @@ def test_import__takes_no_torch() -> None:
     program = "import dmjd, sys; dmjd.__all__; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_import__alone_has_the_modules_that_a_user_needs() -> None:
+    program = "import dmjd; print(dmjd.errors.UserError.exit_code, callable(dmjd.reference.read_weights), dir(dmjd)[0])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 True DMJD\n"

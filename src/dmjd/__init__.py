@@ -17,6 +17,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dmjd import errors, reference
     from dmjd.api import (
         Outcome,
         TrainingOutcome,
@@ -52,6 +53,7 @@ __all__ = [
     "disjoint_masks",
     "doctor",
     "embed",
+    "errors",
     "export",
     "finetune",
     "hog",
@@ -64,11 +66,13 @@ __all__ = [
     "predict",
     "prepare",
     "pretrain",
+    "reference",
     "report",
     "search",
     "segment",
 ]
 
+_MODULES = ("errors", "reference")
 _ELSEWHERE = {  # all others are in dmjd.api
     "DMJD": "dmjd.method",
     "block_masks": "dmjd.masking",
@@ -87,8 +91,10 @@ def __getattr__(name: str) -> Any:
         return version("dmjd")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     return getattr(import_module(_ELSEWHERE.get(name, "dmjd.api")), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__, "__version__"]
