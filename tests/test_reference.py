@@ -95,7 +95,7 @@ def test_load_reference__names_the_first_keys_that_do_not_fit():
         dmjd.load_reference({k: v for k, v in weights.items() if k != "decoder_norm.bias"}, **HEADS)
     with pytest.raises(ValueError, match="not a pre-training checkpoint"):
         dmjd.load_reference({"fc.weight": torch.zeros(2, 2)}, **HEADS)
-    with pytest.raises(ValueError, match="a width of 16 has no 3 heads"):
+    with pytest.raises(ValueError, match="a width of 16 cannot be split into 3 heads"):
         dmjd.load_reference(weights, **HEADS | {"num_heads": 3})
     with pytest.raises(ValueError, match="predicts"):
         dmjd.load_reference(weights, target="pixels", **HEADS)

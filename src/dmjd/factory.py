@@ -190,7 +190,7 @@ def from_settings(
         start.into_heads(network)
     if settings.crop.progressive:
         if any(isinstance(module, FeatureTarget) for module in network.modules()):
-            raise ValueError("crop.progressive is not for networks among the targets; leave it out")
+            raise ValueError("crop.progressive does not work with a network as the target; leave it out")
         take_any_size(encoder.backbone)
     return network
 

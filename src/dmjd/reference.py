@@ -185,7 +185,9 @@ def hybrid_encoder(state_dict: Mapping[str, Tensor], num_heads: int) -> ConvViTE
         "mlp_ratios": [hidden / dim for hidden, dim in zip(mlps, embed_dims, strict=True)],
     }
     if embed_dims[-1] % num_heads:
-        raise ValueError(f"a width of {embed_dims[-1]} has no {num_heads} heads: choose a number that divides it")
+        raise ValueError(
+            f"a width of {embed_dims[-1]} cannot be split into {num_heads} heads: choose a number that divides it"
+        )
     return ConvViTEncoder(convvit_base(**arguments), ("convvit_base", arguments))
 
 
@@ -197,7 +199,9 @@ def make_decoder(state_dict: Mapping[str, Tensor], encoder: Encoder, num_heads: 
     """
     embed_dim = len(state_dict["decoder_embed.weight"])
     if embed_dim % num_heads:
-        raise ValueError(f"a decoder of width {embed_dim} has no {num_heads} heads: choose a number that divides it")
+        raise ValueError(
+            f"a decoder of width {embed_dim} cannot be split into {num_heads} heads: choose a number that divides it"
+        )
     return Decoder(
         encoder.embed_dim,
         len(state_dict["decoder_pred.weight"]),

@@ -73,7 +73,7 @@ def test_adapt__a_grid_that_is_no_square_is_brought_to_another():
     weights, changes = adapt(before.state_dict(), after, grid=(4, 8))
     assert changes == ["positions 4x8 -> 8x4"]
     assert weights["pos_embed"].shape == after.pos_embed.shape
-    with pytest.raises(ValueError, match="make no square: pos_embed"):
+    with pytest.raises(ValueError, match="do not form a square: pos_embed"):
         adapt(before.state_dict(), after)
 
 

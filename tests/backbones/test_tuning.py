@@ -160,7 +160,7 @@ def test_open_backbone__tokens_without_a_class_token_are_refused(tmp_path):
         "pretrained_cfg": {"input_size": [3, 32, 32], "num_classes": 0},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="it gives tokens, and no features of images"):
+    with pytest.raises(ConfigError, match="its output is tokens, not pooled features"):
         open_backbone(f"timm:local-dir:{tmp_path}", pretrained=False)
 
 

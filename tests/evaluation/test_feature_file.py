@@ -33,7 +33,7 @@ def test_begin__rows_that_got_lost_are_one_line(name: str, lose: Callable[[Path]
     lose(tmp_path / name)
     with (
         closing(FeatureWriter(tmp_path / "f.npy", {}, columns=["path"], dtype="float32")) as writer,
-        pytest.raises(CheckpointError, match=f"rows have got lost or cut; .*{name}; leave --resume out"),
+        pytest.raises(CheckpointError, match=f"rows are missing or truncated; .*{name}; leave out --resume"),
     ):
         writer.begin(resume=True)
 

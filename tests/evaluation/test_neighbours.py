@@ -45,14 +45,14 @@ def test_near_pairs__are_those_of_all_pairs_once(small_blocks):
 
 def test_near_pairs__too_many_are_refused(small_blocks, monkeypatch):
     monkeypatch.setattr(neighbours, "MOST_PAIRS", 100)
-    with pytest.raises(ConfigError, match=r"more than 100 pairs are so alike; --threshold 0.9; choose a higher"):
+    with pytest.raises(ConfigError, match=r"more than 100 pairs are this similar; --threshold 0.9; choose a higher"):
         near_pairs(np.ones((50, 3), np.float32), threshold=0.9, device=CPU)
 
 
 def test_near_pairs__a_row_of_no_numbers_is_named_whatever_the_block(small_blocks):
     bank = np.ones((50, 3), np.float32)
     bank[40, 1] = np.nan
-    with pytest.raises(DataError, match="values that are no numbers; row 40 of the features"):
+    with pytest.raises(DataError, match="values that are not finite; row 40 of the features"):
         near_pairs(bank, threshold=2.0, device=CPU)
 
 

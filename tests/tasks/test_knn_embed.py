@@ -259,7 +259,7 @@ def test_embed__killed_and_resumed_it_writes_the_same_bytes(
     with (tmp_path / "f.npy.partial").open("ab") as file:
         file.write(b"half a row")  # a kill comes at any moment
     assert embed(backbone, images, tmp_path / "f.npy", "--batch_size 4 --resume") == 4
-    assert "another batch_size than the rows that are there" in capsys.readouterr().err
+    assert "another batch_size than for the existing rows" in capsys.readouterr().err
     before = (tmp_path / "f.npy.partial").stat().st_size
     assert embed(backbone, images, tmp_path / "f.npy", "--batch_size 2 --resume") == 0
     assert before > 1000

@@ -154,7 +154,7 @@ def test_search__deep_images_are_seen_as_embed_saw_them(backbones, tmp_path):
         ("--query Q --features text", 3, "no features"),
         ("--query Q --features f.parquet", 3, "not an .npy file; f.parquet; give the F.npy that dmjd embed"),
         ("--query Q --features tokens", 3, "instead of a row of numbers for each image"),
-        ("--query Q --features nan", 3, "values that are no numbers; row 7"),
+        ("--query Q --features nan", 3, "values that are not finite; row 7"),
         ("--query Q --features bare", 2, "the backbone of the features is not known"),
     ],
 )

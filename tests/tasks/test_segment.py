@@ -133,7 +133,7 @@ def test_segment__its_backbone_goes_on_to_the_next_task(name, scenes, backbones,
 
 def test_segment__a_model_that_is_bound_to_a_size_is_refused(scenes, tmp_path, capsys):
     assert main([*words("timm:eva02_tiny_patch14_224", scenes, tmp_path / "run"), "--untrained"]) == 2
-    assert "does not take images of any size; timm:eva02_tiny_patch14_224" in capsys.readouterr().err
+    assert "cannot take images of arbitrary size; timm:eva02_tiny_patch14_224" in capsys.readouterr().err
 
 
 def test_segment__a_bad_annotation_stops_a_small_run_and_is_named(scenes, backbones, tmp_path, capsys):

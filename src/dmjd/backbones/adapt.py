@@ -94,4 +94,4 @@ def square(positions: Float[Tensor, "1 _ D"], weights: Mapping[str, Tensor]) -> 
     for count in (positions.shape[1] - prefix, positions.shape[1]):
         if math.isqrt(count) ** 2 == count:
             return math.isqrt(count), math.isqrt(count)
-    raise ValueError(f"{positions.shape[1]} positions make no square: pos_embed")
+    raise ValueError(f"{positions.shape[1]} positions do not form a square: pos_embed")

@@ -41,7 +41,7 @@ class FeatureMaps(nn.Module):
         super().__init__()
         wanted: Any = takes or getattr(network, "pretrained_cfg", None)
         if wanted is None or wanted["input_size"][0] != in_chans or not hasattr(network, "forward_intermediates"):
-            raise ValueError(f"the teacher does not read images of {in_chans} channel(s), or has no layers to look at")
+            raise ValueError(f"the teacher does not read images of {in_chans} channel(s), or has no feature maps")
         self.network, self.bf16 = network, bf16
         self.layers = [token_layer(network)] if layers is None else list(layers)
         self.size = tuple(wanted["input_size"][1:])
@@ -50,7 +50,7 @@ class FeatureMaps(nn.Module):
             with torch.no_grad():
                 (self.dim,) = {features.shape[1] for features in self.eval()(torch.zeros(1, in_chans, *self.size))}
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:
-            raise ValueError(f"the teacher's layers {self.layers} cannot be taken together: {error}") from None
+            raise ValueError(f"the teacher's layers {self.layers} cannot be combined: {error}") from None
 
     def forward(self, images: Num[Tensor, "B C H W"]) -> list[Float[Tensor, "B T h w"]]:
         """Compute the maps of images of 0..255, which are resized to the network's input size."""

@@ -192,7 +192,7 @@ def open_backbone(name: str, *, pretrained: bool = True, drop_path_rate: float =
         raise ConfigError(f"the model takes no drop_path_rate; {name}; leave --drop_path at 0") from None
     if getattr(model, "global_pool", None) == "":  # its output is tokens, not features of an image
         if getattr(model, "cls_token", None) is None:
-            raise ConfigError(f"it gives tokens, and no features of images (global_pool); {name}; take another")
+            raise ConfigError(f"its output is tokens, not pooled features (global_pool); {name}; take another")
         arguments = {**arguments, "global_pool": "token"}
         model.reset_classifier(0, "token")  # type: ignore[operator]
     return put_head(model, (architecture, arguments), 0)
@@ -320,11 +320,11 @@ def _refuse_unknown(name: str, arguments: Any, overlay: Any, path: str | Path) -
     known = ARGUMENTS | own - set(inspect.signature(timm.create_model).parameters)
     for values, keys in ((arguments, known), (overlay, OVERLAY)):
         if not isinstance(values, dict):
-            raise CheckpointError(f"no arguments but a {type(values).__name__}; {path}; write the file again")
+            raise CheckpointError(f"a {type(values).__name__} instead of arguments; {path}; write the file again")
         if unknown := sorted(values.keys() - keys):
             raise CheckpointError(f"unknown arguments {', '.join(unknown)[:200]!r}; {path}; write the file again")
         if any(isinstance(each, dict) for value in values.values() for each in (value, *_items(value))):
-            raise CheckpointError(f"arguments that are no numbers or words; {path}; write the file again")
+            raise CheckpointError(f"arguments that are not numbers or strings; {path}; write the file again")
 
 
 def _items(value: Any) -> list[Any]:

@@ -37,7 +37,7 @@ class Pyramid(nn.Module):
         super().__init__()
         info: Any = getattr(backbone, "feature_info", None)
         if info is None or not hasattr(backbone, "forward_intermediates"):
-            raise ValueError("the backbone has no maps to look at")
+            raise ValueError("the backbone has no feature maps")
         take_any_size(backbone)
         self.backbone = backbone
         reductions, widths = [each["reduction"] for each in info], [each["num_chs"] for each in info]

@@ -108,14 +108,14 @@ class FeatureWriter:
         """Truncate the files to the last complete rows."""
         rows, table, state = self.partial
         if changed := sorted(name for name, value in self.made_of.items() if left["made_of"].get(name) != value):
-            what = f"another {' and another '.join(changed)} than the rows that are there"
-            raise CheckpointError(f"{what}; {state}; leave --resume out to write all of them again")
+            what = f"another {' and another '.join(changed)} than for the existing rows"
+            raise CheckpointError(f"{what}; {state}; leave out --resume to write all rows again")
         self.place, self.rows, self.skipped = (left["place"][0], left["place"][1]), left["rows"], left["skipped"]
         self.shape = tuple(left["shape"])
         for path, size in zip((rows, table), left["bytes"], strict=True):
             if not path.is_file() or path.stat().st_size < size:
                 raise CheckpointError(
-                    f"rows have got lost or cut; {path}; leave --resume out to write all of them again"
+                    f"rows are missing or truncated; {path}; leave out --resume to write all rows again"
                 )
             with path.open("r+b") as file:
                 file.truncate(size)

@@ -70,7 +70,7 @@ def near_pairs(
             pairs.append(near.nonzero().cpu() + torch.tensor([first, first + ahead]))
             count += len(pairs[-1])
             if count > MOST_PAIRS:
-                said = f"more than {MOST_PAIRS:,} pairs are so alike; --threshold {threshold:g}"
+                said = f"more than {MOST_PAIRS:,} pairs are this similar; --threshold {threshold:g}"
                 raise ConfigError(f"{said}; choose a higher one")
     return torch.cat(pairs), torch.cat(similar)
 
@@ -98,5 +98,5 @@ def blocks(
         block = torch.from_numpy(bank[start : start + size].astype(np.float32)).to(device)
         if not bool(block.isfinite().all()):
             row = start + int((~block.isfinite()).any(dim=1).nonzero()[0])
-            raise DataError(f"values that are no numbers; row {row} of the features; embed the images again")
+            raise DataError(f"values that are not finite; row {row} of the features; embed the images again")
         yield start, F.normalize(block, dim=1)

@@ -80,7 +80,7 @@ def judge(untrained: Mapping[str, float], trained: Mapping[str, float], *, longe
     if after is not None and (trained["feature_std"] < COLLAPSED or after < FEWER * before):
         return Verdict(
             "collapsed",
-            f"features are much alike for all images (spread {trained['feature_std']:.2g}, RankMe {before:.3g} -> "
+            f"features are very similar for all images (spread {trained['feature_std']:.2g}, RankMe {before:.3g} -> "
             f"{after:.3g})",
             "a lower --optim.blr; look at the images (dmjd doctor)",
         )
@@ -91,5 +91,5 @@ def judge(untrained: Mapping[str, float], trained: Mapping[str, float], *, longe
         return Verdict("too little", said, f"more {longer}")
     both = [key for key in ("knn_top1", "linear_top1") if key in trained and key in untrained]
     if both and all(trained[key] < untrained[key] for key in both):
-        return Verdict("too little", f"{said}, but features are worth less than at the start", f"more {longer}")
+        return Verdict("too little", f"{said}, but features are worse than at the start", f"more {longer}")
     return Verdict("learned", said)

@@ -31,7 +31,7 @@ def trace(original: Original) -> tuple[Any, FromPixels]:
         ConfigError: If it cannot be traced.
     """
     if original.kind == "detector":
-        said = "a detector does not do the same to every image, so there is no graph of it"
+        said = "the computation of a detector depends on the image, so it has no static graph"
         raise ConfigError(f"{said}; {original.path}; export its backbone, --to timm, or call dmjd detect --predict")
     network = FromPixels(original).eval()
     batch = {0: torch.export.Dim("batch")}

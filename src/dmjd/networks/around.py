@@ -30,7 +30,7 @@ def make_pyramid(backbone: FeatureExtractor, name: str, *, window: int | None = 
         with torch.no_grad():
             pyramid(torch.zeros(1, backbone.in_chans, 64, 96, device=backbone.device))
     except (AssertionError, RuntimeError):  # some timm models fix their image size in other ways
-        what = "the backbone does not take images of any size" + (", or not in windows" if window else "")
+        what = "the backbone cannot take images of arbitrary size" + (", or not in windows" if window else "")
         raise ConfigError(f"{what}; {name}; take another backbone") from None
     return pyramid
 

@@ -66,7 +66,7 @@ def state(record: RunRecord) -> str:
     """Describe how far a run got."""
     if record.facts:
         return "finished"
-    return f"not finished, step {record.now['step']:,.0f}" if "step" in record.now else "not begun"
+    return f"not finished, step {record.now['step']:,.0f}" if "step" in record.now else "not started"
 
 
 def measures(known: Mapping[str, RunRecord], same_data: bool) -> dict[str, list[dict[str, Any]]]:
