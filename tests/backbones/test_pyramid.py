@@ -9,6 +9,7 @@ import torch
 from dmjd.backbones.convvit import create_convvit
 from dmjd.backbones.pyramid import Pyramid
 from dmjd.backbones.vit import create_vit
+from dmjd.backbones.windows import Windows
 
 SHAPE = {"image_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}
 BACKBONES = {
@@ -60,6 +61,17 @@ def test_pyramid__places_stay_where_they_are(name):
         strength = (one - other).abs().mean(dim=(0, 1))
         rows, columns = strength.shape
         assert strength[rows // 2 :, columns // 2 :].mean() > strength[: rows // 2, : columns // 2].mean()
+
+
+@pytest.mark.parametrize(("name", "full"), [("vit, 16 px", (48, 96)), ("resnet10t", (64, 96))])
+def test_pyramid__of_an_image_that_is_no_multiple_of_a_stride_what_is_missing_lies_below_and_to_the_right(name, full):
+    pyramid, images = Pyramid(BACKBONES[name]()).eval(), torch.randn(1, 3, 40, 90)
+    whole = torch.zeros(1, 3, *full)
+    whole[..., :40, :90] = images
+    with torch.no_grad():
+        for features, expected in zip(pyramid(images), pyramid(whole), strict=True):
+            rows, columns = features.shape[-2:]
+            torch.testing.assert_close(features, expected[..., :rows, :columns])
 
 
 def test_pyramid__a_hybrid_gives_the_maps_of_its_own_stages():
@@ -114,6 +126,14 @@ def test_windows__tokens_see_other_windows_in_the_last_block_of_each_quarter_alo
         assert int((gradient[0].abs().sum(dim=1) > 0).sum()) == reached
     first = torch.autograd.grad(vit.blocks[0](tokens)[0, 9].sum(), tokens)[0][0].abs().sum(dim=1)
     assert first.nonzero().flatten().tolist() == [0, 1, 8, 9]  # the square of rows 0, 1 and columns 0, 1
+
+
+def test_windows__patches_come_back_to_their_places_and_a_class_token_as_the_mean_over_windows():
+    windows = Windows(create_vit("tiny", patch_size=8, class_token=True, **SHAPE).backbone, 2)
+    windows.grid = (4, 6)
+    tokens, other = torch.randn(3, 25, 32), torch.randn(18, 5, 32)
+    torch.testing.assert_close(windows.join(windows.split(tokens)), tokens)
+    torch.testing.assert_close(windows.join(other)[:, 0], other.unflatten(0, (3, 6))[:, :, 0].mean(dim=1))
 
 
 def test_windows__leave_stochastic_depth_to_whole_images():
