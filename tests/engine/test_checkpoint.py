@@ -35,7 +35,7 @@ def test_trainer__the_first_rank_alone_has_tensors_to_write(paint, tmp_path, ran
     assert bool(checkpoint.read(written / "model")) == bool(checkpoint.read(written / "optimizer")) == (rank == 0)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "lamb", "adafactorbv", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "lamb", "adafactor", "adafactorbv", "muon"])
 def test_load__a_run_goes_on_with_any_optimizer_as_if_it_had_not_stopped(name, tmp_path):
     def begin():
         torch.manual_seed(0)
