@@ -13,8 +13,8 @@ from timm.models import save_for_hf
 from torch.nn import functional as F
 
 import dmjd
-from dmjd.backbones.convvit import SIZES, ConvViT, create_convvit
-from dmjd.backbones.depthwise import nested_positions
+from dmjd.backbones.convvit import SIZES, ConvBlock, ConvViT, create_convvit
+from dmjd.backbones.depthwise import layout_of, nested_positions
 from dmjd.backbones.files import save_backbone
 from dmjd.engine.distributed import Ranks
 from dmjd.evaluation.features import FeatureExtractor
@@ -319,3 +319,12 @@ def test_convvit__what_it_cannot_do_is_said():
         model.reset_classifier(3, "max")
     with pytest.raises(ValueError, match="NCHW"):
         model.forward_intermediates(torch.zeros(1, 3, 64, 64), output_fmt="NHWC")
+
+
+def test_conv_block__stochastic_depth_leaves_out_whole_maps():
+    torch.manual_seed(0)
+    block, rows = ConvBlock(8, 2.0, drop_path=0.5).train(), torch.randn(32 * 16, 8)
+    layout = layout_of(torch.arange(4).expand(32, -1), (2, 2), 2)
+    moved = (block(rows, layout) != rows).any(dim=1).view(32, 16)
+    assert (moved.all(dim=1) | ~moved.any(dim=1)).all()
+    assert 0 < moved[:, 0].sum() < 32
