@@ -18,6 +18,7 @@ from dmjd.data.source import (
     Readable,
     Source,
     Subset,
+    evenly,
     fingerprint,
     has_labels,
     hold_out,
@@ -315,6 +316,12 @@ def test_labels_of__are_those_of_the_images_asked_for(tmp_path, write):
     assert labels_of(images, [2, 0, 2]).tolist() == [1, 0, 1]
     assert has_labels(images)
     assert not has_labels(folder_images(tmp_path / "cat", Wanted(3)))
+
+
+def test_evenly__reaches_from_the_first_to_the_last():
+    assert evenly(10, 3) == [0, 4, 9]
+    assert evenly(3, 10) == [0, 1, 2]
+    assert evenly(1, 10) == [0]
 
 
 def test_fingerprint__tells_names_and_their_order_apart_and_is_that_of_older_runs():
