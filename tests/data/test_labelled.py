@@ -95,9 +95,10 @@ def test_labelled_parts__a_list_needs_a_column_and_shards_a_pattern(tmp_path, wr
     assert "or as .cls files of shards, which a pattern names" in refusal(tmp_path / "s-0.tar")
 
 
-def test_labelled_parts__labels_that_are_numbers_to_be_predicted_are_no_classes(tmp_path, write):
+@pytest.mark.parametrize("ending", ["", ".5"])
+def test_labelled_parts__labels_that_are_numbers_to_be_predicted_are_no_classes(ending, tmp_path, write):
     write(tmp_path, *(f"{number}.png" for number in range(9)))
-    rows = "".join(f"{number}.png,{number}.5\n" for number in range(9))
+    rows = "".join(f"{number}.png,{number}{ending}\n" for number in range(9))
     (tmp_path / "list.csv").write_text(f"path,label\n{rows}")
     assert "labels are classes: there is no regression" in refusal(tmp_path / "list.csv")
 

@@ -182,8 +182,8 @@ def labelled_parts(parts: Parts, *, address: str, seed: int, fraction: float = 1
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         said = f"held-out classes without training images: {', '.join(unknown[:5])}{more}"
-        numbers = all(re.fullmatch(r"-?\d+\.\d+(e-?\d+)?", name) for name in unknown)
-        todo = "labels are classes: there is no regression, which predicts numbers" if numbers else "add some"
+        numbers = all(re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", name) for name in unknown)
+        todo = "add some" + "; labels are classes: there is no regression, which predicts numbers" * numbers
         raise DataError(f"{said}; {address}; {todo}")
     if fraction == 1.0 and shots is None:
         return parts
