@@ -520,6 +520,11 @@ def test_help__lists_the_verbs_in_the_order_of_use(capsys: pytest.CaptureFixture
     assert listed == NAMES
 
 
+def test_help__says_that_the_preset_auto_replaces_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "--help"]) == 0
+    assert "The preset auto, the default, replaces" in " ".join(capsys.readouterr().out.split())
+
+
 def test_help__says_nothing_of_an_empty_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["linear", "--help"]) == 0
     assert "[default: ()]" not in capsys.readouterr().out

@@ -65,7 +65,14 @@ class Verb(NamedTuple):
 
 
 VERBS = (
-    Verb("pretrain", PretrainSettings, "Pre-train a backbone on unlabelled images.", PRESETS),
+    Verb(
+        "pretrain",
+        PretrainSettings,
+        "Pre-train a backbone on unlabelled images.\n\n"
+        "The preset auto, the default, replaces the sizes, epochs, batch and learning rate below by what suits the "
+        "images and the machine. With --preset NAME, this page shows the values of that preset.",
+        PRESETS,
+    ),
     Verb("knn", downstream.KnnSettings, "Classify held-out images by their nearest neighbours in feature space."),
     Verb(
         "linear",
