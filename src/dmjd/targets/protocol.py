@@ -34,7 +34,7 @@ class Target(Protocol):
             truth: True values of all images in the report, (n, L, T), so that they share one choice of colours.
 
         Returns:
-            A picture on the CPU, uint8 (1, 3 or C, h, w), whose sides are multiples of those of the grid of tokens.
+            A picture on the CPU, uint8 (c, h, w) of c = 1, 3 or C channels; h and w are multiples of the grid's sides.
         """
         ...
 
