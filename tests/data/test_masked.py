@@ -121,7 +121,7 @@ def write_arrays(root: Path, pixels: np.ndarray) -> Path:
 def test_samples__two_images_of_the_same_pixels_are_cropped_each_in_its_way(tmp_path: Path) -> None:
     twins = np.random.default_rng(0).integers(0, 256, (1, 12, 14, 3), dtype=np.uint8).repeat(2, axis=0)
     samples = MaskedSamples(folder_images(write_arrays(tmp_path / "twins", twins), Wanted(3)), CROP, 0)
-    for first, second in (each.__getitems__([(0, 0), (0, 1)]).images for each in (samples, stacked(samples))):
+    for first, second in (batch_of(each, [(0, 0), (0, 1)]).images for each in (samples, stacked(samples))):
         assert not torch.equal(first, second)
 
 
