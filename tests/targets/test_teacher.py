@@ -260,6 +260,14 @@ def test_teacher__its_fingerprint_is_what_its_targets_depend_on():
     assert len({own, *(teacher.fingerprint() for teacher in others)}) == 7
 
 
+def test_teacher__what_resizing_makes_brighter_than_white_is_white():
+    bars = 255 * ((torch.arange(16) // 4) % 2).expand(1, 3, 16, 16).byte()
+    shown = F.interpolate(bars.float(), (32, 32), mode="bicubic", antialias=True)
+    assert shown.max() > 260
+    found, expected = (Teacher(FeatureMaps(vit()), (4, 4))(each) for each in (bars, shown.clamp(0, 255)))
+    torch.testing.assert_close(found, expected)
+
+
 def test_teacher__a_cache_is_asked_first():
     teacher = Teacher(FeatureMaps(vit()), (4, 4))
     plain = teacher(images())
