@@ -328,3 +328,10 @@ def test_conv_block__stochastic_depth_leaves_out_whole_maps():
     moved = (block(rows, layout) != rows).any(dim=1).view(32, 16)
     assert (moved.all(dim=1) | ~moved.any(dim=1)).all()
     assert 0 < moved[:, 0].sum() < 32
+
+
+def test_convvit__stochastic_depth_grows_from_the_first_block_to_the_last():
+    model = timm.create_model("convvit_tiny", drop_path_rate=0.7)
+    places = [block.drop_path for block in (*model.blocks1, *model.blocks2)]
+    places += [block.drop_path1 for block in model.blocks3]
+    assert [place.drop_prob for place in places] == pytest.approx([0.1 * number for number in range(8)])
