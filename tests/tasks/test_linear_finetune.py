@@ -1,6 +1,7 @@
 """What labels make of a backbone, end to end on small files."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -47,6 +48,14 @@ def test_linear__classifies_and_writes_its_result(backbones, colours, tmp_path, 
     assert found["train_images"] == {"--shots 2": 6, "--fraction 0.5": 12}.get(flags, 24)
     for name in ("result.json", "report.html", "per_class.csv", "confusion.png"):
         assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+def test_linear__says_where_to_look_and_how_to_predict(backbones, colours, tmp_path, capsys, monkeypatch):
+    assert main(words("linear", backbones["vit"], colours, tmp_path / "out")) == 0
+    look, _, then = capsys.readouterr().err.splitlines()[-1].partition("; then: dmjd ")
+    assert look == f"look at {tmp_path / 'out' / 'report.html'}"
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(then.replace("IMAGES", str(colours)))) == 0
 
 
 def test_linear__by_the_papers_recipe_it_trains_refuses_to_overwrite_and_resumes(backbones, colours, tmp_path, capsys):

@@ -81,7 +81,7 @@ def _time(found: Mapping[str, Any]) -> list[str]:
     return [
         "TIME",
         f"  utilisation {share} ({how})",
-        f"  a device    {plan['images_per_second']:,.1f} images/s; a step {plan['step_seconds']:.3g} s",
+        f"  a device    {short(plan['images_per_second'])} images/s; a step {plan['step_seconds']:.3g} s",
         f"  the run     {short(plan['hours'])} h, {short(plan['device_hours'])} device-hours{cost}",
     ]
 

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ def write_results(
     template: str,
     page: Mapping[str, Any],
 ) -> None:
-    """Write result.json, per_class.csv and report.html.
+    """Write result.json, per_class.csv and report.html, and print on stderr where to look and how to go on.
 
     Args:
         out: Directory of the results, created if needed; the curves come from its metrics.jsonl.
@@ -52,3 +54,9 @@ def write_results(
         "settings": settings,
     }
     write_page(out / "report.html", template, {**common, **page})
+    said = f"look at {out / 'report.html'}"
+    for network in (out / "best.safetensors", out / "linear.safetensors"):
+        if network.is_file():
+            command = ["dmjd", "predict", "--backbone", str(network), "--data", "IMAGES", "--out", "predicted"]
+            said += f"; then: {shlex.join(command)}"
+    print(said, file=sys.stderr)
