@@ -95,7 +95,7 @@ def test_auto__a_step_is_shared_evenly_by_its_micro_batches(photos):
 
 
 def test_auto__micro_batches_need_not_divide_a_batch_that_nobody_gave(photos):
-    shape = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+    shape = {"image_size": "40", "embed_dim": 16, "depth": 1, "num_heads": 2}  # no multiple of the preset's patch
     small = {"minutes": 0.02, "model": shape, "optim": {"accumulation": 3}}
     assert auto(photos, **small).run.batch_size % 3 == 0
     with pytest.raises(

@@ -74,12 +74,12 @@ def choose(settings: PretrainSettings, own: Mapping[str, Any], parse: Parse) -> 
 
 def _choose(settings: PretrainSettings, own: Mapping[str, Any], parse: Parse, ranks: Ranks) -> tuple[Chosen, list[str]]:
     run, kind = settings.run, "cpu" if ranks.device.type == "cpu" else "gpu"
-    parts = ranks.world_size * settings.optim.accumulation
-    # Check the user's own batch size, if there is one.
-    ranks.micro_batch(parse({"batch_size": parts}).run.batch_size, settings.optim.accumulation)
     given, minutes = given_network(settings), run.minutes or MINUTES
     usual = Facts(1, auto.SIDES["cpu"][-1], settings.model.in_chans, "cpu", minutes)
-    make(parse(auto.networks(usual, own, given)[0]))  # refuse conflicting settings before searching for images
+    parts = ranks.world_size * settings.optim.accumulation
+    first = parse(auto.networks(usual, own, given)[0] | {"batch_size": parts})  # or with the user's own batch size
+    ranks.micro_batch(first.run.batch_size, settings.optim.accumulation)
+    make(first)  # refuse conflicting settings before searching for images
     images, in_chans = find(settings)
     asked = parse({"model": {**auto.image(own, usual.side, kind), "in_chans": in_chans}}).model.in_chans
     if asked != in_chans:  # the user's own
