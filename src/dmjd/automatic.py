@@ -42,7 +42,6 @@ from dmjd.method import DMJD
 MINUTES = 30.0  # default
 NUM_LOOKED_AT = 64
 TIMED = 2  # steps, after one to warm up
-IMAGES = {"cpu": 32, "gpu": 256}  # per timed step; fewer would leave a GPU idle
 SPARE = 0.9  # share of the minutes for steps; the rest is for evaluations, checkpoints and the report
 SMALLER = "give a smaller --model.image_size, or choose cpu for --device"  # if the smallest network does not fit
 Parse = Callable[[Chosen], PretrainSettings]  # resolves settings with a choice, which the user's settings override
@@ -96,11 +95,19 @@ def _choose(settings: PretrainSettings, own: Mapping[str, Any], parse: Parse, ra
     waiting = 0.0 if held else few.seconds / len(few) / readers  # seconds per image that all workers together need
 
     def measure(trial: PretrainSettings) -> float:
-        return max(time_image(trial, packed, ranks.device, IMAGES[kind]) / ranks.world_size, waiting)
+        return max(time_image(trial, packed, ranks.device, auto.TRIED[kind]) / ranks.world_size, waiting)
 
     chosen, seconds, passes, larger = largest(networks, training, parse, measure)
     fitting = parse(chosen | {"epochs": passes})
-    chosen = chosen | auto.schedule(facts, fitting.run.epochs, asdict(fitting.masking), parts)
+    chosen = chosen | auto.schedule(
+        facts,
+        fitting.run.epochs,
+        asdict(fitting.masking),
+        world_size=ranks.world_size,
+        accumulation=settings.optim.accumulation,
+    )
+    if parse(chosen).run.batch_size != chosen["batch_size"]:  # the user's own, in parts that the user knows to fit
+        del chosen["optim"]["accumulation"]
     if steps := fitting.run.steps:  # the user's own
         passes = steps * parse(chosen).run.batch_size / len(images)
         chosen["optim"] |= {"warmup_epochs": float(f"{auto.WARM_UP * passes:.3g}")}

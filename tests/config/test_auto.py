@@ -82,4 +82,17 @@ def test_schedule__a_step_has_no_more_images_than_the_set():
 
 @pytest.mark.parametrize(("num_images", "parts", "batch_size"), [(13, 2, 12), (13, 4, 12), (3, 8, 8), (50_000, 6, 60)])
 def test_schedule__a_step_is_shared_evenly_by_ranks_and_micro_batches(num_images, parts, batch_size):
-    assert auto.schedule(facts(num_images=num_images), 10.0, MASKING, parts)["batch_size"] == batch_size
+    chosen = auto.schedule(facts(num_images=num_images), 10.0, MASKING, world_size=2, accumulation=parts // 2)
+    assert chosen["batch_size"] == batch_size
+    assert chosen["optim"]["accumulation"] == parts // 2
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 3), (2, 1), (8, 1)])
+def test_schedule__a_gpu_gets_no_more_images_at_a_time_than_its_memory_was_tried_with(world_size, accumulation):
+    many = facts(num_images=1_000_000, kind="gpu")
+    chosen = auto.schedule(many, 100.0, MASKING, world_size=world_size, accumulation=accumulation)
+    parts = chosen["optim"]["accumulation"]
+    assert parts % accumulation == 0
+    images, rest = divmod(chosen["batch_size"], world_size * parts)
+    assert rest == 0
+    assert auto.TRIED["gpu"] / 2 < images <= auto.TRIED["gpu"]

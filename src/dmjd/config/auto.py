@@ -4,6 +4,7 @@ The method itself is in presets/auto.yaml and was chosen by trials (docs/results
 judgement, except the shape of the smallest network and its learning rate, which come from the trials.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ OFTEN = 100  # views of every image that any network but the smallest must get; 
 MOST = 1600  # views of an image, for any network: as in the longest published recipes
 STEPS = 2000  # steps that a run should still have after its batch is doubled
 ROWS = {"cpu": (32, 128), "gpu": (64, 4096)}  # views in a step
+TRIED = {"cpu": 32, "gpu": 256}  # images in a timed step; fewer would leave a GPU idle
 RATE, HIGHEST_RATE = 5e-4, 2.4e-3  # peak learning rate at 64 rows, and of any step
 WARM_UP = 0.05  # share of the run
 
@@ -123,17 +125,26 @@ def epochs(facts: Facts, seconds: float, views: int) -> float:
     return float(f"{min(fit, MOST / views):.3g}")
 
 
-def schedule(facts: Facts, count: float, masking: Mapping[str, Any], parts: int = 1) -> Chosen:
-    """Choose batch size, learning rate and warm-up for `count` epochs; the batch size is a multiple of `parts`."""
+def schedule(
+    facts: Facts, count: float, masking: Mapping[str, Any], *, world_size: int = 1, accumulation: int = 1
+) -> Chosen:
+    """Choose batch size, micro-batches, learning rate and warm-up for `count` epochs on so many ranks.
+
+    On a GPU, `accumulation` is multiplied until a micro-batch has no more images than fitted into memory when timed.
+    """
     views = masking["num_views"]
     rows = views * count * facts.num_images
     fewest, most = ROWS[facts.kind]
     in_a_step = fewest
     while 2 * in_a_step <= most and rows / (2 * in_a_step) >= STEPS:
         in_a_step *= 2
-    batch_size = max(min(in_a_step // views, facts.num_images) // parts, 1) * parts
+    batch_size = min(in_a_step // views, facts.num_images)
+    if facts.kind == "gpu":
+        accumulation *= math.ceil(batch_size / (world_size * accumulation * TRIED["gpu"]))
+    parts = world_size * accumulation
+    batch_size = max(batch_size // parts, 1) * parts
     # The square root is the rule for Adam (Malladi et al. 2022).
     rate = min(RATE * (in_a_step / 64) ** 0.5, HIGHEST_RATE)
     blr = rate * 256 / batch_size * masking["mask_ratio"] / masking["predict_ratio"]
-    optim = {"blr": float(f"{blr:.3g}"), "warmup_epochs": float(f"{WARM_UP * count:.3g}")}
+    optim = {"blr": float(f"{blr:.3g}"), "warmup_epochs": float(f"{WARM_UP * count:.3g}"), "accumulation": accumulation}
     return {"epochs": count, "batch_size": batch_size, "optim": optim}
