@@ -330,7 +330,9 @@ class Machine:
         }
         path = self.study.folder / f"{job.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(found, indent=1) + "\n")
+        partial.replace(path)
         shutil.rmtree(run)
         print(
             f"{job.name}: linear {measures['linear']['top1']:.1%}, {spent['pretrain']['cpu_seconds']:.0f} s", flush=True
