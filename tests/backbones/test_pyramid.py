@@ -84,7 +84,7 @@ def test_pyramid__a_hybrid_gives_the_maps_of_its_own_stages():
 
 
 def test_pyramid__a_model_without_maps_is_a_value_error():
-    with pytest.raises(ValueError, match="no maps"):
+    with pytest.raises(ValueError, match="no feature maps"):
         Pyramid(torch.nn.Linear(2, 2))
 
 

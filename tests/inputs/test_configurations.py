@@ -136,7 +136,7 @@ BAD = {  # command line: what its error line has to say, each of the parts
     "pretrain --data {colours} --teacher.cache kept --crop.variants 2": "no frozen teacher",
     "pretrain --data {colours} --preset quick --epochs 1 --batch_size 8 --crop.progressive 0.5": "2 sizes of crops",
     "pretrain --preset mae --crop.progressive 2": "crop.progressive",
-    "pretrain --preset data2vec --model.size tiny --crop.progressive 0.5": "not for networks among the targets",
+    "pretrain --preset data2vec --model.size tiny --crop.progressive 0.5": "does not work with a network as the target",
     "pretrain --hog.cell_size 100000": "hog.cell_size 100000 | 1 to 1024",
     "pretrain --hog.cell_size 3": "cell",
     "pretrain --decoder.embed_dim 100000000": "decoder.embed_dim 100000000 | 1 to 16384",
