@@ -15,7 +15,7 @@ def test_class_names__come_from_the_file_given_or_else_from_the_one_beside_the_i
     assert class_names(str(tmp_path), tmp_path / "other.txt") == ("a", "b", "c", "d")
 
 
-@pytest.mark.parametrize(("content", "said"), [("a\nb\na\n", "twice"), ("\n", "no class names"), (None, "No such file")])
+@pytest.mark.parametrize(("content", "said"), [("a\nb\na\n", "twice"), ("\n", "no class"), (None, "No such file")])
 def test_class_names__that_are_no_list_are_refused(tmp_path, content, said):
     if content is not None:
         (tmp_path / "names.txt").write_text(content)
