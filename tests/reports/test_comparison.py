@@ -107,7 +107,6 @@ def test_write_comparison__draws_losses_together_only_where_they_have_a_common_s
     text, tables = compared(tmp_path, alike)
     assert tables.titles[:2] == ["Loss", "Loss over time"]
     assert "a from 1 to 0.125; b from 1 to 0.125" in text
-    assert "no common scale" not in text
     other = write_run(tmp_path / "c", masked={"target": "pixels", "loss": "l2"})
     text, tables = compared(tmp_path, [*alike, other])
     assert tables.titles[:2] == ["Loss of a and b", "Loss of a and b over time"]
