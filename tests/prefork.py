@@ -118,6 +118,7 @@ def serve(requests: socket.socket) -> list[str]:
 
 if __name__ == "__main__":
     # All but dmjd.cli, which runs as the main module.
+    import matplotlib.figure  # noqa: F401
     import sklearn.linear_model  # noqa: F401
     import torch.utils.data  # noqa: F401
 

@@ -553,6 +553,11 @@ def test_help__prints_soon_and_without_torch(verb: str) -> None:
         assert all(f"--{name} " in shown for name, value in walk(PretrainSettings()) if not isinstance(value, bool))
 
 
+def test_pretrain__starts_without_what_only_its_end_needs() -> None:
+    program = "import dmjd.tasks.pretrain, sys; sys.exit(any(name in sys.modules for name in ('matplotlib', 'scipy')))"
+    assert python("-c", program).returncode == 0
+
+
 def defaults_shown(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
     """What the help of a command line has as defaults, by setting."""
     assert main([*words, "--help"]) == 0

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -77,6 +75,9 @@ def near_pairs(
 
 def groups_of(pairs: Int[Tensor, "p 2"], count: int) -> list[list[int]]:
     """Find the connected components of the graph that pairs of numbers below `count` form, in order of their first."""
+    from scipy.sparse import coo_array  # here: a run that pre-trains needs the other functions only, and starts sooner
+    from scipy.sparse.csgraph import connected_components
+
     first, second = pairs.numpy().T
     joined = coo_array((np.ones(len(pairs), np.int8), (first, second)), shape=(count, count))
     _, group = connected_components(joined, directed=False)

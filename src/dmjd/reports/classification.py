@@ -4,14 +4,17 @@ import io
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int
-from matplotlib.figure import Figure
 
+from dmjd.reports.curves import new_figure
 from dmjd.reports.page import data_uri
 from dmjd.reports.results import write_results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_NAMED = 40  # classes whose names fit beside the picture of a confusion matrix
 
@@ -56,11 +59,11 @@ def write_classification(
     )
 
 
-def draw_confusion(confusion: Int[np.ndarray, "true predicted"], classes: Sequence[str]) -> Figure:
+def draw_confusion(confusion: Int[np.ndarray, "true predicted"], classes: Sequence[str]) -> "Figure":
     """Draw a confusion matrix; rows are true classes and sum to one."""
     named = len(classes) <= MOST_NAMED
     side = 2.2 + (0.28 * len(classes) if named else 6)
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    figure = new_figure(side + 0.8, side, layout="constrained")
     axes = figure.subplots()
     shown = axes.imshow(confusion / confusion.sum(axis=1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true")

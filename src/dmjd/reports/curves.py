@@ -4,13 +4,15 @@ import io
 import math
 import re
 from collections.abc import Container, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Integer
 from markupsafe import Markup, escape
-from matplotlib import rc_context
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    # At run time where a figure is drawn: matplotlib takes half a second, and a run draws at its end.
+    from matplotlib.figure import Figure
 
 # Figures are drawn in these placeholder colours; `svg` replaces each with its CSS variable.
 INK, MUTED, LINE, WARN = "#010101", "#020202", "#030303", "#040404"
@@ -158,12 +160,19 @@ def set_scale(axes: Any, title: str, drawn: Sequence[Float[np.ndarray, " _"]]) -
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
 
 
-def plain_axes(height: float = 2.5) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float, **how: Any) -> "Figure":
+    """Make an empty figure of a size in inches; `how` is passed to matplotlib."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), **how)
+
+
+def plain_axes(height: float = 2.5) -> tuple["Figure", Any]:
     """Make a figure, `height` inches high, whose axes have only a base line, faint grid lines and tick labels.
 
     Margins are fixed: matplotlib's automatic layout would draw everything three times.
     """
-    figure = Figure(figsize=(4.6, height))
+    figure = new_figure(4.6, height)
     figure.subplots_adjust(left=0.125, right=0.985, bottom=0.44 / height, top=1 - 0.1 / height)
     axes: Any = figure.subplots()
     axes.spines[["top", "left", "right"]].set_visible(False)
@@ -186,11 +195,13 @@ def add_legend(axes: Any, **names: Any) -> None:
     axes.figure.subplots_adjust(top=1 - (0.12 + 0.17 * rows) / axes.figure.get_figheight())
 
 
-def svg(figure: Figure, name: str, label: str) -> Markup:
+def svg(figure: "Figure", name: str, label: str) -> Markup:
     """Write a figure as inline SVG with real text, theme colours, and unique ids that start with `name`.
 
     `label` describes the figure for screen readers.
     """
+    from matplotlib import rc_context
+
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True)

@@ -1,11 +1,11 @@
 """Classes and objects drawn over an image."""
 
 from collections.abc import Mapping, Sequence
+from colorsys import hsv_to_rgb
 
 import numpy as np
 import torch
 from jaxtyping import Integer, Num, UInt8
-from matplotlib.colors import hsv_to_rgb
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
@@ -16,7 +16,8 @@ def class_colours(count: int) -> UInt8[np.ndarray, "n 3"]:
     """Choose colours of 0..255 for classes, the same in every run, and grey as one more for pixels without a class."""
     numbers = np.arange(count)
     hues = np.stack([numbers * 0.618034 % 1, 0.95 - numbers % 3 * 0.2, 0.95 - numbers % 4 * 0.15], axis=1)
-    return np.vstack([hsv_to_rgb(hues) * 255, [[128, 128, 128]]]).astype(np.uint8)
+    colours = [hsv_to_rgb(*hue) for hue in hues]
+    return np.vstack([np.array(colours).reshape(-1, 3) * 255, [[128, 128, 128]]]).astype(np.uint8)
 
 
 def legend_of(classes: Sequence[str]) -> list[tuple[str, str]]:

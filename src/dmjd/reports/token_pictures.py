@@ -7,20 +7,21 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Integer, UInt8
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dmjd.engine.checkpoint import save_tensors
 from dmjd.errors import CheckpointError
-from dmjd.reports.curves import HUES, INK, MUTED, add_legend, plain_axes, svg
+from dmjd.reports.curves import HUES, INK, MUTED, add_legend, new_figure, plain_axes, svg
 from dmjd.reports.page import png
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PICTURE_BUDGET = 1_200_000  # characters of inline pictures, which keeps the page below 2 MB
 ERROR_COLOURS = ("#10314d", "#2c6c9f", "#e8e4da", "#d9824a", "#8c1d18")  # from none to `WORST`
@@ -150,6 +151,8 @@ def error_picture(
     errors: Float[np.ndarray, " L"], hidden: Bool[np.ndarray, " L"], grid: tuple[int, int]
 ) -> UInt8[np.ndarray, "3 h w"]:
     """Colour the errors of hidden tokens from 0 to `WORST`, one pixel per token; visible tokens are grey."""
+    from matplotlib.colors import LinearSegmentedColormap
+
     shades = LinearSegmentedColormap.from_list("errors", ERROR_COLOURS)
     colours = (shades(errors / WORST)[:, :3] * 255).round().astype(np.uint8)
     return np.where(hidden[:, None], colours, np.uint8(128)).reshape(*grid, 3).transpose(2, 0, 1)
@@ -187,9 +190,11 @@ def coverage(times_hidden: Integer[np.ndarray, "N L"], grid: tuple[int, int], nu
     }
 
 
-def draw_places(mean: Float[np.ndarray, "h w"], num_views: int) -> Figure:
+def draw_places(mean: Float[np.ndarray, "h w"], num_views: int) -> "Figure":
     """Draw the mean number of times that the token at each place was hidden, out of `num_views`."""
-    figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+    from matplotlib.colors import LinearSegmentedColormap
+
+    figure = new_figure(4.6, 2.9, layout="constrained")
     axes = figure.subplots()
     blues = LinearSegmentedColormap.from_list("blues", ["#f1f5f9", "#8fb6d6", "#2c6c9f", "#10314d"])
     shown = axes.imshow(mean, cmap=blues, vmin=0, vmax=num_views)
@@ -202,7 +207,7 @@ def draw_places(mean: Float[np.ndarray, "h w"], num_views: int) -> Figure:
     return figure
 
 
-def draw_shares(shares: Float[np.ndarray, " n"], chance: Float[np.ndarray, " n"]) -> Figure:
+def draw_shares(shares: Float[np.ndarray, " n"], chance: Float[np.ndarray, " n"]) -> "Figure":
     """Draw the share of tokens that were hidden 0, 1, ... times, and the share expected of independent masks."""
     (figure, axes), times = plain_axes(height=2.9), np.arange(len(shares))
     bars = axes.bar(times, shares * 100, 0.55, color=HUES[0], label="measured")
