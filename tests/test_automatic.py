@@ -1,6 +1,7 @@
 """`--preset auto`: what it chooses for a set, and what stands above its choice."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -54,6 +55,17 @@ def test_auto__fits_the_images_and_says_so_in_six_lines_at_most(photos, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert 0 < len(lines) <= 6
     assert "23 images, shorter side 40 px, 3 channels" in lines[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not bind processes to cores")
+def test_auto__says_the_cores_that_it_may_use(photos, capsys):
+    every = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, [min(every)])
+    try:
+        auto(photos, minutes=0.02)
+    finally:
+        os.sched_setaffinity(0, every)
+    assert "; 1 core; " in capsys.readouterr().err
 
 
 @pytest.mark.long

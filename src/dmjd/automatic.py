@@ -3,7 +3,6 @@
 The rules are in `dmjd.config.auto`.
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from dmjd.data.masked import MaskedSamples
 from dmjd.data.memory import MEMORY_LIMIT, PackedImages, stack_of
 from dmjd.data.sampler import StepKeys
 from dmjd.data.source import Source, Subset, View, evenly, measure_levels, split
+from dmjd.data.workers import usable_cores
 from dmjd.engine.device import choose_precision, is_memory_error, memory_errors
 from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
 from dmjd.engine.optim import create_optimizer
@@ -304,7 +304,8 @@ def describe(
 ) -> list[str]:
     """Describe the choices and their reasons in a few lines."""
     model, masking, run = settings.model, settings.masking, settings.run
-    where = f"{os.cpu_count()} cores" if device.type == "cpu" else str(device)
+    cores = usable_cores()
+    where = f"{cores} core{'s' * (cores > 1)}" if device.type == "cpu" else str(device)
     channels = f"{facts.in_chans} channel{'s' if facts.in_chans > 1 else ''}"
     shape = f" {model.embed_dim} wide" if model.embed_dim else f" of size {model.size}"
     network = model.backbone + ("" if model.has_own_shape else shape)
