@@ -128,6 +128,18 @@ def test_open__the_first_rank_finds_a_set_before_the_others(
     assert found == [*range(1, times + 1)]
 
 
+def test_open__a_given_range_is_that_of_the_images_even_if_it_is_that_of_bytes(
+    backbones: dict[str, Path], tmp_path: Path
+) -> None:
+    dark = np.random.default_rng(0).uniform(0, 100, (3, 9, 8, 3)).astype(np.float32)
+    np.save(tmp_path / "images.npy", dark)
+    for given in ((0.0, 255.0), (0.0, 510.0)):
+        extractor = FeatureExtractor(str(backbones["vit"]), ranks=Ranks(torch.device("cpu")), value_range=given)
+        (images,) = extractor.open(lambda wanted: open_all(str(tmp_path / "images.npy"), wanted))
+        np.testing.assert_allclose(images.read(0).permute(1, 2, 0), dark[0] * (255 / given[1]), rtol=1e-5)
+        assert extractor.value_range == given
+
+
 def test_stream__what_is_seen_goes_to_the_first_rank_alone(backbones: dict[str, Path], tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", np.zeros((5, 9, 8, 3), np.uint8))
     extractor = FeatureExtractor(str(backbones["vit"]), ranks=NotingRanks(torch.device("cpu")), workers=0)

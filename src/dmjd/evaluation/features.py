@@ -134,9 +134,9 @@ class FeatureExtractor:
         wanted: Any = model.pretrained_cfg
         self.in_chans, *size = wanted["input_size"]
         self.image_hw: tuple[int, int] = (size[0], size[1])
-        known = value_range or getattr(model, "value_range", None)
-        levels = Levels(*map(float, known)) if known and tuple(known) != (0.0, 255.0) else None
-        self.wanted = Wanted(self.in_chans, self.image_hw, levels, pages)
+        trained = tuple(getattr(model, "value_range", None) or (0.0, 255.0))
+        known = value_range or (trained if trained != (0.0, 255.0) else None)  # a file with 0..255 may be of bytes
+        self.wanted = Wanted(self.in_chans, self.image_hw, Levels(*map(float, known)) if known else None, pages)
         self.statistics: tuple[list[float], list[float]] = (list(wanted["mean"]), list(wanted["std"]))
         self.normalize = Normalize(*self.statistics).to(self.device)
 

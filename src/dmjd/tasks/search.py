@@ -95,7 +95,8 @@ def backbone_of(settings: SearchSettings, bank: FeatureBank, ranks: Ranks) -> Fe
     if made_by and Path(name).is_file() and sha256(Path(name)) != made_by:
         raise CheckpointError(f"another backbone computed the features; {name}; give that one, or embed again")
     images = {name: value for name, value in settings.run.keywords.items() if value is not None}
-    known = {"value_range": bank.record.get("value_range"), "pages": bank.record.get("data_pages")}
+    ranged = bank.record.get("value_range")
+    known = {"value_range": ranged if ranged != [0.0, 255.0] else None, "pages": bank.record.get("data_pages")}
     return FeatureExtractor(name=name, ranks=ranks, **{**known, **images})
 
 
