@@ -220,6 +220,16 @@ def test_decode__images_are_turned_as_their_exif_says(ending: str, orientation: 
     assert np.array_equal(image.permute(1, 2, 0).numpy(), np.array(shown.convert("RGB")))
 
 
+@pytest.mark.parametrize("ending", ["JPEG", "PNG", "WEBP"])
+def test_decode__an_image_whose_exif_is_broken_is_upright(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(encoded(picture("RGB"), ending, exif=b"Exif\0\0no EXIF at all"))
+    with Image.open(path) as image:
+        stored = np.array(image)
+    assert np.array_equal(decode(path, Wanted(3)).permute(1, 2, 0).numpy(), stored)
+    assert orientation(path) == 1
+
+
 def test_decode__a_tiff_of_an_orientation_that_there_is_not_is_not_turned(tmp_path: Path) -> None:
     array = np.random.default_rng(0).integers(0, 60000, (9, 13, 5), dtype=np.uint16)
     path = tmp_path / "image.tif"

@@ -19,7 +19,7 @@ import simplejpeg
 import tifffile
 import torch
 from jaxtyping import Num
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, _imaging
+from PIL import Image, ImageFile, UnidentifiedImageError, _imaging
 from torch import Tensor
 
 from dmjd.data.levels import Levels
@@ -203,7 +203,7 @@ def orientation(path: Path) -> int:
             with open_regular(path) as file, tifffile.TiffFile(file) as tiff:
                 return _known_or_upright(pages_of(tiff)[0].tags.valueof(ORIENTATION))
         with open_regular(path) as file, open_picture(file) as image:
-            return _known_or_upright(image.getexif().get(ORIENTATION))
+            return _turned(image)
     except Exception:  # an array or a medical image has none
         return 1
 
@@ -282,12 +282,25 @@ def _orientation(content: bytes) -> int:
             return 1
         place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
     with open_picture(BytesIO(content)) as image:
+        return _turned(image)
+
+
+def _turned(image: Image.Image) -> int:
+    """Read the EXIF orientation of an open image; with EXIF data that are broken it is upright, as in viewers."""
+    try:
         return _known_or_upright(image.getexif().get(ORIENTATION))
+    except Exception:  # Pillow raises all kinds of errors
+        return 1
 
 
 def _pillow(image: Image.Image, wanted: Wanted) -> np.ndarray:
     """Decode an image with Pillow, deep images of one channel as they are."""
-    ImageOps.exif_transpose(image, in_place=True)
+    image.load()  # turns a TIFF, which then has no orientation any more
+    return turn(_values(image, wanted), _turned(image))
+
+
+def _values(image: Image.Image, wanted: Wanted) -> np.ndarray:
+    """Copy the values of an image that Pillow has decoded, as stored."""
     if image.mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint16)
     if image.mode in ("I", "F"):
