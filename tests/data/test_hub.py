@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants
 from PIL import Image
 
 from dmjd.data.decode import BadImage, Wanted
@@ -108,6 +109,19 @@ def test_hub__a_folder_of_images_opens_through_the_library(tmp_path, write):
     train, held_out = open_source(f"hf:{tmp_path / 'set'}")
     assert (train.classes, labels(train), len(held_out)) == (("cat", "dog"), [0, 1], 2)
     assert train.read(0).shape == (3, 4, 6)
+
+
+def test_hub__files_may_lie_wherever_the_hub_keeps_its_own_and_nowhere_else(tmp_path, monkeypatch):
+    for folder in ("hub", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        cell(tmp_path / folder, 7)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    cells = [{"bytes": None, "path": str(tmp_path / folder / "cell.png")} for folder in ("hub", "elsewhere")]
+    pq.write_table(pa.table({"image": cells}), tmp_path / "set.parquet")
+    source = only(f"hf:{tmp_path / 'set.parquet'}")
+    assert (source.read(0) == 7).all()
+    with pytest.raises(BadImage, match="outside of the set"):
+        source.read(1)
 
 
 def test_hub__what_is_wrong_is_said_in_one_line(tmp_path):

@@ -112,8 +112,9 @@ def _load(data: str, name: str, config: str | None = None, revision: str | None 
 def _folders(name: str) -> tuple[Path, ...]:
     """List where the files of a set may lie: in its folder, and where the library keeps what it downloads."""
     import datasets
+    from huggingface_hub import constants
 
-    kept = (datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME)
+    kept = (datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME, constants.HF_HUB_CACHE)
     return tuple(Path(folder).expanduser().resolve() for folder in (*kept, *([name] if Path(name).is_dir() else [])))
 
 
