@@ -43,6 +43,12 @@ def test_near_pairs__are_those_of_all_pairs_once(small_blocks):
     assert (similar >= 0.9).all()
 
 
+def test_near_pairs__of_equal_rows_are_found_by_a_threshold_of_one():
+    rows = np.random.default_rng(0).normal(size=(50, 384)).astype(np.float32)
+    pairs, _ = near_pairs(np.concatenate([rows, rows]), threshold=1.0, device=CPU)
+    assert pairs.tolist() == [[row, row + 50] for row in range(50)]
+
+
 def test_near_pairs__too_many_are_refused(small_blocks, monkeypatch):
     monkeypatch.setattr(neighbours, "MOST_PAIRS", 100)
     with pytest.raises(ConfigError, match=r"more than 100 pairs are this similar; --threshold 0.9; choose a higher"):

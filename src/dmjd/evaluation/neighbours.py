@@ -14,6 +14,7 @@ from dmjd.errors import ConfigError, DataError
 SIMILARITIES = 2**24  # held in memory at a time: 64 MiB
 BLOCK = 4096  # images compared with as many others at a time
 MOST_PAIRS = 1_000_000
+ROUNDING = 1e-6  # the computed similarity of equal rows may be so much less than 1
 
 
 def nearest(
@@ -61,7 +62,8 @@ def near_pairs(
     for first, ours in seen:
         for ahead, others in blocks(bank[first:], BLOCK, device):
             found = ours @ others.T
-            near = found >= threshold if ahead else (found >= threshold).triu(diagonal=1)
+            near = found >= threshold - ROUNDING
+            near = near if ahead else near.triu(diagonal=1)
             if not near.any():
                 continue
             similar.append(found[near].cpu())
