@@ -98,6 +98,17 @@ def test_pretrain__range_and_statistics_can_be_said(
     assert lines(tmp_path / "one")[0]["loss"] != lines(tmp_path / "two")[0]["loss"]
 
 
+@pytest.mark.parametrize("place", ["auto", "no"])
+def test_pretrain__a_range_of_bytes_for_deeper_images_is_refused_wherever_they_lie(
+    bands: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    file = tmp_path / "statistics.json"
+    file.write_text(json.dumps({"mean": [0.4] * 5, "std": [0.2] * 5}))
+    words = ["--model.in_chans", "5", "--data_statistics", str(file), "--data_on_device", place]
+    assert pretrain(bands, tmp_path / "run", *words) == 3
+    assert "where images are said to have 8 bits or most of them do" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "code", "reason"),
     [

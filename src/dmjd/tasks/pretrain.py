@@ -22,7 +22,7 @@ from dmjd.config.rules import flags_of, to_dict
 from dmjd.data.crops import RandomCrop, center_crop
 from dmjd.data.decode import Wanted
 from dmjd.data.folder import ignored_files
-from dmjd.data.levels import BYTES, Levels
+from dmjd.data.levels import BYTES, Levels, refuse_deep
 from dmjd.data.loader import read_batches
 from dmjd.data.masked import MaskedBatch, MaskedSamples
 from dmjd.data.memory import PackedImages, in_memory, stack_of
@@ -219,9 +219,12 @@ def training_samples(settings: PretrainSettings, images: Source, levels: Levels,
     Raises:
         ConfigError: If images are to be on the device but do not form a tensor, or crops have more sizes than the run
             has epochs.
+        DataError: If images have more than 8 bits, but are said to range from 0 to 255.
     """
     crop, asked = settings.crop, settings.run.data_on_device
     stack = stack_of(images) if asked != "no" else None
+    if stack and levels == BYTES:
+        refuse_deep(stack.pixels, images.address)
     if asked == "yes" and stack is None:
         raise ConfigError(f"images of several sizes, or too many to hold; {images.address}; --data_on_device auto")
     stack = stack.to(device) if stack and (asked == "yes" or stack.fits(device)) else None
