@@ -2,14 +2,17 @@
 
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 
 from dmjd.errors import CheckpointError
+from dmjd.evaluation import feature_file
 from dmjd.evaluation.feature_file import FeatureWriter
 
 
@@ -56,3 +59,24 @@ def test_append__the_disk_has_the_rows_before_the_state_that_counts_them(
     monkeypatch.setattr(os, "fsync", noting)
     append_twice(tmp_path / "f.npy")
     assert len(states) == 2
+
+
+def test_finish__memory_does_not_grow_with_the_rows_of_a_parquet_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_file, "ROW_GROUP", 2**10)
+    feature_file.pyarrow()[0].array(["what it imports by and by is not counted"]).cast("large_string")
+    count = 20_000
+    with closing(FeatureWriter(tmp_path / "f.parquet", {}, columns=["path", "label"], dtype="float32")) as writer:
+        writer.begin(resume=False)
+        names = [[f"{number:05d}.png", *(["odd"] if number % 2 else [])] for number in range(count)]
+        writer.append(np.arange(count, dtype=np.float32)[:, None], names, 0, (0, count))
+        tracemalloc.start()
+        writer.finish()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 50 * count  # bytes; a list of two texts takes about 200
+    table = parquet.read_table(tmp_path / "f.parquet")
+    assert table["path"].to_pylist() == [name for name, *_ in names]
+    assert table["label"].to_pylist() == [None, "odd"] * (count // 2)
+    assert table["feature"].to_pylist() == [[float(number)] for number in range(count)]

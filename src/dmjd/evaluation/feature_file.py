@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
@@ -182,21 +183,22 @@ def write_parquet(out: Path, rows: Path, table: Path) -> None:
     """Write one table of names, labels and features, of shape (D) or (L, D), group by group."""
     arrow, parquet = pyarrow()
     values = np.load(rows, mmap_mode="r")
-    with table.open(newline="", encoding="utf-8") as file:
-        columns, *cells = csv.reader(file)
     kind = arrow.from_numpy_dtype(values.dtype)
     for length in reversed(values.shape[1:]):
         kind = arrow.list_(kind, length)
-    schema = arrow.schema([*((name, arrow.string()) for name in columns), ("feature", kind)])
     at_once = max(ROW_GROUP // max(values[:1].nbytes, 1), 1)
     partial = out.with_name(f".{out.name}.partial")
-    with parquet.ParquetWriter(partial, schema) as writer:
+    with ExitStack() as files:
+        lines = csv.reader(files.enter_context(table.open(newline="", encoding="utf-8")))
+        columns = next(lines)
+        schema = arrow.schema([*((name, arrow.string()) for name in columns), ("feature", kind)])
+        writer = files.enter_context(parquet.ParquetWriter(partial, schema))
         for start in range(0, len(values), at_once):
-            part = slice(start, start + at_once)
-            feature = arrow.array(values[part].reshape(-1))
+            feature = arrow.array(values[start : start + at_once].reshape(-1))
             for length in reversed(values.shape[1:]):
                 feature = arrow.FixedSizeListArray.from_arrays(feature, length)
-            named = [[row[place] if place < len(row) else None for row in cells[part]] for place in range(len(columns))]
+            cells = list(islice(lines, at_once))
+            named = [[row[place] if place < len(row) else None for row in cells] for place in range(len(columns))]
             writer.write_table(arrow.table([*map(arrow.array, named), feature], schema=schema))
     flush(partial)
     partial.replace(out)
