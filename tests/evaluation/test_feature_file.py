@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
-from dmjd.errors import CheckpointError
+from dmjd.errors import CheckpointError, DataError
 from dmjd.evaluation import feature_file
-from dmjd.evaluation.feature_file import FeatureWriter
+from dmjd.evaluation.feature_file import FeatureWriter, read_features
 
 
 def append_twice(out: Path) -> None:
@@ -80,3 +80,9 @@ def test_finish__memory_does_not_grow_with_the_rows_of_a_parquet_file(
     assert table["path"].to_pylist() == [name for name, *_ in names]
     assert table["label"].to_pylist() == [None, "odd"] * (count // 2)
     assert table["feature"].to_pylist() == [[float(number)] for number in range(count)]
+
+
+def test_read_features__an_empty_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "f.npy").write_bytes(b"")
+    with pytest.raises(DataError, match="no features"):
+        read_features(tmp_path / "f.npy")

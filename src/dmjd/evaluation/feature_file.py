@@ -226,7 +226,7 @@ def read_features(path: Path) -> FeatureBank:
         raise DataError(f"not an .npy file; {path}; give the F.npy that dmjd embed --out F.npy has written")
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:  # EOFError for an empty file
         reason = one_line(error, 200)
         raise DataError(f"no features ({reason}); {path}; give the F.npy that dmjd embed has written") from None
     if rows.ndim != 2 or rows.dtype.kind != "f":
