@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
-from dmjd.errors import CheckpointError, DataError
+from dmjd.errors import CheckpointError, ConfigError, DataError
 from dmjd.evaluation import feature_file
 from dmjd.evaluation.feature_file import FeatureWriter, read_features
 
@@ -39,6 +39,22 @@ def test_begin__rows_that_got_lost_are_one_line(name: str, lose: Callable[[Path]
         pytest.raises(CheckpointError, match=f"rows are missing or truncated; .*{name}; leave out --resume"),
     ):
         writer.begin(resume=True)
+
+
+def test_begin__a_second_process_is_refused_until_the_first_has_finished(tmp_path: Path) -> None:
+    def writer() -> FeatureWriter:
+        return FeatureWriter(tmp_path / "f.npy", {}, columns=["path"], dtype="float32")
+
+    with closing(writer()) as first, closing(writer()) as second:
+        first.begin(resume=False)
+        for resume in (False, True):
+            with pytest.raises(ConfigError, match=r"another process is writing these features; .*f\.npy; wait for it"):
+                second.begin(resume=resume)
+        first.append(np.ones((2, 3), np.float32), [["a.png"], ["b.png"]], 0, (0, 2))
+        first.finish()
+    assert np.load(tmp_path / "f.npy").tolist() == [[1.0] * 3] * 2
+    with closing(writer()) as third:
+        assert third.begin(resume=True) == (0, 0)
 
 
 def test_append__the_disk_has_the_rows_before_the_state_that_counts_them(

@@ -21,7 +21,8 @@ from numpy.lib import format as npy
 
 from dmjd.data.cells import plain_cell
 from dmjd.engine.checkpoint import flush, write_atomically
-from dmjd.errors import CheckpointError, DataError, extra, one_line
+from dmjd.engine.claim import lock
+from dmjd.errors import CheckpointError, ConfigError, DataError, extra, one_line
 
 PARQUET = ".parquet"
 ROW_GROUP = 2**26  # approximate bytes of features in one row group of a Parquet file
@@ -90,16 +91,24 @@ class FeatureWriter:
 
         Raises:
             CheckpointError: If the files are those of a different run, or incomplete.
+            ConfigError: If another process is writing them.
         """
         self.out.parent.mkdir(parents=True, exist_ok=True)
         rows, table, state = self.partial
+        rows.touch()
+        self.matrix: BinaryIO = self.files.enter_context(rows.open("r+b"))
+        try:
+            lock(self.matrix, self.out)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process is writing these features; {self.out}; wait for it, or choose another --out"
+            ) from None
         if resume and state.exists():
             self.restore(json.loads(state.read_text("utf-8")))
         else:
-            rows.write_bytes(b"")
+            self.matrix.truncate()
             table.write_text(",".join(self.columns) + "\r\n", "utf-8")
             state.unlink(missing_ok=True)
-        self.matrix: BinaryIO = self.files.enter_context(rows.open("r+b"))
         self.matrix.seek(0, io.SEEK_END)
         text = table.open("a", newline="", encoding="utf-8", errors="backslashreplace")
         self.table: TextIO = self.files.enter_context(text)
@@ -154,8 +163,8 @@ class FeatureWriter:
         rows, table, state = self.partial
         self.matrix.seek(0)
         self.write_header()
-        self.close()
-        for path in (rows, table):
+        for path, file in ((rows, self.matrix), (table, self.table)):
+            file.flush()
             flush(path)
         record = {name: value for name, value in self.made_of.items() if value is not None}
         write_atomically(self.out.with_suffix(".json"), json.dumps({**record, "images": self.rows}, indent=1))
@@ -167,6 +176,7 @@ class FeatureWriter:
             rows.replace(self.out)
             table.replace(self.out.with_suffix(".csv"))
         state.unlink()
+        self.close()  # not before: the lock ends with it
 
     def close(self) -> None:
         """Close the files and keep them for a later run."""

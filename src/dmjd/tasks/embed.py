@@ -30,7 +30,7 @@ def embed(settings: EmbedSettings) -> dict[str, Any] | None:
 
     Raises:
         CheckpointError: If the backbone does not load, or the files to continue are from a run with other settings.
-        ConfigError: If the backbone has no such layers, or `out` is among the images.
+        ConfigError: If the backbone has no such layers, `out` is among the images, or another process is writing it.
         DataError: If there are no images, or none decodes.
     """
     began, run = time.perf_counter(), settings.run
