@@ -35,7 +35,7 @@ def test_trainer__the_first_rank_alone_has_tensors_to_write(paint, tmp_path, ran
     assert bool(checkpoint.read(written / "model")) == bool(checkpoint.read(written / "optimizer")) == (rank == 0)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "lamb", "adafactor", "adafactorbv", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "lamb", "adafactor", "adafactorbv", "muon", "lookahead_adamw"])
 def test_load__a_run_goes_on_with_any_optimizer_as_if_it_had_not_stopped(name, tmp_path):
     def begin():
         torch.manual_seed(0)
@@ -49,13 +49,13 @@ def test_load__a_run_goes_on_with_any_optimizer_as_if_it_had_not_stopped(name, t
             optimizer.step()
 
     whole, optimizer = begin()
-    go_on(whole, optimizer, range(1, 6))
+    go_on(whole, optimizer, range(1, 14))  # every sixth step is one of Lookahead's
     stopped, optimizer = begin()
-    go_on(stopped, optimizer, range(1, 3))
-    path = checkpoint.save(tmp_path, checkpoint.collect(stopped, stopped, optimizer), {"step": 2})
+    go_on(stopped, optimizer, range(1, 8))
+    path = checkpoint.save(tmp_path, checkpoint.collect(stopped, stopped, optimizer), {"step": 7})
     resumed, optimizer = begin()
     checkpoint.load(path, model=resumed, trained=resumed, optimizer=optimizer)
-    go_on(resumed, optimizer, range(3, 6))
+    go_on(resumed, optimizer, range(8, 14))
     assert resumed.state_dict().keys() == whole.state_dict().keys()
     for key, value in resumed.state_dict().items():
         assert torch.equal(value, whole.state_dict()[key]), key

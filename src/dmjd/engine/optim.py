@@ -39,7 +39,7 @@ def create_optimizer(
         options["fused"] = True
     try:
         if heads is None:
-            return timm.optim.create_optimizer_v2(model, layer_decay=layer_decay, **options)
+            return with_state(timm.optim.create_optimizer_v2(model, layer_decay=layer_decay, **options))
         decay = layer_decay or 1.0
         kept: set[str] = getattr(model, "no_weight_decay", set)()
         groups = timm.optim.param_groups_layer_decay(model, weight_decay, kept, layer_decay=decay)
@@ -47,9 +47,15 @@ def create_optimizer(
         if any(parameter.ndim > 1 for parameter in last):  # a block: timm counts from the last layer, heads lie above
             groups = [group | {"lr_scale": decay * group["lr_scale"]} for group in groups]
         groups += timm.optim.param_groups_weight_decay(heads, weight_decay)
-        return timm.optim.create_optimizer_v2(groups, **options)
+        return with_state(timm.optim.create_optimizer_v2(groups, **options))
     except (AssertionError, IndexError, TypeError, ValueError) as error:
         raise ConfigError(f"optim.name {name!r}: {error}") from None
+
+
+def with_state(optimizer: Optimizer) -> Optimizer:
+    """Give timm's Lookahead, whose own state is always empty, that of the optimizer inside it, for checkpoints."""
+    optimizer.state = getattr(optimizer, "_base_optimizer", optimizer).state
+    return optimizer
 
 
 Shape = Literal["cosine", "poly"]
