@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from prefork import start_ranks
 
 from dmjd.backbones.feature_maps import FeatureMaps
 from dmjd.cli import main
@@ -96,20 +97,20 @@ def test_cache__a_disk_too_small_and_a_file_that_is_no_cache_are_one_line(tmp_pa
         TargetCache(teacher(), tmp_path, precision="fp32")
 
 
-def test_pretrain__with_kept_targets_a_second_run_loses_the_same_and_computes_none(tmp_path, capsys):
+def with_a_cache(folder: Path) -> list[str]:
+    """Write images and a teacher, and return the flags of a run that caches its targets in `kept`."""
     for number in range(24):
-        path = tmp_path / "photos" / f"{number}.png"
+        path = folder / "photos" / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
-    timm.models.save_for_hf(teacher().maps.network, tmp_path / "teacher")
-    words = [
-        *TINY.split(),
-        "--data",
-        str(tmp_path / "photos"),
-        "--masked.target",
-        f"hog+timm:local-dir:{tmp_path}/teacher",
-    ]
-    words += ["--crop.variants", "2", "--teacher.cache", str(tmp_path / "kept")]
+    timm.models.save_for_hf(teacher().maps.network, folder / "teacher")
+    target = f"hog+timm:local-dir:{folder}/teacher"
+    words = [*TINY.split(), "--data", str(folder / "photos"), "--masked.target", target]
+    return [*words, "--crop.variants", "2", "--teacher.cache", str(folder / "kept")]
+
+
+def test_pretrain__with_kept_targets_a_second_run_loses_the_same_and_computes_none(tmp_path, capsys):
+    words = with_a_cache(tmp_path)
     losses, files = [], []
     for name in ("first", "second"):
         assert main(["pretrain", "--preset", "quick", *words, "--out", str(tmp_path / name)]) == 0
@@ -122,6 +123,18 @@ def test_pretrain__with_kept_targets_a_second_run_loses_the_same_and_computes_no
     assert files[0] == files[1]
     assert 2 * trained_on <= len(files[0]) <= 3 * trained_on + 1  # evaluations look at the middle of all images
     assert "targets of 46 crops are kept in" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_pretrain__a_network_that_is_shared_out_caches_targets_too(tmp_path):
+    ranks = start_ranks(
+        ["pretrain", "--preset=quick", *with_a_cache(tmp_path), f"--out={tmp_path}/run", "--parallel=fsdp"]
+    )
+    said = [process.communicate(timeout=240) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], said
+    (file,) = (tmp_path / "kept").glob("*.sqlite")
+    (count,) = sqlite3.connect(file).execute("SELECT count(*) FROM targets").fetchone()
+    assert count >= 2 * 23  # crops of 23 images, of which one more is held out
 
 
 def test_pretrain__a_cache_without_a_frozen_teacher_is_refused(tmp_path, capsys):

@@ -82,9 +82,9 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any] | None:
             network = create(settings, statistics)
         network = network.to(ranks.device)
         parts = Parts(in_memory(found.train), in_memory(found.held_out))
-        if settings.teacher.cache:
-            cache(settings, network, stack, num_crops=len(parts.train) * (settings.crop.variants or 1))
         model = ParallelModel(network, ranks, **run.training)
+        if settings.teacher.cache:  # now, since FSDP has copied the network, and an open file cannot be copied
+            cache(settings, network, stack, num_crops=len(parts.train) * (settings.crop.variants or 1))
         scaled = Parts(Scaled(parts.train, statistics.levels), Scaled(parts.held_out, statistics.levels))
         monitor = Monitor(
             scaled, settings.model.image_hw, partial(masks_of, settings), settings.monitor.max_images, run.workers
