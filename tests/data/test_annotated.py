@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torchvision import tv_tensors
 
 from dmjd.data.annotated import class_names, collate_annotated
+from dmjd.data.detection import LargeScaleJitter
+from dmjd.data.segmentation import RandomSeenSize
 from dmjd.errors import DataError
 
 
@@ -46,3 +49,18 @@ def test_collate__a_deep_image_makes_all_of_its_batch_floats_and_changes_no_valu
         images = collate_annotated([(image, None, {}) for image in order]).images
         assert images.dtype == torch.float32
         assert [float(image.mean()) for image in images] == [float(image.float().mean()) for image in order]
+
+
+@pytest.mark.parametrize("resize", [LargeScaleJitter((90, 120), (0.5, 2.0)), RandomSeenSize((45, 180))])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long])
+def test_resize__masks_lie_where_their_image_shows_the_object(resize, dtype):
+    torch.manual_seed(0)
+    seen, ways = torch.zeros(90, 120, dtype=dtype), []
+    seen[30:60, 35:75] = True
+    for _ in range(40):
+        image, mask = resize(tv_tensors.Image(seen[None] * 255.0), tv_tensors.Mask(seen))
+        assert mask.dtype == dtype
+        lit = torch.stack([mask.float(), image[0] / 255])
+        middles = [(lit.sum(axis) * torch.arange(lit.shape[3 - axis])).sum(1) / lit.sum((1, 2)) for axis in (2, 1)]
+        ways.append([float(mask - shown) for mask, shown in middles])
+    assert torch.tensor(ways).mean(dim=0).abs().max() < 0.1  # rounded, but not always in one direction

@@ -24,7 +24,7 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
-from dmjd.data.annotated import refuse_pages, turn_of
+from dmjd.data.annotated import AnnotatedResize, refuse_pages, turn_of
 from dmjd.data.decode import EXTENSIONS, BadImage, Wanted, turn
 from dmjd.data.folder import FolderFiles
 from dmjd.data.packed import PackedStrings
@@ -342,7 +342,7 @@ def read_xml(root: Path, name: str) -> Record:
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-class LargeScaleJitter(v2.Transform):
+class LargeScaleJitter(AnnotatedResize):
     """Resize an image and its objects to its size in evaluation times a random factor (Ghiasi et al. 2021).
 
     torchvision's `ScaleJitter` takes the crop's height for its width.
@@ -363,13 +363,6 @@ class LargeScaleJitter(v2.Transform):
         fit = min(min(self.crop) / min(sides), max(self.crop) / max(sides))
         factor = fit * float(torch.empty(()).uniform_(*self.scale))
         return {"size": [max(round(side * factor), 1) for side in sides]}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Resize one input; labels have no size."""
-        if isinstance(inpt, tv_tensors.Mask):  # torchvision samples corners of pixels, half a pixel off the image's
-            exact = v2.InterpolationMode.NEAREST_EXACT
-            return tv_tensors.Mask(v2.functional.resize_image(inpt.as_subclass(Tensor), params["size"], exact))
-        return self._call_kernel(v2.functional.resize, inpt, size=params["size"])
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from dmjd.data.annotated import refuse_pages, turn_of
+from dmjd.data.annotated import AnnotatedResize, refuse_pages, turn_of
 from dmjd.data.decode import BadImage, Wanted, open_picture, open_regular, turn
 from dmjd.data.folder import FolderFiles, image_names
 from dmjd.data.packed import PackedStrings
@@ -211,7 +211,7 @@ def seen_hw(image_hw: Sequence[int], side: int) -> list[int]:
     return [max(round(full * factor), 1) for full in image_hw]
 
 
-class RandomSeenSize(v2.Transform):
+class RandomSeenSize(AnnotatedResize):
     """Resize an image and its labels to the size that `seen_hw` gives for a random side.
 
     Args:
@@ -226,10 +226,6 @@ class RandomSeenSize(v2.Transform):
         """Choose a size."""
         side = self.sides[int(torch.randint(len(self.sides), ()))]
         return {"size": seen_hw(v2.query_size(flat_inputs), side)}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Resize one input."""
-        return self._call_kernel(v2.functional.resize, inpt, size=params["size"])
 
 
 @dataclass(frozen=True)
