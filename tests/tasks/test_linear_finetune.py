@@ -91,6 +91,12 @@ def test_linear__layers_that_are_not_there_are_one_line(backbones, colours, tmp_
     assert "--layers" in capsys.readouterr().err
 
 
+def test_linear__by_the_papers_recipe_one_image_at_a_time_is_one_line(backbones, colours, tmp_path, capsys):
+    assert main(words("linear", backbones["vit"], colours, tmp_path / "out", "--recipe paper --batch_size 1")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: batch_size 1: BatchNorm needs two images at a time or more"
+
+
 # -- finetune ----------------------------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_lars
 from dmjd.engine.run import Run
 from dmjd.engine.trainer import Trainer
-from dmjd.errors import DataError
+from dmjd.errors import ConfigError, DataError
 from dmjd.evaluation.classification import ClassificationResult
 from dmjd.evaluation.features import FeatureExtractor
 from dmjd.evaluation.linear import (
@@ -55,14 +55,15 @@ def linear(settings: LinearSettings) -> dict[str, Any] | None:
 
     Raises:
         CheckpointError: If the backbone does not load, or the run to resume has other settings or images.
-        ConfigError: If the backbone has no such layers, or `out` holds a run.
+        ConfigError: If the backbone has no such layers, `out` holds a run, or a batch has one image per process.
         DataError: If the images have no labels.
     """
     began, run = time.perf_counter(), settings.run
     with ExitStack() as stack:
         ranks = stack.enter_context(join_ranks(run.device))
         if settings.recipe == "paper":
-            ranks.micro_batch(run.batch_size)
+            if ranks.micro_batch(run.batch_size) < 2:
+                raise ConfigError(f"batch_size {run.batch_size}: BatchNorm needs two images at a time or more")
             stack.enter_context(claim(run.out, resume=run.resume, ranks=ranks))
         else:
             refuse_run(run.out)
