@@ -1,5 +1,6 @@
 """What features are worth: neighbours, linear classifiers and rank, against other programs and by hand."""
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,6 +96,16 @@ def test_choose_penalty__few_clean_labels_do_not_get_one_that_drowns_them() -> N
     shares = logistic_regression(features, labels, queries, num_classes=3, penalty=penalty)
     assert penalty <= 10
     assert (shares.argmax(dim=1) == torch.arange(300) % 3).float().mean() > 0.8
+
+
+def test_choose_penalty__one_image_that_is_surely_taken_for_the_other_class_counts_as_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 2
+    features = torch.randn(400, 16, generator=generator) + labels[:, None]
+    features[0] = 16.0  # of the first class, but far on the side of the second: its share rounds to 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose_penalty(features, labels, 0) < 1000
 
 
 @dataclass(frozen=True)

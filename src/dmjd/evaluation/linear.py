@@ -99,7 +99,10 @@ def choose_penalty(bank: Tensor, labels: Tensor, seed: int) -> float:
         probe = LogisticRegression(max_iter=1000, tol=1e-3, warm_start=True)  # each fit starts from the previous one
         for place, penalty in enumerate(PENALTIES):
             probe.set_params(C=1 / penalty).fit(known, labels[fitted].numpy())
+            logits = torch.from_numpy(probe.decision_function(unseen))
+            if logits.ndim == 1:  # for two classes, scikit-learn has one logit, of the second against the first
+                logits = torch.stack([torch.zeros_like(logits), logits], dim=1)
             log_shares = torch.zeros(len(unseen), int(labels.max()) + 1, dtype=torch.float64)
-            log_shares[:, probe.classes_] = torch.from_numpy(probe.predict_log_proba(unseen))
+            log_shares[:, probe.classes_] = logits.log_softmax(dim=1)  # scikit-learn's may be the logarithm of 0
             losses[place] -= log_shares[torch.arange(len(unseen)), labels[~fitted]].sum()  # 0 for classes not fitted
     return PENALTIES[int(losses.argmin())] if losses.any() else 1.0
