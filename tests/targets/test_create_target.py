@@ -101,6 +101,26 @@ def test_create_target__several_are_side_by_side_in_order():
     assert both.caption == "Pixels are predicted as they are; of 2 targets, only the first is drawn."
 
 
+def test_create_target__beside_others_too_a_target_without_weights_need_not_be_a_module(monkeypatch):
+    class Brightness:
+        dim, widths, caption, backdrop = 1, (1,), "A token's brightness.", "target"
+
+        def __call__(self, images):
+            return nn.functional.avg_pool2d(images.float().mean(dim=1, keepdim=True), 8).flatten(2).mT
+
+        def picture(self, values, image, truth):
+            return values.view(1, 4, 4).byte()
+
+    register_target.names()
+    monkeypatch.setattr(register_target, "_entries", dict(register_target._entries))
+    register_target("brightness")(lambda request: Brightness())
+    both = create_target("brightness+ema", request())
+    values = both(images())
+    assert torch.equal(values[..., :1], Brightness()(images()))
+    assert torch.equal(both.picture(values[0], images()[0], values), values[0, :, 0].view(1, 4, 4).byte())
+    assert {name.split(".maps.")[0] for name in both.state_dict()} == {"targets.1"}
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -1,7 +1,7 @@
 """Several targets at once: each occupies part of the width, and the loss of a branch is the sum of their losses."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Num, UInt8
@@ -15,8 +15,10 @@ class ConcatTarget(nn.Module):
 
     def __init__(self, targets: Sequence[Target]):
         super().__init__()
-        modules: Any = targets
-        self.targets = nn.ModuleList(modules)
+        self.parts = tuple(targets)
+        # Their weights and buffers; a target without any need not be a module.
+        modules = {str(place): target for place, target in enumerate(targets) if isinstance(target, nn.Module)}
+        self.targets = nn.ModuleDict(modules)
         self.widths: tuple[int, ...] = tuple(target.dim for target in targets)
         self.dim = sum(self.widths)
         self.backdrop: Literal["image", "target"] = targets[0].backdrop
@@ -24,11 +26,10 @@ class ConcatTarget(nn.Module):
 
     def forward(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B L T"]:
         """Compute the targets of images of 0..255 and concatenate them along the width."""
-        return torch.cat([target(images) for target in self.targets], dim=-1)
+        return torch.cat([target(images) for target in self.parts], dim=-1)
 
     def picture(
         self, values: Float[Tensor, "L T"], image: UInt8[Tensor, "C H W"], truth: Float[Tensor, "n L T"]
     ) -> UInt8[Tensor, "c h w"]:
         """Draw the first target's part of the values."""
-        first: Any = self.targets[0]
-        return first.picture(values[..., : self.widths[0]], image, truth[..., : self.widths[0]])
+        return self.parts[0].picture(values[..., : self.widths[0]], image, truth[..., : self.widths[0]])
