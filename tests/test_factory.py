@@ -53,6 +53,11 @@ def test_init__from_the_command_line_changes_the_first_loss(tmp_path, colours):
     assert losses[0] != losses[1]
 
 
+def test_build__takes_lists_as_all_verbs_do():
+    model = dmjd.build("data2vec", "tiny", image_size=32, patch_size=8, layers=[0, -1], decay=[0.5, 0.9], depth=2)
+    assert (model.target.maps.layers, model.target.decay) == ([0, -1], (0.5, 0.9))
+
+
 def test_backbone__a_file_gives_its_architecture_untrained():
     model = replace(MODEL, backbone=str(FIXTURES / "convvit.safetensors"))
     encoder, theirs = create_encoder(model), dmjd.load_backbone(FIXTURES / "convvit.safetensors")

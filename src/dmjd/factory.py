@@ -62,7 +62,7 @@ def build(
             raise ValueError(f"there is no setting {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
         section, key = places[name]
         values[section][key] = value
-    return from_settings(model_settings(values))
+    return from_settings(model_settings(sections_of(values)))
 
 
 def save_pretrained(path: Path, network: DMJD, settings: PretrainSettings, value_range: tuple[float, float]) -> None:
