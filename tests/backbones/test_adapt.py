@@ -1,6 +1,7 @@
 """Weights in other shapes: channels, patches and positions."""
 
 import pytest
+import timm
 import torch
 from torch.nn.functional import cosine_similarity, interpolate
 
@@ -115,6 +116,14 @@ def test_adapt__the_position_of_a_class_token_that_both_have_is_that_of_the_weig
     with torch.no_grad():
         before.pos_embed[:, 0] = 7
     assert (adapt(before.state_dict(), after).weights["pos_embed"][:, 0] == 7).all()
+
+
+def test_adapt__pooling_by_attention_is_left_out():
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    before, after = timm.create_model("vit_base_patch16_siglip_224", **shape), network()
+    assert "attn_pool.latent" in before.state_dict()
+    assert not adapted(before, after)
+    assert all(torch.equal(value, before.state_dict()[name]) for name, value in after.state_dict().items())
 
 
 @pytest.mark.parametrize("changes", [{"depth": 1}, {"depth": 3}, {"embed_dim": 16}])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dmjd.backbones.positions import resample_positions
 
 # Parts that only one of the two networks may have: those of a task, and tokens that are not patches.
-OPTIONAL = ("cls_token", "reg_token", "mask_token", "norm", "fc_norm", "head")
+OPTIONAL = ("cls_token", "reg_token", "mask_token", "norm", "fc_norm", "attn_pool", "head")
 
 
 class Adapted(NamedTuple):
