@@ -446,6 +446,20 @@ def test_huggingface__vision_models_of_a_folder_are_teachers(kind, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "stored"), [("vit", torch.bfloat16), ("convolutional", torch.float16)])
+def test_huggingface__weights_in_half_precision_compute_in_float32(kind, stored, tmp_path):
+    model = write_huggingface(tmp_path, kind).to(stored)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        states = model.float().eval()(pixel_values=(images() / 255 - 0.4) / 0.3, output_hidden_states=True)
+        (features,) = HuggingFace(str(tmp_path)).forward_intermediates((images() / 255 - 0.4) / 0.3, indices=[-1])
+    last = states.hidden_states[-1]
+    torch.testing.assert_close(
+        features, last if last.ndim == 4 else last[:, -16:].mT.unflatten(2, (4, 4)), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_huggingface__what_does_not_load_is_one_line(tmp_path):
     with pytest.raises(CheckpointError, match=r"transformers cannot load it .*; hf:.*; check name"):
         HuggingFace(str(tmp_path / "nothing"))

@@ -35,7 +35,8 @@ class HuggingFace(nn.Module):
             raise CheckpointError(
                 f"transformers cannot load it ({reason}); hf:{name}; check name and network"
             ) from None
-        self.model = getattr(model, "vision_model", model)  # of CLIP, SigLIP and their like
+        # The vision part of CLIP, SigLIP and their like, in float32 even if the weights are stored in half precision.
+        self.model = getattr(model, "vision_model", model).float()
         config = getattr(model.config, "vision_config", model.config)
         self.patch_size: int | None = getattr(config, "patch_size", None)
         size = dict(getattr(processor, "crop_size", None) or processor.size)
