@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dmjd
+from dmjd.backbones.files import save_backbone
 from dmjd.config.export import ExportSettings
 from dmjd.config.pretrain import DecoderSettings, ModelSettings, MonitorSettings, PretrainRun, PretrainSettings
 from dmjd.errors import CheckpointError
@@ -133,6 +134,19 @@ def test_load_pretrained__knows_settings_statistics_and_the_running_mean(tmp_pat
     assert same(network, loaded)
     assert torch.equal(loss(loaded), loss(network))
     assert dmjd.load_backbone(tmp_path / "pretrained.safetensors").value_range == [0.0, 4095.0]
+
+
+def test_load_pretrained__needs_no_file_that_gave_the_architecture(tmp_path):
+    first = from_settings(SMALL).encoder
+    save_backbone(tmp_path / "backbone.safetensors", first.backbone, first.architecture, (0.5,) * 3, (0.2,) * 3)
+    model = ModelSettings(backbone=str(tmp_path / "backbone.safetensors"), image_size="48", patch_size=8)
+    settings = replace(SMALL, model=model)
+    network = from_settings(settings)
+    save_pretrained(tmp_path / "pretrained.safetensors", network, settings, (0.0, 255.0))
+    (tmp_path / "backbone.safetensors").unlink()
+    loaded = dmjd.load_pretrained(tmp_path / "pretrained.safetensors")
+    assert loaded.encoder.architecture == network.encoder.architecture
+    assert same(network, loaded)
 
 
 @pytest.mark.parametrize(

@@ -95,10 +95,12 @@ def load_pretrained(path: str | Path) -> DMJD:
     Raises:
         CheckpointError: If the file is missing, broken or of another kind, or a teacher does not load.
     """
-    task = read_task(path, "pretrain")
+    values = sections_of(read_task(path, "pretrain")["settings"])
+    if values["model"]["backbone"].endswith(".safetensors"):
+        values["model"]["backbone"] = str(path)  # it has the same architecture, and the other file may be gone
     metadata = read_file(path)[0]
     config = json.loads(metadata["pretrained_cfg"])
-    network = from_settings(model_settings(sections_of(task["settings"])), (config["mean"], config["std"]))
+    network = from_settings(model_settings(values), (config["mean"], config["std"]))
     load_around(path, network)
     backbone: Any = network.encoder.backbone
     backbone.value_range = json.loads(metadata.get("value_range", "null"))
