@@ -431,6 +431,13 @@ def test_config_yaml__is_found_where_a_file_of_settings_says_the_run_is(tmp_path
     assert (settings.run.out, settings.run.epochs) == (out, 7)
 
 
+@pytest.mark.parametrize("name", ["2024", "7.5", "true"])  # of these YAML makes other types than text
+def test_config__a_run_may_have_a_number_as_its_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"out: {name}")
+    settings = settings_of("pretrain", "--data", "d", "--config", str(tmp_path / "mine.yaml"))
+    assert str(settings.run.out).lower() == name
+
+
 @pytest.mark.parametrize(("preset", "epochs"), [("mae", 7), ("dmjd", 400)])
 def test_config_yaml__is_under_another_preset_that_is_named_not_under_its_own(
     preset: str, epochs: int, tmp_path: Path

@@ -294,6 +294,7 @@ BAD_FILES = {  # content of --config: what the error line has to say
     "data: {a: b}": "data",
     "data: [a, b]": "data",
     "data: [[a]]": "data",
+    "out: [a]": "out",
     "crop: {scale: 0.5}": "crop.scale",
     "crop: {scale: [0.5, 0.6, 0.7]}": "crop.scale",
     "crop: {scale: {low: 0.5}}": "crop.scale",

@@ -36,7 +36,7 @@ def layers(kind: Any, presets: Path, given: Mapping[str, Any]) -> list[Path]:
         hint = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(names)}"
         raise ConfigError(f"no preset of this name; --preset {preset}; {hint}")
     path = presets / f"{preset}.yaml"
-    saved = Path(given.get("out") or content.get("out") or defaults.out) / "config.yaml"
+    saved = Path(str(given.get("out") or content.get("out") or defaults.out)) / "config.yaml"  # `out: 2024` is a number
     if given.get("resume") and saved.is_file():
         own = read_yaml(saved, sections).get("preset")
         # A file or preset that is given again is compared with the saved settings, not ignored. The run's own preset is
