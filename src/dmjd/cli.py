@@ -178,6 +178,7 @@ def application(
             Dict(dict(given or {}), use_commands_as_keys=False, source="the call"),
             *files,
             words,
+            sections,
             whole_numbers,
         ],
         help_formatter=InForce(below),
@@ -223,6 +224,18 @@ def words(app: App, commands: Sequence[str], arguments: ArgumentCollection) -> N
         choices = get_args(argument.hint) if get_origin(argument.hint) is Literal else ()
         meant = {str(yaml.safe_load(choice)): choice for choice in choices if choice in ("on", "off", "yes", "no")}
         argument.tokens[:] = [token.evolve(value=meant.get(token.value, token.value)) for token in argument.tokens]
+
+
+def sections(app: App, commands: Sequence[str], arguments: ArgumentCollection) -> None:
+    """Refuse a value for a section, which cyclopts would take for its first setting and the defaults of all others.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    for argument in arguments:
+        if argument.children and argument.tokens:
+            such = f"a section, not a setting; {argument.name} {argument.tokens[0].value}"
+            raise errors.ConfigError(f"{such}; choose one of its settings, such as {argument.children[0].name}")
 
 
 def whole_numbers(app: App, commands: Sequence[str], arguments: ArgumentCollection) -> None:

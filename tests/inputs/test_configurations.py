@@ -148,6 +148,9 @@ BAD = {  # command line: what its error line has to say, each of the parts
     "pretrain --monitor.channels 0 1": "--monitor.channels",
     "pretrain --monitor.channels 0 1 99999999999": "monitor.channels (0, 1, 99999999999)",
     # names
+    "pretrain --preset mae --optim lamb": "a section, not a setting; --optim lamb | such as --optim.name",
+    "pretrain --preset mae --masking=4": "a section, not a setting; --masking 4 | such as --masking.num_views",
+    "finetune --optim lamb": "a section, not a setting; --optim lamb",
     "pretrain --size tiny": "--size | Did you mean --model.size?",
     "pretrain --depth 3": "--depth | Did you mean --model.depth or --decoder.depth?",
     "pretrain --lr 3": "--lr | Did you mean --optim.blr?",
