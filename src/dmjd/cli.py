@@ -29,7 +29,7 @@ from cyclopts import (
     UnknownOptionError,
     UnusedCliTokensError,
 )
-from cyclopts.config import Dict, Yaml
+from cyclopts.config import Dict
 from cyclopts.help import DefaultFormatter, HelpPanel
 from safetensors import SafetensorError
 
@@ -167,15 +167,21 @@ def application(
         given: Settings by their flags, which override those of the files.
         chosen: Settings by their flags, which override those of the last file: the choices of `--preset auto`.
     """
-    files: list[Any] = [Yaml(path, use_commands_as_keys=False) for path in below]
+    offered = verbs() if known is None else known
+
+    def layer(values: Mapping[str, Any], source: str) -> Dict:
+        """Hold settings under the names of the verbs: the parser ignores one beside them that is named like a verb."""
+        return Dict({verb.name: dict(values) for verb in offered}, source=source)
+
+    files = [layer(read_yaml(path), str(path)) for path in below]
     if chosen:
-        files.insert(-1, Dict(dict(chosen), use_commands_as_keys=False, source="--preset auto"))
+        files.insert(-1, layer(chosen, "--preset auto"))
     app = App(
         name="dmjd",
         help="Masked image modelling: a folder of images in, a timm backbone out.",
         default_parameter=Parameter(name_transform=lambda name: name, negative_iterable=()),  # no --empty-layers
         config=[
-            Dict(dict(given or {}), use_commands_as_keys=False, source="the call"),
+            layer(given or {}, "the call"),
             *files,
             words,
             sections,
@@ -184,7 +190,7 @@ def application(
         help_formatter=InForce(below),
         suppress_keyboard_interrupt=False,  # `main` reports that it was stopped
     )
-    for place, verb in enumerate(verbs() if known is None else known):
+    for place, verb in enumerate(offered):
         app.command(command(verb), name=verb.name, sort_key=place)
     app.command(report, name="report")
     app.register_install_completion_command(help="Make the shell complete verbs and flags.")
@@ -339,8 +345,7 @@ def plain_flags(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def run(arguments: Sequence[str]) -> None:
     """Parse the arguments and run the verb; errors propagate."""
-    # Build only the requested verb: in files, the parser would take a setting named like another verb for that verb's.
-    meant = [verb for verb in verbs() if arguments and verb.name == arguments[0]]
+    meant = [verb for verb in verbs() if arguments and verb.name == arguments[0]]  # alone, it is built sooner
     below, chosen = layers_of(arguments), dict[str, Any]()
     if not {"--help", "-h", "--version"} & {*arguments}:
         given = {name: flag_value(arguments, f"--{name}") for name in auto.OWN}

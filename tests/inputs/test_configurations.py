@@ -313,6 +313,8 @@ BAD_FILES = {  # content of --config: what the error line has to say
     "masking: {num_views: 100000}": "masking.num_views 100000",
     "monitor: {saves: 2000000000}": "monitor.saves 2000000000",
     "unknown: {a: {b: {c: 1}}}": "unknown.a",
+    "pretrain: {epochs: 3}": 'Unknown option: "pretrain.epochs"',
+    "report: 1": 'Unknown option: "report"',
     "1: 2": "1 is no name",
     "null: 2": "None is no name",
     "true: 2": "True is no name",
