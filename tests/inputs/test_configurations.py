@@ -314,6 +314,7 @@ BAD_FILES = {  # content of --config: what the error line has to say
     "monitor: {saves: 2000000000}": "monitor.saves 2000000000",
     "unknown: {a: {b: {c: 1}}}": "unknown.a",
     "pretrain: {epochs: 3}": 'Unknown option: "pretrain.epochs"',
+    "optim: {blr: 1}\noptim: {name: lamb}": "optim is given twice",
     "report: 1": 'Unknown option: "report"',
     "1: 2": "1 is no name",
     "null: 2": "None is no name",

@@ -55,6 +55,19 @@ def by_flag(values: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+class Loader(yaml.SafeLoader):
+    """Reads YAML, but refuses a name that is given twice, of which YAML's own loader silently takes the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Make a mapping."""
+        names = list[Any]()
+        for name, _ in node.value:
+            if name.value in names:
+                raise yaml.constructor.ConstructorError(None, None, f"{name.value} is given twice", name.start_mark)
+            names.append(name.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path, sections: Sequence[str] = ()) -> dict[str, Any]:
     """Read a YAML file of settings.
 
@@ -64,7 +77,7 @@ def read_yaml(path: Path, sections: Sequence[str] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no configuration file; {path}; check --config")
     try:
-        content = yaml.safe_load(path.read_text("utf-8")) or {}
+        content = yaml.load(path.read_text("utf-8"), Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"not YAML ({one_line(error)}); {path}; correct the file") from None
     if not isinstance(content, dict):
