@@ -45,7 +45,7 @@ def rows(cache: TargetCache) -> int:
 def test_cache__targets_are_the_teachers_and_crops_seen_before_are_not_computed_again(tmp_path):
     own = teacher()
     expected = own(images())
-    with cache_targets(torch.nn.Sequential(HOG(8, cell_size=4), own), tmp_path, precision="fp32") as (cache,):
+    with cache_targets(torch.nn.Sequential(HOG(8, cell_size=4), own), tmp_path) as (cache,):
         assert own.cache is cache
         first = own(images()[:2])
         torch.testing.assert_close(first, expected[:2], atol=2e-3, rtol=2e-3)  # float16
@@ -61,25 +61,37 @@ def test_cache__targets_are_the_teachers_and_crops_seen_before_are_not_computed_
         assert rows(cache) == 3
 
 
+def test_cache__targets_are_those_of_the_precision_in_which_they_are_asked_for(tmp_path):
+    own = teacher()
+    expected = own(images())
+    with cache_targets(own, tmp_path) as (cache,):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = own(images())
+        found = own(images())
+        assert rows(cache) == 2 * 3
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)  # float16
+    assert not torch.allclose(rounded, expected, atol=2e-3, rtol=2e-3)
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="lists open files as Linux does")
 def test_cache__afterwards_no_file_is_open_also_on_errors(tmp_path):
-    with pytest.raises(KeyError), cache_targets(teacher(), tmp_path, precision="fp32") as (cache,):  # noqa: PT012
+    with pytest.raises(KeyError), cache_targets(teacher(), tmp_path) as (cache,):  # noqa: PT012
         assert str(cache.path) in open_files()
         raise KeyError
     assert str(cache.path) not in open_files()
     assert [path.suffix for path in tmp_path.iterdir()] == [".sqlite"]  # without a log beside it
 
 
-def test_cache__another_teacher_or_precision_has_another_file(tmp_path):
-    given = [(teacher(), "fp32"), (teacher(1), "fp32"), (teacher(layers=(0, 1)), "fp32"), (teacher(), "bf16")]
-    assert len({TargetCache(each, tmp_path, precision=precision).path for each, precision in given}) == 4
-    assert TargetCache(teacher(), tmp_path, precision="fp32").path in tmp_path.iterdir()
+def test_cache__another_teacher_has_another_file(tmp_path):
+    given = [teacher(), teacher(1), teacher(layers=(0, 1))]
+    assert len({TargetCache(each, tmp_path).path for each in given}) == 3
+    assert TargetCache(teacher(), tmp_path).path in tmp_path.iterdir()
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (12, 20)], ids=["small", "large"])
 def test_cache__the_estimate_is_the_size_of_the_file(grid, tmp_path):
     own = Teacher(teacher().maps, grid)
-    cache = TargetCache(own, tmp_path, precision="fp32")
+    cache = TargetCache(own, tmp_path)
     for start in range(0, 2000, 500):
         crops = torch.randint(0, 256, (500, 3, 32, 32), generator=torch.Generator().manual_seed(start))
         cache(crops.byte(), own)
@@ -88,13 +100,13 @@ def test_cache__the_estimate_is_the_size_of_the_file(grid, tmp_path):
 
 
 def test_cache__a_disk_too_small_and_a_file_that_is_no_cache_are_one_line(tmp_path):
-    cache = TargetCache(teacher(), tmp_path, precision="fp32")
+    cache = TargetCache(teacher(), tmp_path)
     with pytest.raises(StorageError, match=r"needs .* GB, .* GB are free; .*; choose another --teacher.cache"):
         cache.reserve(10**13)
     cache.database.close()
     cache.path.write_bytes(b"no database" * 1000)
     with pytest.raises(StorageError, match=r"no usable cache of targets .*; remove it"):
-        TargetCache(teacher(), tmp_path, precision="fp32")
+        TargetCache(teacher(), tmp_path)
 
 
 def with_a_cache(folder: Path) -> list[str]:

@@ -274,7 +274,7 @@ def compute(teacher: Teacher) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def test_target_cache__an_entry_that_has_changed_is_computed_again(teacher: Teacher, tmp_path: Path) -> None:
-    cache = TargetCache(teacher, tmp_path, precision="fp32")
+    cache = TargetCache(teacher, tmp_path)
     expected = cache(crops(), compute(teacher))
     rng = random.Random(0)
     for round in range(30):
@@ -301,7 +301,7 @@ def test_target_cache__an_entry_that_has_changed_is_computed_again(teacher: Teac
 def test_target_cache__damage_of_its_file_is_an_error_or_changes_nothing(
     teacher: Teacher, tmp_path: Path, count: int
 ) -> None:
-    cache = TargetCache(teacher, tmp_path, precision="fp32")
+    cache = TargetCache(teacher, tmp_path)
     expected = cache(crops(), compute(teacher))
     cache.database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     cache.database.close()
@@ -311,7 +311,7 @@ def test_target_cache__damage_of_its_file_is_an_error_or_changes_nothing(
             left.unlink()
         again = None
         try:
-            again = TargetCache(teacher, tmp_path, precision="fp32")
+            again = TargetCache(teacher, tmp_path)
             assert torch.equal(again(crops(), compute(teacher)), expected), how
         except StorageError as error:
             said.append(str(error))
@@ -322,7 +322,7 @@ def test_target_cache__damage_of_its_file_is_an_error_or_changes_nothing(
 
 
 def test_target_cache__entries_of_before_the_hashes_are_computed_again(teacher: Teacher, tmp_path: Path) -> None:
-    cache = TargetCache(teacher, tmp_path, precision="fp32")
+    cache = TargetCache(teacher, tmp_path)
     expected = cache(crops(), compute(teacher))
     database = sqlite3.connect(cache.path, isolation_level=None)
     database.execute("UPDATE targets SET target = substr(target, 9)")

@@ -24,22 +24,21 @@ class TargetCache:
 
     The file is an SQLite database: a run may be killed at any moment, several runs may share it, and targets are found
     in any order. Keys are hashes of the pixels, so that on a GPU the images of each batch are copied to the host once a
-    step. Each target is stored behind a hash of it; one that has changed on disk is computed again.
+    step, and of the precision at that moment, which changes targets slightly. Each target is stored behind a hash of
+    it; one that has changed on disk is computed again.
 
     Args:
         teacher: Teacher whose targets are cached; its `cache` is to be set to this.
-        folder: Folder of the file, whose name depends on the teacher's fingerprint and the precision.
-        precision: Precision of the run, which changes the targets slightly.
+        folder: Folder of the file, which is named after the teacher's fingerprint.
 
     Raises:
         StorageError: If the file is not a database.
     """
 
-    def __init__(self, teacher: Teacher, folder: Path, *, precision: str):
+    def __init__(self, teacher: Teacher, folder: Path):
         self.dim, self.num_tokens = teacher.dim, math.prod(teacher.grid)
         folder.mkdir(parents=True, exist_ok=True)
-        name = hashlib.sha256(f"{teacher.fingerprint()} {precision}".encode()).hexdigest()
-        self.path = folder / f"{name[:16]}.sqlite"
+        self.path = folder / f"{teacher.fingerprint()[:16]}.sqlite"
         try:
             self.database = sqlite3.connect(self.path, timeout=60, isolation_level=None)
             self.database.execute("PRAGMA journal_mode = WAL")
@@ -80,7 +79,10 @@ class TargetCache:
         Raises:
             StorageError: If targets cannot be written, or the database is broken.
         """
-        keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images.cpu().numpy()]
+        kind = b"bf16" if torch.is_autocast_enabled(images.device.type) else b"fp32"
+        keys = [
+            hashlib.blake2b(image.tobytes(), digest_size=16, person=kind).digest() for image in images.cpu().numpy()
+        ]
         marks = ",".join("?" * len(keys))
         try:
             rows = self.database.execute(f"SELECT crop, target FROM targets WHERE crop IN ({marks})", keys).fetchall()
@@ -109,7 +111,7 @@ def signed(key: bytes, target: bytes) -> bytes:
 
 
 @contextmanager
-def cache_targets(model: nn.Module, folder: Path, *, precision: str) -> Iterator[list[TargetCache]]:
+def cache_targets(model: nn.Module, folder: Path) -> Iterator[list[TargetCache]]:
     """Give every frozen teacher of a model a cache in a folder, open within the context, and yield the caches.
 
     Raises:
@@ -119,6 +121,6 @@ def cache_targets(model: nn.Module, folder: Path, *, precision: str) -> Iterator
         caches = []
         for module in model.modules():
             if isinstance(module, Teacher):
-                module.cache = stack.enter_context(closing(TargetCache(module, folder, precision=precision)))
+                module.cache = stack.enter_context(closing(TargetCache(module, folder)))
                 caches.append(module.cache)
         yield caches

@@ -31,7 +31,7 @@ from dmjd.data.statistics import Statistics, statistics_of
 from dmjd.data.transfer import transfer
 from dmjd.engine.checkpoint import write_atomically
 from dmjd.engine.claim import claim
-from dmjd.engine.device import choose_precision, computes_in_bf16, environment, memory_errors
+from dmjd.engine.device import choose_precision, environment, memory_errors
 from dmjd.engine.distributed import ParallelModel, Ranks, join_ranks
 from dmjd.engine.loop import Plan
 from dmjd.engine.optim import create_optimizer
@@ -183,9 +183,7 @@ def cache(settings: PretrainSettings, network: DMJD, stack: ExitStack, *, num_cr
         StorageError: If there is not enough space.
     """
     assert settings.teacher.cache
-    device = next(network.parameters()).device
-    bf16 = computes_in_bf16(choose_precision(settings.run.precision, device, network), device)
-    caches = stack.enter_context(cache_targets(network, settings.teacher.cache, precision="bf16" if bf16 else "fp32"))
+    caches = stack.enter_context(cache_targets(network, settings.teacher.cache))
     if not caches:
         raise ConfigError("no frozen teacher among the targets; --teacher.cache; leave it out")
     for each in caches:
