@@ -170,6 +170,8 @@ BAD = {  # command line: what its error line has to say, each of the parts
     "pretrain --masked.target pixel:3": "pixel",
     "pretrain --model.backbone vti": "did you mean vit?",
     "pretrain --data {colours} --optim.name adam_w2": "optim.name 'adam_w2'",
+    "pretrain --data {colours} --optim.name adahessian": "optim.name 'adahessian' | such as adamw",
+    "pretrain --data {colours} --optim.name lookahead_kron": "optim.name 'lookahead_kron' | such as adamw",
     "pretrain --data_pages pages": "--data_pages",
     "pretrain --data {colours} --data_statistics 5": "no statistics | 5",
     "pretrain --preset ../quick": "--preset ../quick",

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from dmjd.errors import ConfigError
 
 FUSED = ("adam", "adamw")  # torch's own: on a GPU, one kernel updates many parameters without synchronising
+UNFIT = ("adahessian", "kron")  # the former needs second derivatives, the latter has state outside of its `state`
 
 
 def create_optimizer(
@@ -32,8 +33,10 @@ def create_optimizer(
     layer with its final norm if it has one.
 
     Raises:
-        ConfigError: If timm has no optimizer of this name, or it takes no betas.
+        ConfigError: If timm has no optimizer of this name, or it cannot be used here.
     """
+    if any(each in name.lower() for each in UNFIT):
+        raise ConfigError(f"optim.name {name!r} cannot be trained with or resumed here; choose another, such as adamw")
     options: dict[str, Any] = {"opt": name, "lr": lr, "weight_decay": weight_decay, "betas": betas}
     if name.lower() in FUSED and next(model.parameters()).is_cuda:
         options["fused"] = True
