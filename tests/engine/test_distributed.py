@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -232,6 +233,22 @@ def test_join_ranks__several_tasks_of_srun_without_torchrun_are_refused(monkeypa
     monkeypatch.setenv("WORLD_SIZE", "1")
     with join_ranks("cpu") as ranks:
         assert ranks.world_size == 1
+
+
+def test_join_ranks__ranks_that_cannot_meet_are_told_so(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("RANK", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        with pytest.raises(ConfigError, match=r"^the processes do not meet .*variable RANK"), join_ranks("cpu"):
+            pass
+        monkeypatch.setenv("RANK", "0")
+        with (
+            pytest.raises(ConfigError, match=r"^the processes do not meet .*address already in use"),
+            join_ranks("cpu"),
+        ):
+            pass
 
 
 @pytest.mark.long

@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from dmjd.data.workers import usable_cores
 from dmjd.engine.device import Float32Attention, choose_device, memory_errors
 from dmjd.engine.watch import this_process, watching
-from dmjd.errors import ConfigError, Stopped
+from dmjd.errors import ConfigError, Stopped, one_line
 
 T = TypeVar("T")
 Parallel = Literal["ddp", "fsdp"]
@@ -153,8 +153,8 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         device: As `choose_device` takes it. Of several GPUs, each rank uses that of its local rank.
 
     Raises:
-        ConfigError: If these ranks cannot use the device; if srun has started several processes without torchrun; from
-            within, if memory runs out.
+        ConfigError: If these ranks cannot use the device, or do not meet; if srun has started several processes without
+            torchrun; from within, if memory runs out.
         Stopped: If another rank has ended early.
     """
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # set by srun only; every batch script has the count of its job
@@ -214,8 +214,16 @@ def device_of(rank: int, world_size: int, device: str) -> torch.device:
 
 @cache
 def store() -> dist.Store:
-    """Connect to the key-value store of the ranks, once per process."""
-    found: dist.Store = next(iter(dist.rendezvous("env://")))[0]
+    """Connect to the key-value store of the ranks, once per process.
+
+    Raises:
+        ConfigError: If that fails.
+    """
+    try:
+        found: dist.Store = next(iter(dist.rendezvous("env://")))[0]
+    except (dist.DistError, ValueError) as error:  # a port in use, a rank that never came, RANK is not set
+        such = f"the processes do not meet ({one_line(error, 200)}); MASTER_ADDR and MASTER_PORT"
+        raise ConfigError(f"{such}; start by torchrun, which sets all that is needed") from None
     return found
 
 
