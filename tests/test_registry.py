@@ -64,3 +64,12 @@ def test_two_things_of_one_name():
     registry("cat")(1)
     with pytest.raises(ValueError, match="two kinds of animal of the name 'cat'"):
         registry("cat")(2)
+
+
+def test_a_definition_that_is_run_again_counts_and_another_one_is_refused():
+    registry, cell = Registry("animal", "dmjd.targets"), "@animal('cat')\ndef cat(): return {}"
+    for sound in (1, 2):
+        exec(cell.format(sound), {"animal": registry, "__name__": "notebook"})
+    assert registry.get("cat")() == 2
+    with pytest.raises(ValueError, match="two kinds of animal of the name 'cat'"):
+        exec(cell.format(3), {"animal": registry, "__name__": "elsewhere"})

@@ -39,14 +39,17 @@ class Registry(Generic[T]):
     def __call__(self, *names: str) -> Callable[[T], T]:
         """Make a decorator that registers an entry under one or more names.
 
+        A function or class may be defined again, as when a notebook's cell is run once more: the last one counts.
+
         Raises:
             ValueError: If something else already has the name.
         """
 
         def register(entry: T) -> T:
             for name in names:
-                if self._entries.setdefault(name, entry) is not entry:
+                if origin(self._entries.get(name, entry)) != origin(entry):
                     raise ValueError(f"there are two kinds of {self.noun} of the name {name!r}")
+                self._entries[name] = entry
             return entry
 
         return register
@@ -83,3 +86,8 @@ class Registry(Generic[T]):
         except BaseException:
             self._loaded = False
             raise
+
+
+def origin(entry: object) -> tuple[str, str | int]:
+    """Tell where a function or class is defined; of anything else, which object it is."""
+    return getattr(entry, "__module__", ""), getattr(entry, "__qualname__", id(entry))
