@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dmjd.engine.distributed import Ranks
+from dmjd.errors import ConfigError
 from dmjd.evaluation.detection import Finder
 from dmjd.evaluation.features import FeatureExtractor
 from dmjd.networks.around import heads_of, make_pyramid
@@ -68,6 +69,13 @@ def test_detector__an_extremely_long_image_has_boxes_and_masks_within_it(backbon
     assert (found["boxes"] >= 0).all()
     assert (found["boxes"] <= torch.tensor([shape[1], shape[0]] * 2)).all()
     assert max(sizes[0]) <= 128  # 96, up to the next multiple of 64
+
+
+def test_make_pyramid__windows_that_a_network_cannot_have_are_refused_even_where_one_is_as_large_as_its_images():
+    name = "timm:vit_small_patch16_dinov3"  # its rotary positions are those of the whole image
+    backbone = FeatureExtractor(name, ranks=Ranks(torch.device("cpu")), pretrained=False)
+    with pytest.raises(ConfigError, match=f"or not in windows; {name}"):
+        make_pyramid(backbone, name, window=16)
 
 
 def test_heads_of__and_the_backbone_are_the_whole_network_and_share_nothing(backbones):

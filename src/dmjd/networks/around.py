@@ -28,7 +28,8 @@ def make_pyramid(backbone: FeatureExtractor, name: str, *, window: int | None = 
         raise ConfigError(f"{error}; {name}; take another backbone") from None
     try:
         with torch.no_grad():
-            pyramid(torch.zeros(1, backbone.in_chans, 64, 96, device=backbone.device))
+            width = max(96, pyramid.multiple + 1)  # two windows: one alone may fit a network that cannot have windows
+            pyramid(torch.zeros(1, backbone.in_chans, 64, width, device=backbone.device))
     except (AssertionError, RuntimeError):  # some timm models fix their image size in other ways
         what = "the backbone cannot take images of arbitrary size" + (", or not in windows" if window else "")
         raise ConfigError(f"{what}; {name}; take another backbone") from None
