@@ -201,7 +201,7 @@ def test_card__of_a_run_on_weights_of_timm_knows_nothing_of_the_folder_it_is_wri
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(
-        "{backbone: 'timm:vit_tiny_patch16_224', data: photos/, epochs: 3, batch_size: 8, recipe: {}}"
+        "{backbone: 'timm:vit_tiny_patch16_224', data: photos/, preset: base, epochs: 3, batch_size: 8, recipe: {}}"
     )
     (described,) = describe_runs(run)
     assert described["facts"]["data"] == "photos"
@@ -211,10 +211,19 @@ def test_card__of_a_run_whose_backbone_lies_in_its_own_folder_describes_it_once(
     monkeypatch.chdir(tmp_path)
     write_network(tmp_path / "backbone.safetensors", "vit")
     (tmp_path / "config.yaml").write_text(
-        f"{{backbone: {tmp_path}/backbone.safetensors, data: photos/, epochs: 3, batch_size: 8, augment: {{}}}}"
+        f"{{backbone: {tmp_path}/backbone.safetensors, data: photos/, preset: base, epochs: 3, batch_size: 8, "
+        "augment: {}}"
     )
     (described,) = describe_runs(Path())
     assert described["title"] == "Fine-tuning"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"- item", b"lr: 1", b"{data: {root: photos}, epochs: 3, batch_size: 8}", b"na\xefve: 1"]
+)
+def test_card__of_a_file_beside_the_settings_of_another_program_knows_of_no_run(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    assert describe_runs(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])

@@ -33,6 +33,7 @@ KINDS: dict[str, tuple[str, Callable[[], Any], Path]] = {
     "augment": ("Fine-tuning", partial(FinetuneSettings, start=START), PRESETS / "finetune"),
     "recipe": ("Linear classifier", partial(LinearSettings, start=START), PRESETS / "linear"),
 }
+OF_RUNS = {"data", "preset", "epochs", "batch_size"}  # settings in the config.yaml of every run
 # Settings that say nothing about the network, or that have an entry of their own in the card.
 UNTOLD = {
     *("data", "out", "preset", "config", "device", "workers", "debug", "resume", "checkpoint_minutes", "max_bad"),
@@ -143,6 +144,10 @@ def describe_runs(folder: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:  # a linear classifier on features leaves no run to resume
         found = results(folder, 1)
         return [{"title": "Linear classifier", "facts": found}] if found else []
+    except (UnicodeDecodeError, yaml.YAMLError):
+        settings = None
+    if not isinstance(settings, dict) or not settings.keys() >= OF_RUNS:  # of another program
+        return []
     backbone = Path(settings.get("backbone", ""))  # or timm:NAME
     other = backbone.is_file() and backbone.parent.resolve() != folder.resolve()  # a run may start in its own folder
     before = describe_runs(backbone.parent) if other else []
