@@ -235,6 +235,17 @@ def test_export__a_network_of_convolutions_goes_to_the_hub_too(name, tmp_path):
     assert json.loads((tmp_path / "hub" / "config.json").read_text())["num_classes"] == 3
 
 
+@pytest.mark.parametrize("out", [".", "link"])
+def test_export__an_empty_folder_or_a_link_to_one_is_filled(out, tmp_path, monkeypatch):
+    path = write_network(tmp_path / "network.safetensors", "vit")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    export(ExportSettings(path, to="hf", out=Path(out) if out == "." else tmp_path / out))
+    assert {each.name for each in Path().iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_export__a_folder_that_holds_something_stays_as_it_is(tmp_path):
     path = write_network(tmp_path / "network.safetensors", "vit")
     with pytest.raises(ConfigError, match="it exists already"):

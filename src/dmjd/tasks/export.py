@@ -74,13 +74,16 @@ def export(settings: ExportSettings) -> dict[str, Any]:
         raise ConfigError(f"it exists already; {out}; choose another --out")
     if ending and out.exists() and ((out.parent / "config.yaml").exists() or out.samefile(original.path)):
         raise ConfigError(f"a file of a run; {out}; choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        write(settings, original, Path(folder) / out.name)
+    # A folder that is there already stays: it may be a link or a mount, which no other folder can replace.
+    fills = not ending and out.exists()
+    place, name = out if fills else out.parent, out.absolute().name
+    place.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=place, prefix=f".{name}.") as folder:
+        write(settings, original, Path(folder) / name)
         for path in (path for path in Path(folder).rglob("*") if path.is_file()):
             flush(path)
-        for path in Path(folder).iterdir():  # a graph of over 2 GB has its weights in another file
-            path.replace(out.parent / path.name)
+        for path in (Path(folder) / name if fills else Path(folder)).iterdir():
+            path.replace(place / path.name)  # a graph of over 2 GB has its weights in another file
     print(f"wrote {out}, with the outputs of {original.path}; {usage(settings.to, original, out)}")
     return {"out": str(out), "network": str(original.path), "kind": original.kind}
 
