@@ -1,5 +1,6 @@
 """A network of ours in other programs says what it says here."""
 
+import importlib
 import json
 import re
 import sys
@@ -233,6 +234,26 @@ def test_export__a_network_of_convolutions_goes_to_the_hub_too(name, tmp_path):
     save_backbone(path, model, architecture, *STATISTICS, task={"name": "finetune", "classes": CLASSES})
     export(ExportSettings(path, to="hf", out=tmp_path / "hub"))
     assert json.loads((tmp_path / "hub" / "config.json").read_text())["num_classes"] == 3
+
+
+def test_export__the_code_to_load_a_network_imports_the_module_that_tells_timm_of_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_networks.py").write_text(
+        "from timm.models import build_model_with_cfg, generate_default_cfgs, register_model\n"
+        "from timm.models.vision_transformer import VisionTransformer\n"
+        "default_cfgs = generate_default_cfgs({'own_vit': {'input_size': (3, 32, 32)}})\n"
+        "@register_model\ndef own_vit(pretrained=False, **arguments):\n"
+        "    return build_model_with_cfg(VisionTransformer, 'own_vit', pretrained, **arguments)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("own_networks")
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
+    save_backbone(
+        tmp_path / "network.safetensors", timm.create_model("own_vit", **shape), ("own_vit", shape), *STATISTICS
+    )
+    for to, out in (("timm", "out"), ("hf", "hub")):
+        export(ExportSettings(tmp_path / "network.safetensors", to=to, out=tmp_path / out))
+        assert "import timm\nimport own_networks  # tells timm of the model\n" in capsys.readouterr().out
+    assert "`own_networks` must be installed" in (tmp_path / "hub" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("out", [".", "link"])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.models import model_entrypoint
 
 from dmjd.backbones.files import save_backbone
 from dmjd.formats.network import Original, compare_models
@@ -43,5 +44,5 @@ def how_to_load(original: Original, path: Path) -> str:
 
 def imports(original: Original) -> str:
     """Write the imports needed before timm can create the model."""
-    ours = "import dmjd.backbones.convvit  # tells timm of the model\n"
-    return "import timm\n" + (ours if original.architecture[0].startswith("convvit_") else "")
+    module = model_entrypoint(original.architecture[0].partition(".")[0]).__module__
+    return "import timm\n" + ("" if module.startswith("timm.") else f"import {module}  # tells timm of the model\n")
