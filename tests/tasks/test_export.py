@@ -236,6 +236,20 @@ def test_export__a_network_of_convolutions_goes_to_the_hub_too(name, tmp_path):
     assert json.loads((tmp_path / "hub" / "config.json").read_text())["num_classes"] == 3
 
 
+def test_export__timms_transforms_are_those_of_evaluations_whatever_the_network_had(tmp_path, capsys):
+    name = "vit_base_patch16_clip_384.laion2b_ft_in12k_in1k"
+    assert timm.get_pretrained_cfg(name).crop_mode == "squash"
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model, architecture = put_head(timm.create_model(name, **shape), (name, shape), 3)
+    save_backbone(tmp_path / "network.safetensors", model, architecture, *STATISTICS)
+    export(ExportSettings(tmp_path / "network.safetensors", to="timm", out=tmp_path / "out"))
+    scope, said = {}, capsys.readouterr().out
+    exec(said[said.index("import timm") :], scope)
+    for loaded in (scope["model"], dmjd.load_backbone(tmp_path / "network.safetensors")):
+        seen = timm.data.resolve_model_data_config(loaded)
+        assert (seen["interpolation"], seen["crop_mode"], seen["crop_pct"]) == ("bicubic", "center", 1)
+
+
 def test_export__the_code_to_load_a_network_imports_the_module_that_tells_timm_of_it(tmp_path, monkeypatch, capsys):
     (tmp_path / "own_networks.py").write_text(
         "from timm.models import build_model_with_cfg, generate_default_cfgs, register_model\n"

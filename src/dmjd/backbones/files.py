@@ -27,15 +27,16 @@ from dmjd.errors import CheckpointError, ConfigError, one_line
 DIGEST = "sha256"
 METADATA = {"architecture", "model_args", "pretrained_cfg", "value_range", "task", "backbone_prefix", DIGEST, "format"}
 FOREIGN = {".pth", ".pt", ".bin", ".tar", ".ckpt"}  # suffixes of checkpoints in other formats
-OVERLAY = {"input_size", "num_classes", "mean", "std", "crop_pct"}
+OVERLAY = {"input_size", "num_classes", "mean", "std", "crop_pct", "crop_mode", "interpolation"}
 # Arguments of networks. Those of `timm.create_model` and its helpers are excluded, since some would open files.
 ARGUMENTS = {*inspect.signature(VisionTransformer).parameters, *inspect.signature(ConvViT).parameters}
 
 
 def images_cfg(in_chans: int, image_hw: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
     """Describe a network's input images as timm's `pretrained_cfg` does."""
-    whole = 1.0  # all evaluations here use the largest centre crop
-    return {"input_size": (in_chans, *image_hw), "mean": tuple(mean), "std": tuple(std), "crop_pct": whole}
+    # All evaluations here use the largest centre crop, whatever the transforms of the network in timm.
+    crop = {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic"}
+    return {"input_size": (in_chans, *image_hw), "mean": tuple(mean), "std": tuple(std), **crop}
 
 
 def save_backbone(

@@ -14,6 +14,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
+from dmjd.backbones.files import images_cfg
 from dmjd.backbones.normalize import Normalize
 from dmjd.citation import CITATION
 from dmjd.formats.network import Original, compare, compare_models
@@ -57,20 +58,15 @@ def configuration(original: Original) -> dict[str, Any]:
     """Describe the model as timm's `config.json` does: its name, its arguments and its input images."""
     name, arguments = original.architecture
     model: Any = original.model
-    mean, std = original.statistics
+    channels, *image_hw = original.model_size
     config = {
         "architecture": name,
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
         "pretrained_cfg": {
-            "input_size": list(model.pretrained_cfg["input_size"]),
+            **images_cfg(channels, image_hw, *original.statistics),
             "fixed_input_size": "img_size" in arguments or model.pretrained_cfg["fixed_input_size"],
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "mean": mean,
-            "std": std,
             "num_classes": model.num_classes,
             "pool_size": None,
             "first_conv": model.pretrained_cfg["first_conv"],

@@ -7,7 +7,7 @@ from typing import Any
 import timm
 from timm.models import model_entrypoint
 
-from dmjd.backbones.files import save_backbone
+from dmjd.backbones.files import images_cfg, save_backbone
 from dmjd.formats.network import Original, compare_models
 
 
@@ -35,7 +35,8 @@ def how_to_load(original: Original, path: Path) -> str:
     name, arguments = original.architecture
     plain: Any = json.loads(json.dumps(arguments))
     given = "".join(f", {key}={value!r}" for key, value in plain.items())
-    known = {key: original.model.pretrained_cfg[key] for key in ("input_size", "mean", "std", "crop_pct")}  # type: ignore[index]
+    channels, *image_hw = original.model_size
+    known = images_cfg(channels, image_hw, *original.statistics)
     return (
         f'{imports(original)}model = timm.create_model("{name}"{given}, pretrained_cfg_overlay={known!r}, '
         f"checkpoint_path={str(path)!r}).eval()"
