@@ -146,7 +146,7 @@ def test_pretrain__a_network_that_is_shared_out_caches_targets_too(tmp_path):
     assert [process.returncode for process in ranks] == [0, 0], said
     (file,) = (tmp_path / "kept").glob("*.sqlite")
     (count,) = sqlite3.connect(file).execute("SELECT count(*) FROM targets").fetchone()
-    assert count >= 2 * 23  # crops of 23 images, of which one more is held out
+    assert count > 23  # two crops of each image, a few of them alike
 
 
 def test_pretrain__a_cache_without_a_frozen_teacher_is_refused(tmp_path, capsys):
