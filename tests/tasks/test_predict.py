@@ -142,6 +142,26 @@ def test_predict__top_writes_the_likeliest_and_json_an_object_a_line(trained, co
         assert [*brief["probabilities"]] == order[:2]
 
 
+def test_predict__is_right_as_often_as_finetune_says_where_bf16_makes_classes_equal(backbones, paint, tmp_path, capsys):
+    """The weights of the backbone are zero: what it learns in two steps is how frequent a class is, and a from b."""
+    counts = {"train/a": 5, "train/b": 6, "train/c": 1, "val/a": 1, "val/b": 3}
+    data, out = paint(tmp_path / "data", counts), tmp_path / "run"
+    size = ["--steps", 2, "--batch_size", 12, "--log.evals", 0, "--precision", "bf16"]
+    tuned = ["--optim.blr", 0.02, "--optim.warmup_epochs", 0, "--layer_decay", 1]
+    told = run("finetune", "--backbone", backbones["blank"], "--data", data, "--out", out, *size, *tuned, capsys=capsys)
+    command = ["predict", "--backbone", out / "last.safetensors", "--data", data / "val", "--precision", "bf16"]
+    assert run(*command, "--out", tmp_path / "seen", capsys=capsys)["top1"] == told["top1"] == 0.75
+
+
+@pytest.mark.slow
+def test_predict__takes_a_network_with_several_maps_before_its_head(colours, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ["--data", colours, "--untrained", "--steps", 1, "--batch_size", 2, "--log.evals", 0]
+    run("finetune", "--backbone", "timm:crossvit_9_240", *words, "--out", out)
+    command = ["predict", "--backbone", out / "last.safetensors", "--data", colours / "val" / "red"]
+    assert run(*command, "--out", tmp_path / "seen", capsys=capsys)["images"] == 4
+
+
 def test_predict__leaves_out_what_does_not_decode_and_names_it(trained, colours, tmp_path, capsys):
     shutil.copytree(colours / "val" / "red", tmp_path / "images")
     (tmp_path / "images" / "01.png").write_text("no image")

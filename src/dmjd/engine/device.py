@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -70,6 +70,15 @@ def computes_in_bf16(autocast: Callable[[], AbstractContextManager[None]], devic
     """Tell whether `choose_precision` chose bf16."""
     with autocast():
         return torch.is_autocast_enabled(device.type)
+
+
+def float32(found: Any) -> Any:
+    """Cast a network's outputs to float32: a tensor, or dictionaries, lists and tuples of tensors."""
+    if isinstance(found, Tensor):
+        return found.float()
+    if isinstance(found, dict):
+        return {name: float32(value) for name, value in found.items()}
+    return type(found)(float32(each) for each in found)
 
 
 class Float32Attention(TorchFunctionMode):

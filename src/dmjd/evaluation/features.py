@@ -21,7 +21,7 @@ from dmjd.data.levels import BYTES, Levels
 from dmjd.data.loader import read_batches
 from dmjd.data.source import Parts, Source, labels_of, measure_levels, none_decodes, open_source
 from dmjd.data.transfer import transfer
-from dmjd.engine.device import choose_precision
+from dmjd.engine.device import choose_precision, float32
 from dmjd.engine.distributed import Ranks
 from dmjd.engine.signals import stoppable
 from dmjd.errors import ConfigError
@@ -185,8 +185,23 @@ class FeatureExtractor:
             ConfigError: If the model has no such layers.
             DataError: If no image decodes.
         """
+        return self.see_all(partial(self.pooled, layers=layers), source, batch_size=batch_size)
+
+    def see_all(
+        self, see: Callable[[Tensor], Tensor], source: Source, *, batch_size: int = 256
+    ) -> tuple[Float[Tensor, "n D"], list[int]]:
+        """Compute values of all images that decode, in order, and return them with the indices of these images.
+
+        Args:
+            see: Maps images (B, C, H, W) of 0..255 on the device to values (B, D).
+            source: The images.
+            batch_size: Images per batch and rank.
+
+        Raises:
+            DataError: If no image decodes.
+        """
         return extract(
-            partial(self.pooled, layers=layers),
+            see,
             source,
             range(len(source)),
             image_hw=self.image_hw,
@@ -244,6 +259,16 @@ class FeatureExtractor:
             if not layers:
                 return self.model(images)
             return torch.cat([maps.flatten(2).mean(dim=2) for maps in self._maps(images, layers)], dim=1)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Classify images (B, C, H, W) of 0..255, if the model has a head, which computes in float32.
+
+        In the 8 bits of bf16, the logits of the likeliest classes would often be equal.
+        """
+        model: Any = self.model
+        with self.autocast():
+            found = model.forward_features(self.normalize(images))
+        return model.forward_head(float32(found))
 
     def tokens(self, images: Tensor, layers: tuple[int, ...] = ()) -> Tensor:
         """Compute features of every patch (B, L, D) of images of 0..255, in raster order.

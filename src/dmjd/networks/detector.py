@@ -16,6 +16,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
 
 from dmjd.backbones.pyramid import Pyramid
+from dmjd.engine.device import float32
 
 BOX_SIDE = 7  # RoIAlign resamples the features of a box to 7 x 7, as in torchvision
 
@@ -82,6 +83,7 @@ def create_detector(
         size_divisible=64,  # the coarsest map's stride
         _skip_resize=True,  # in training, since crops already have their size
     )
+    # Boxes are computed in the dtype of these outputs, and 8 bits of bf16 are too few for coordinates.
     for part in (model.backbone, model.rpn.head, model.roi_heads.box_predictor):
         part.register_forward_hook(lambda module, given, found: float32(found))
     for pooler in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
@@ -89,12 +91,3 @@ def create_detector(
             pooler.scales = [1 / stride for stride in pyramid.strides]
             pooler.map_levels = initLevelMapper(*(round(math.log2(pyramid.strides[end])) for end in (0, -1)))
     return model
-
-
-def float32(found: Any) -> Any:
-    """Cast outputs to float32: boxes are computed in their dtype, and 8 bits of bf16 are too few for coordinates."""
-    if isinstance(found, Tensor):
-        return found.float()
-    if isinstance(found, dict):
-        return {name: value.float() for name, value in found.items()}
-    return type(found)(float32(each) for each in found)

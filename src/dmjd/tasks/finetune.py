@@ -91,7 +91,7 @@ def fit(
     def evaluate(step: int) -> dict[str, float]:
         nonlocal result
         backbone.model = judged()
-        scores, seen = backbone.features(held_out)
+        scores, seen = backbone.see_all(backbone.logits, held_out)
         result = ClassificationResult(scores, labels_of(held_out, seen), train.classes)
         return {"top1": result.summary()["top1"]}
 

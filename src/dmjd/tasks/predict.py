@@ -78,14 +78,12 @@ def classify(settings: PredictSettings, named: Sequence[str] | None) -> dict[str
         network: Any = None if given.startswith("timm:") else load_backbone(given).to(ranks.device)
         if network is None or not network.num_classes:
             raise CheckpointError(f"a backbone without a classifier; {given}; run dmjd finetune, or dmjd linear, on it")
-        # The extractor reads and normalises images; the weights, classifier included, are in `network`.
         backbone = FeatureExtractor(ranks=ranks, **settings.start.keywords, **run.keywords, pretrained=False)
+        backbone.model = network  # with the classifier, which the extractor leaves out
         classes = named or [str(number) for number in range(network.num_classes)]
 
         def probabilities(images: Tensor) -> Tensor:
-            with backbone.autocast():
-                maps = network.forward_features(backbone.normalize(images))
-            return network.forward_head(maps.float()).softmax(dim=1)
+            return backbone.logits(images).softmax(dim=1)
 
         parts = backbone.open(lambda wanted: open_all_or_one(run.data, wanted))
         table = None
