@@ -473,6 +473,24 @@ def test_huggingface__what_does_not_load_is_one_line(tmp_path):
         HuggingFace(str(tmp_path))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_huggingface__a_model_of_timm_is_told_its_name_as_a_teacher(tmp_path):
+    timm.models.save_for_hf(vit(), tmp_path)
+    with pytest.raises(CheckpointError, match=f"a model of timm; hf:{tmp_path}; give timm:local-dir:{tmp_path}$"):
+        HuggingFace(str(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_huggingface__images_that_its_processor_leaves_at_0_to_1_stay_there(tmp_path):
+    write_huggingface(tmp_path, "vit")
+    import transformers as hf
+
+    processor = hf.ViTImageProcessor(size={"height": 32, "width": 32}, do_normalize=False)
+    processor.save_pretrained(tmp_path)
+    maps = FeatureMaps(HuggingFace(str(tmp_path)))
+    torch.testing.assert_close(maps.normalize(images()), processor(images(), return_tensors="pt")["pixel_values"])
+
+
 def test_teacher__a_folder_of_timm_is_named_as_timm_names_it(tmp_path):
     timm.models.save_for_hf(vit(), tmp_path)
     assert create_target(f"timm:local-dir:{tmp_path}", request())(images()).shape == (2, 16, 24)

@@ -1,6 +1,7 @@
 """A vision model of Hugging Face transformers with timm's interface, for use as a teacher."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -19,15 +20,18 @@ class HuggingFace(nn.Module):
         name: A name on the hub, or a folder.
 
     Raises:
-        CheckpointError: If it cannot be loaded.
+        CheckpointError: If it cannot be loaded, or is a model of timm.
         ConfigError: If transformers is not installed, or the model's image processor names no input size.
     """
 
     def __init__(self, name: str):
         super().__init__()
         with extra("hf", f"hf:{name}"):
-            from transformers import AutoImageProcessor, AutoModel
+            from transformers import AutoConfig, AutoImageProcessor, AutoModel
         try:
+            if AutoConfig.from_pretrained(name, trust_remote_code=False).model_type == "timm_wrapper":
+                source = f"local-dir:{name}" if Path(name).is_dir() else f"hf-hub:{name}"
+                raise CheckpointError(f"a model of timm; hf:{name}; give timm:{source}")
             model: Any = AutoModel.from_pretrained(name, trust_remote_code=False)
             processor: Any = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
@@ -43,10 +47,12 @@ class HuggingFace(nn.Module):
         height, width = (size.get(side) or size.get("shortest_edge") for side in ("height", "width"))
         if not (height and width):
             raise ConfigError(f"its image processor names no input size ({size}); hf:{name}; choose another teacher")
+        channels = getattr(config, "num_channels", 3)
+        plain = not getattr(processor, "do_normalize", False)  # its mean and deviation then mean nothing
         self.pretrained_cfg = {
-            "input_size": (getattr(config, "num_channels", 3), height, width),
-            "mean": tuple(processor.image_mean),
-            "std": tuple(processor.image_std),
+            "input_size": (channels, height, width),
+            "mean": (0.0,) * channels if plain else tuple(processor.image_mean),
+            "std": (1.0,) * channels if plain else tuple(processor.image_std),
         }
 
     def forward_intermediates(
