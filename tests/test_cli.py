@@ -1,5 +1,6 @@
 """A command line does what it says, or says in one line what is wrong with it."""
 
+import io
 import os
 import re
 import subprocess
@@ -212,6 +213,16 @@ def test_main__a_bad_command_line_is_one_line_and_exit_code_2(
     data = ["--data", "shapes"] if verb in WITH_DATA and "--data" not in words else []
     assert BAD[line] in error_of([verb, *data, *words], 2, capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_main__a_path_that_is_no_text_is_printed_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / os.fsdecode(b"run\xff")
+    run.mkdir()
+    (run / "config.yaml").write_text("data: d")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))  # as in most locales: strict
+    assert main(["report", str(run)]) == 0
+    sys.stdout.flush()
+    assert rb"run\udcff/report.html" in sys.stdout.buffer.getvalue()
 
 
 @pytest.mark.parametrize("verb", WITH_DATA)

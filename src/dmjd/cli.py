@@ -5,6 +5,7 @@
 
 import errno
 import inspect
+import io
 import os
 import re
 import sys
@@ -359,6 +360,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # By default OpenMP's threads spin while they wait, which made a step four times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be text
     try:
         run(arguments)
     except (errors.UserError, CycloptsError, yaml.YAMLError, OSError, SafetensorError) as error:
