@@ -283,6 +283,14 @@ def test_write_report__says_what_the_standard_deviation_of_features_means(tmp_pa
     assert any("vary 80.0% as much in direction as features spread evenly" in text for text in page.all("p"))
 
 
+@pytest.mark.parametrize("content", [b"a: [", b"- a", b"data: caf\xe9"], ids=["cut off", "a list", "not utf-8"])
+def test_write_report__names_broken_settings(content: bytes, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", metric_lines())
+    (run / "config.yaml").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"no settings; .*config\.yaml; restore the file"):
+        write_report(run)
+
+
 def test_write_report__names_broken_pictures(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", metric_lines())
     (run / "samples.safetensors").write_bytes(b"broken")

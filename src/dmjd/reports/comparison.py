@@ -27,6 +27,7 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
 
     Raises:
         ConfigError: If one is not such a directory, there are too many, or one is given twice.
+        CheckpointError: If the settings of one are broken.
     """
     if len(runs) > len(HUES):
         raise ConfigError(f"{len(runs)} runs; a page has {len(HUES)} at most; leave some out")

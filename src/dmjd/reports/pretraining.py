@@ -10,7 +10,7 @@ import yaml
 
 from dmjd.citation import CITATION
 from dmjd.engine.run import read_facts, read_metrics
-from dmjd.errors import ConfigError
+from dmjd.errors import CheckpointError, ConfigError
 from dmjd.reports.curves import Line, draw_curves, series
 from dmjd.reports.nearest_pictures import read_nearest
 from dmjd.reports.page import write_page
@@ -61,12 +61,20 @@ def read_run(run: Path) -> RunRecord:
 
     Raises:
         ConfigError: If it holds neither settings nor metrics, or is a run of another verb.
+        CheckpointError: If its settings are broken.
     """
     config = run / "config.yaml"
     lines = read_metrics(run / "metrics.jsonl")
     if not lines and not config.is_file():
         raise ConfigError(f"not a run directory; {run}; give the directory that `dmjd pretrain --out` wrote")
-    settings: Line = yaml.safe_load(config.read_text("utf-8")) or {} if config.is_file() else {}
+    settings: Any = {}
+    if config.is_file():
+        try:
+            settings = yaml.safe_load(config.read_text("utf-8")) or {}
+        except (ValueError, yaml.YAMLError):
+            settings = None
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"no settings; {config}; restore the file")
     if (run / "result.json").is_file() or "backbone" in settings:
         stands = (
             "stands as the verb wrote it" if (run / "report.html").is_file() else "is written by the verb at its end"
@@ -85,7 +93,7 @@ def write_report(run: Path, path: Path | None = None) -> Path:
 
     Raises:
         ConfigError: If `run` holds neither settings nor metrics, or is a run of another verb.
-        CheckpointError: If a file of pictures is broken.
+        CheckpointError: If the settings or a file of pictures are broken.
     """
     config, samples, neighbours = (
         run / name for name in ("config.yaml", "samples.safetensors", "neighbours.safetensors")

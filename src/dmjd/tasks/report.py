@@ -18,7 +18,7 @@ def report(runs: Sequence[Path], out: Path | None = None) -> Path:
     Raises:
         ConfigError: If one is not the directory of a run, or of another verb, which writes its own page; or if `out` is
             a folder.
-        CheckpointError: If the pictures of the run are broken.
+        CheckpointError: If the settings or the pictures of a run are broken.
     """
     (first, *others) = runs
     if out and out.is_dir():
