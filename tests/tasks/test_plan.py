@@ -38,6 +38,12 @@ def test_plan__prints_a_page_with_all_that_a_run_takes(capsys: pytest.CaptureFix
     assert max(map(len, page.splitlines())) <= 120
 
 
+def test_plan__a_backbone_of_its_own_shape_has_no_size(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--preset", "mae", "--model.backbone", "timm:test_vit", "--model.image_size", "160", "--images", "9"]
+    assert main(["plan", *words, "--device", "t4"]) == 0
+    assert capsys.readouterr().out.startswith("mae: timm:test_vit, 160 px, ")
+
+
 def test_plan__its_line_of_json_is_what_python_returns(capsys: pytest.CaptureFixture[str]) -> None:
     printed = json.loads(plan(capsys, "--images", 1000, "--device", "a100-40", "--json", "--price", 3))
     given = dict(zip([word[2:].replace(".", "__") for word in TINY[::2]], TINY[1::2], strict=True))

@@ -178,10 +178,10 @@ def precision_of(settings: PlanSettings, device: Device) -> str:
 def describe(settings: PlanSettings, work: Work, precision: str, images: int) -> dict[str, Any]:
     """Describe the run and the work of its network."""
     run, model, masking = settings.run, settings.model, settings.masking
-    own = {name: getattr(model, name) for name in SHAPE if getattr(model, name)}
+    shape = [model.size, *(f"{name} {value}" for name in SHAPE if (value := getattr(model, name)))]
     return {
         "preset": run.preset,
-        "network": " ".join([model.backbone, model.size, *(f"{name} {value}" for name, value in own.items())]),
+        "network": " ".join([model.backbone, *([] if model.has_own_shape else shape)]),
         "image_size": model.image_size,
         "views": masking.num_views,
         "mask_ratio": masking.mask_ratio,
