@@ -4,6 +4,7 @@ import pytest
 
 from dmjd.config import auto
 from dmjd.config.auto import Facts, Given
+from dmjd.config.common import OptimSettings
 
 MASKING = {"num_views": 2, "mask_ratio": 0.6, "predict_ratio": 1.0}
 
@@ -89,6 +90,11 @@ def test_schedule__a_step_is_shared_evenly_by_ranks_and_micro_batches(num_images
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 3), (2, 1), (8, 1)])
 def test_schedule__a_gpu_gets_no_more_images_at_a_time_than_its_memory_was_tried_with(world_size, accumulation):
+def test_schedule__the_longest_run_may_warm_up_for_its_share():
+    optim = auto.schedule(facts(num_images=1), 1_000_000.0, MASKING)["optim"]
+    assert OptimSettings(**optim).warmup_epochs == 50_000
+
+
     many = facts(num_images=1_000_000, kind="gpu")
     chosen = auto.schedule(many, 100.0, MASKING, world_size=world_size, accumulation=accumulation)
     parts = chosen["optim"]["accumulation"]

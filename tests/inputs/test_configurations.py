@@ -85,7 +85,7 @@ BAD = {  # command line: what its error line has to say, each of the parts
     "pretrain --max_bad 1.5": "max_bad 1.5 | 0 to 1",
     "pretrain --max_bad -0.1": "max_bad -0.1 | 0 to 1",
     "pretrain --max_bad nan": "max_bad nan | 0 to 1",
-    "pretrain --optim.warmup_epochs 1e9": "optim.warmup_epochs 1000000000.0 | 0 to 10000",
+    "pretrain --optim.warmup_epochs 1e9": "optim.warmup_epochs 1000000000.0 | 0 to 1000000",
     "pretrain --optim.blr 1e300": "optim.blr 1e+300 | 0 to 1000",
     "pretrain --optim.blr nan": "optim.blr nan | 0 to 1000",
     "pretrain --optim.betas 0.9 1": "optim.betas (0.9, 1.0) | 0 to 0.9999999",

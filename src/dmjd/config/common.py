@@ -256,7 +256,7 @@ class OptimSettings:
     def __post_init__(self) -> None:
         within(0, 1000, self, "blr", "weight_decay", "clip_grad")
         within(0, 0.9999999, self, "betas")
-        within(0, 10_000, self, "warmup_epochs")
+        within(0, 1_000_000, self, "warmup_epochs")  # as many as there may be epochs
         within(1, 10_000, self, "accumulation")
 
     @property
