@@ -68,6 +68,14 @@ def test_auto__says_the_cores_that_it_may_use(photos, capsys):
     assert "; 1 core; " in capsys.readouterr().err
 
 
+def test_auto__the_report_may_show_any_channel_that_the_images_have(stacks):
+    model = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+    settings = auto(stacks, minutes=0.02, model=model, monitor={"channels": (4, 1, 0)})
+    assert (settings.model.in_chans, settings.monitor.channels) == (5, (4, 1, 0))
+    with pytest.raises(ConfigError, match=r"monitor\.channels \(5, 1, 0\): channels are 0 to 4"):
+        auto(stacks, minutes=0.02, model=model, monitor={"channels": (5, 1, 0)})
+
+
 @pytest.mark.long
 def test_auto__takes_the_channels_that_images_have(stacks):
     assert auto(stacks, minutes=0.02).model.in_chans == 5

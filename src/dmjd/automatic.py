@@ -80,9 +80,10 @@ def _choose(settings: PretrainSettings, own: Mapping[str, Any], parse: Parse, ra
     ranks.micro_batch(first.run.batch_size, settings.optim.accumulation)
     make(first)  # refuse conflicting settings before searching for images
     images, in_chans = find(settings)
-    asked = parse({"model": {**auto.image(own, usual.side, kind), "in_chans": in_chans}}).model.in_chans
-    if asked != in_chans:  # the user's own
-        images, in_chans = find(settings, asked)
+    asked = parse({"model": {**auto.image(own, usual.side, kind), "in_chans": in_chans}})
+    asked.check_shown()
+    if asked.model.in_chans != in_chans:  # the user's own
+        images, in_chans = find(settings, asked.model.in_chans)
     sample = look(images, run.data)
     facts = Facts(len(images), sample.side, in_chans, kind, minutes)
     held = len(images) * sample.largest <= MEMORY_LIMIT

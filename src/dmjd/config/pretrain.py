@@ -317,10 +317,17 @@ class PretrainSettings:
         names_settings(self, self.run.allow_change)
         if self.teacher.cache and not self.crop.variants:
             raise ConfigError("teacher.cache keeps the targets of crops that come again: set crop.variants, such as 2")
-        if self.monitor.channels and not all(0 <= each < self.model.in_chans for each in self.monitor.channels):
-            raise ConfigError(f"monitor.channels {self.monitor.channels}: channels are 0 to {self.model.in_chans - 1}")
         if self.model.mask_token != (self.decoder.depth == 0):
             raise ConfigError("model.mask_token and decoder.depth 0 (a linear head) belong together: set both or none")
+
+    def check_shown(self) -> None:
+        """Check the channels that the report shows; only once those of the images are known, which `auto` looks up.
+
+        Raises:
+            ConfigError: If images do not have them.
+        """
+        if self.monitor.channels and not all(0 <= each < self.model.in_chans for each in self.monitor.channels):
+            raise ConfigError(f"monitor.channels {self.monitor.channels}: channels are 0 to {self.model.in_chans - 1}")
 
     @property
     def crop_sizes(self) -> list[tuple[int, int]]:

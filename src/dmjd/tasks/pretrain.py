@@ -71,6 +71,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any] | None:
         NonFiniteError: If a loss is not finite; the last checkpoint is from before.
         Stopped: After a signal that stops runs.
     """
+    settings.check_shown()
     run, out = settings.run, settings.run.out
     with ExitStack() as stack, join_ranks(run.device) as ranks, claim(run.out, resume=run.resume, ranks=ranks):
         ranks.micro_batch(run.batch_size, settings.optim.accumulation)
