@@ -20,7 +20,7 @@ from dmjd.backbones import encoder_of
 from dmjd.backbones.files import create_network
 from dmjd.config import auto
 from dmjd.config.auto import Chosen, Facts, Given
-from dmjd.config.pretrain import SHAPE, PretrainSettings
+from dmjd.config.pretrain import PretrainSettings
 from dmjd.data.checkup import open_as_most
 from dmjd.data.crops import RandomCrop
 from dmjd.data.decode import BadImage, Reduce
@@ -153,10 +153,6 @@ def largest(
     model, seconds, passes = None, 0.0, 0.0
     for network in networks:
         trial = parse(network)
-        if trial.model.size != network["model"].get("size", trial.model.size):  # the user's size has its own shape
-            own = {key: value for key, value in network["model"].items() if key not in SHAPE}
-            network = network | {"model": own}
-            trial = parse(network)
         if trial.model == model:  # the user's settings leave no other network
             continue
         try:

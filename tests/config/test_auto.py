@@ -31,6 +31,7 @@ def test_networks__patches_divide_an_image_no_larger_than_those_of_the_set(kind,
         ({"model.image_size": "64"}, ("64", 8)),
         ({"model.image_size": 100}, ("100", 20)),
         ({"model.image_size": "96x64"}, ("96x64", 16)),
+        ({"model.image_size": "10000"}, ("10000", 1000)),
         ({"model.patch_size": "16"}, ("96", 16)),
         ({"model.patch_size": 14}, ("84", 14)),
         ({"model.patch_size": 200}, ("200", 200)),
@@ -50,6 +51,14 @@ def test_networks__one_that_a_user_names_is_the_only_one():
     (network,) = auto.networks(facts(), {}, Given({"patch_size": 14}, 300))
     assert network["model"] == {"image_size": "84", "patch_size": 14, "in_chans": 3}
     assert network["decoder"] == auto.NETWORKS[2][1]  # of the first that is as wide
+
+
+@pytest.mark.parametrize(("size", "width"), [("tiny", 128), ("small", 256), ("base", 512), ("large", 512)])
+@pytest.mark.parametrize("num_images", [5, 3000])
+def test_networks__a_size_that_a_user_gives_has_its_own_shape_and_decoder(size, width, num_images):
+    (network,) = auto.networks(facts(num_images=num_images), {"model.size": size})
+    assert "embed_dim" not in network["model"]
+    assert network["decoder"]["embed_dim"] == width
 
 
 def test_networks__of_a_handful_of_images_the_smallest_one_alone_comes_into_question():
@@ -81,6 +90,11 @@ def test_schedule__a_step_has_no_more_images_than_the_set():
     assert auto.schedule(facts(num_images=5), 1000.0, MASKING)["batch_size"] == 5
 
 
+def test_schedule__the_longest_run_may_warm_up_for_its_share():
+    optim = auto.schedule(facts(num_images=1), 1_000_000.0, MASKING)["optim"]
+    assert OptimSettings(**optim).warmup_epochs == 50_000
+
+
 @pytest.mark.parametrize(("num_images", "parts", "batch_size"), [(13, 2, 12), (13, 4, 12), (3, 8, 8), (50_000, 6, 60)])
 def test_schedule__a_step_is_shared_evenly_by_ranks_and_micro_batches(num_images, parts, batch_size):
     chosen = auto.schedule(facts(num_images=num_images), 10.0, MASKING, world_size=2, accumulation=parts // 2)
@@ -90,11 +104,6 @@ def test_schedule__a_step_is_shared_evenly_by_ranks_and_micro_batches(num_images
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 3), (2, 1), (8, 1)])
 def test_schedule__a_gpu_gets_no_more_images_at_a_time_than_its_memory_was_tried_with(world_size, accumulation):
-def test_schedule__the_longest_run_may_warm_up_for_its_share():
-    optim = auto.schedule(facts(num_images=1), 1_000_000.0, MASKING)["optim"]
-    assert OptimSettings(**optim).warmup_epochs == 50_000
-
-
     many = facts(num_images=1_000_000, kind="gpu")
     chosen = auto.schedule(many, 100.0, MASKING, world_size=world_size, accumulation=accumulation)
     parts = chosen["optim"]["accumulation"]

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 from dmjd.config.rules import height_width
 
 Chosen = dict[str, Any]  # settings, nested as in a preset
-OWN = ("model.backbone", "model.image_size", "model.patch_size")  # flags that constrain the choice of sizes
+# Flags that constrain the choice of sizes.
+OWN = ("model.backbone", "model.size", "model.image_size", "model.patch_size")
 
 SIDES = {"cpu": (32, 48, 64, 96), "gpu": (32, 64, 96, 128, 160, 224)}  # of a crop, in pixels
 TOKENS = {"cpu": 8, "gpu": 14}  # along a side, at most; on two cores, more tokens would mean fewer epochs
 SMALLEST_PATCH = 4  # pixels; smaller patches have hardly any gradients to predict
+LARGEST_PATCH = 1024  # pixels, as of any model
 CONVVIT_PATCHES = (4, 8, 16)
 # Networks from small to large: their `model` and `decoder` sections.
 SMALL = {"size": "tiny", "embed_dim": 128, "depth": 6, "num_heads": 4}
@@ -89,7 +91,8 @@ def image(own: Mapping[str, Any], side: int, kind: str) -> Chosen:
         height, width = height_width("model.image_size", str(size))
         fewest = -(-max(height, width) // TOKENS[kind])  # pixels of a patch
         hybrid = own.get("model.backbone") == "convvit"
-        sizes = CONVVIT_PATCHES if hybrid else range(min(SMALLEST_PATCH, height, width), max(height, width) + 1)
+        largest = min(max(height, width), LARGEST_PATCH)
+        sizes = CONVVIT_PATCHES if hybrid else range(min(SMALLEST_PATCH, height, width), largest + 1)
         fit = [each for each in sizes if height % each == width % each == 0]
         patch = next((each for each in fit if each >= fewest), fit[-1] if fit else sizes[-1])
     return {"image_size": str(size), "patch_size": patch}
@@ -100,7 +103,7 @@ def networks(facts: Facts, own: Mapping[str, Any], given: Given | None = None) -
 
     Args:
         facts: What the recipe depends on.
-        own: As in `image`.
+        own: As in `image`; a size of the network that the user gives is the only one, with its decoder.
         given: The only candidate, where the user names a network; it gets the decoder of the first network of ours that
             is at least as wide.
     """
@@ -109,6 +112,9 @@ def networks(facts: Facts, own: Mapping[str, Any], given: Given | None = None) -
     if given:
         place = next((place for place, width in enumerate(WIDTHS) if given.width <= width), -1)
         return [{"model": model | given.model, "decoder": NETWORKS[place][1]}]
+    if size := own.get("model.size"):
+        place = next((place for place, (shape, _) in enumerate(NETWORKS) if shape == {"size": size}), -1)
+        return [{"model": {"backbone": "vit", "size": size, **model}, "decoder": NETWORKS[place][1]}]
     sizes = NETWORKS if facts.num_images >= FEW else NETWORKS[:1]
     return [{"model": {"backbone": "vit", **network, **model}, "decoder": decoder} for network, decoder in sizes]
 
