@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from dmjd.engine.distributed import Ranks
 from dmjd.errors import ConfigError
@@ -76,6 +77,19 @@ def test_make_pyramid__windows_that_a_network_cannot_have_are_refused_even_where
     backbone = FeatureExtractor(name, ranks=Ranks(torch.device("cpu")), pretrained=False)
     with pytest.raises(ConfigError, match=f"or not in windows; {name}"):
         make_pyramid(backbone, name, window=16)
+
+
+def test_detector__masks_are_torchvisions_but_true_or_false(backbones):
+    _, model = network(backbones, masks=True, crop_hw=(64, 64))
+    boxes, small = torch.tensor([[4.0, 8.0, 40.0, 50.0], [0.5, 0.5, 63.0, 20.0]]), torch.rand(2, 1, 28, 28)
+    for count in (2, 0):
+        found = {"boxes": boxes[:count], "masks": small[:count]}
+        transform, sizes = model.eval().transform, ([(64, 64)], [(100, 150)])
+        (ours,) = transform.postprocess([dict(found)], *sizes)
+        (theirs,) = GeneralizedRCNNTransform.postprocess(transform, [dict(found)], *sizes)
+        assert torch.equal(ours["boxes"], theirs["boxes"])
+        assert ours["masks"].dtype == torch.bool  # a float for each pixel of each object would fill the memory
+        assert torch.equal(ours["masks"], theirs["masks"] >= 0.5)
 
 
 def test_heads_of__and_the_backbone_are_the_whole_network_and_share_nothing(backbones):

@@ -58,7 +58,7 @@ class Finder:
             (found,) = self.network([image.to(device) / 255])
         seen = {"boxes": found["boxes"].float(), "labels": found["labels"] - 1, "scores": found["scores"].float()}
         if "masks" in found:
-            seen["masks"] = found["masks"][:, 0] >= 0.5
+            seen["masks"] = found["masks"][:, 0]
         return {name: value.cpu() for name, value in seen.items()}
 
 

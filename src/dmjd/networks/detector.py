@@ -4,12 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
@@ -36,7 +38,11 @@ class PyramidFPN(nn.Module):
 
 
 class FitIntoCrop(GeneralizedRCNNTransform):
-    """torchvision's resizing, which fails on very long images because it rounds the shorter side down to 0 pixels."""
+    """torchvision's resizing of images, and of what is found in them.
+
+    torchvision fails on very long images, because it rounds the shorter side down to 0 pixels; and it holds the masks
+    of all objects in the size of the image as floats, twice: 10 GB for a photograph of 12 million pixels.
+    """
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Stretch the shorter side so that a pixel of it remains; boxes are scaled back for each side separately."""
@@ -45,6 +51,23 @@ class FitIntoCrop(GeneralizedRCNNTransform):
             image = F.interpolate(image[None], [max(side, least) for side in image.shape[-2:]], mode="bilinear")[0]
         resized: tuple[Tensor, dict[str, Tensor] | None] = super().resize(image, target)
         return resized
+
+    def postprocess(
+        self,
+        result: list[dict[str, Tensor]],
+        image_shapes: list[tuple[int, int]],
+        original_image_sizes: list[tuple[int, int]],
+    ) -> list[dict[str, Tensor]]:
+        """Bring boxes and masks to the size of their image; masks are True where an object is likelier than not."""
+        small = [found.pop("masks", None) for found in result]
+        results: list[dict[str, Tensor]] = super().postprocess(result, image_shapes, original_image_sizes)
+        for found, masks, size in zip(results, small, original_image_sizes, strict=False):  # in training, none is found
+            if masks is not None:
+                found["masks"] = masks.new_empty((len(masks), 1, *size), dtype=torch.bool)
+                for place, box in enumerate(found["boxes"]):
+                    pasted = paste_masks_in_image(masks[place : place + 1], box[None], size)
+                    found["masks"][place] = pasted[0] >= 0.5
+        return results
 
 
 def create_detector(
