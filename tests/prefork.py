@@ -110,6 +110,7 @@ def serve(requests: socket.socket) -> list[str]:
         for file in (read, write, requests.fileno(), *files):
             os.close(file)
         requests.detach()
+        sys.stdout = os.fdopen(1, "w", closefd=False)  # as at a start: the other one remembers what it was opened on
         os.environ.clear()
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
