@@ -161,7 +161,7 @@ BAD = {  # command line: what its error line has to say, each of the parts
     "pretrain --model.blr 3": "Did you mean --optim.blr?",
     "pretrain --no-flip": "Did you mean --crop.no-flip?",
     "pretrain --target=hog": "Did you mean --masked.target or --visible.target?",
-    "pretrain --model tiny": "no backbone of this name; tiny",
+    "pretrain --model tiny": "a section, not a setting; --model tiny; choose one of its settings",
     "pretrain --allow_change nonsense": "--allow_change nonsense | a setting as config.yaml names it",
     "pretrain --allow_change blr": "--allow_change blr | did you mean optim.blr?",
     "pretrain --allow_change optim.bl": "did you mean optim.blr?",
