@@ -399,7 +399,7 @@ def test_imports__run_one_way(path):
             assert rest[0] == room or rest[0] in MAY_IMPORT[room], f"{place} imports {module}"
 
 
-OF_LABELS = ("labelled", "segmentation", "detection", "builtin")
+OF_LABELS = ("labelled", "annotated", "segmentation", "detection", "builtin")
 
 
 @pytest.mark.parametrize(

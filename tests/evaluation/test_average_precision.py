@@ -189,7 +189,7 @@ class MaskOracle(Oracle):
 
     def forward(self, images):
         (found,) = super().forward(images)
-        masks = torch.zeros(len(found["boxes"]), 1, 50, 70)
+        masks = torch.zeros(len(found["boxes"]), 1, 50, 70, dtype=torch.bool)
         for mask, (left, top, right, bottom) in zip(masks[:, 0], found["boxes"].int().tolist(), strict=True):
             mask[top:bottom, left:right] = 1
             mask[top : (top + bottom) // 2, left : (left + right) // 2] = 0

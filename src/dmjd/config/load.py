@@ -77,7 +77,7 @@ def read_yaml(path: Path, sections: Sequence[str] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no configuration file; {path}; check --config")
     try:
-        content = yaml.load(path.read_text("utf-8"), Loader) or {}
+        content = Loader(path.read_text("utf-8")).get_single_data() or {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"not YAML ({one_line(error)}); {path}; correct the file") from None
     if not isinstance(content, dict):
